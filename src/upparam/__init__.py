@@ -1,0 +1,45 @@
+"""upparam: the truth about low-rank adapter files.
+
+    import upparam
+    adapter = upparam.open("folder-or-file")
+    adapter.save("out", dialect="peft")
+
+Importing this package imports neither numpy nor torch; each name below is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from upparam._version import __version__
+
+if TYPE_CHECKING:
+    from upparam.adapter import Adapter, Target
+    from upparam.errors import UpparamError
+    from upparam.operations.identify import identify
+    from upparam.operations.merge import merge
+    from upparam.operations.opening import open_adapter as open
+
+__all__ = ["Adapter", "Target", "UpparamError", "__version__", "identify", "merge", "open"]
+
+_PLACES = {
+    "Adapter": "upparam.adapter:Adapter",
+    "Target": "upparam.adapter:Target",
+    "UpparamError": "upparam.errors:UpparamError",
+    "identify": "upparam.operations.identify:identify",
+    "merge": "upparam.operations.merge:merge",
+    "open": "upparam.operations.opening:open_adapter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        place, attribute = _PLACES[name].split(":")
+    except KeyError:
+        raise AttributeError(f"module 'upparam' has no attribute '{name}'") from None
+    return getattr(importlib.import_module(place), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,117 @@
+"""The canonical form every dialect reads into and writes from: targets, deltas, extras, and what is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+from upparam.algorithms.base import Delta
+from upparam.findings import Finding
+from upparam.tensors import Tensor
+
+
+class Target(NamedTuple):
+    """What a delta changes.
+
+    `module` is a path in the base's reference layout (dots between segments; a multi-component base puts the component first:
+    `unet.`, `text_encoder.`, `text_encoder_2.`, `transformer.`). While no base is known it is the path as the file gives it.
+    `rows` is a half-open range of output rows of a fused weight (q, k or v inside a qkv), None for the whole; `parameter` is
+    `weight` except for deltas of biases and bare parameters.
+    """
+
+    module: str
+    rows: tuple[int, int] | None = None
+    parameter: str = "weight"
+
+    def __str__(self) -> str:
+        name = self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
+        return name if self.rows is None else f"{name}[{self.rows[0]}:{self.rows[1]}]"
+
+
+class ExtraKind(str, Enum):
+    """Why a tensor rides along with the deltas. The value names it in messages and for `--drop`."""
+
+    SAVED_MODULE = "saved-module"
+    """A whole weight or bias trained beside the adapter that replaces the base's (PEFT modules_to_save)."""
+    BIAS = "bias"
+    """A base bias trained in place; replaces the base's."""
+    TEXTUAL_INVERSION = "textual-inversion"
+    """A learned token embedding; `name` is the token."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that is no delta but belongs to the adapter. `name` is the base parameter's path (module.weight), or the token."""
+
+    kind: ExtraKind
+    name: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class BaseHint:
+    """Which base an adapter is for: `name` of an inventory or a model id, how sure, and why. `stated` when the file itself says so."""
+
+    name: str
+    confidence: float
+    evidence: tuple[str, ...] = ()
+    stated: bool = False
+    lookalikes: tuple[str, ...] = ()
+
+
+@dataclass
+class Adapter:
+    """An adapter in canonical form. Lazy: factors are read when an operation needs them.
+
+    `layout` names the naming the target modules use: `reference` once resolved against a base, else the dialect's own
+    (for example `kohya` for underscored names that no inventory has resolved yet).
+    `metadata` holds the container's string metadata verbatim; `config` a dialect's own side file verbatim (PEFT's adapter_config).
+    `leftovers` are tensors that no rule consumed: an operation that would lose them refuses until the user names what to give up.
+    """
+
+    deltas: dict[Target, Delta]
+    dialect: str
+    extras: list[Extra] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    base: BaseHint | None = None
+    layout: str = "reference"
+    transposed_base: bool | None = None
+    """True when the base stores these weights as (in, out) (GPT-2's Conv1D), as the file says; None when it does not say."""
+    files: tuple[str, ...] = ()
+    leftovers: dict[str, Tensor] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def algorithms(self) -> dict[str, int]:
+        """How many deltas each algorithm has, in order of first appearance."""
+        return _count(delta.algorithm for delta in self.deltas.values())
+
+    def ranks(self) -> dict[int, int]:
+        """How many deltas have each rank (deltas without one are not counted), smallest rank first."""
+        return dict(sorted(_count(delta.rank for delta in self.deltas.values() if delta.rank is not None).items()))
+
+    def dtypes(self) -> dict[str, int]:
+        """How many factors have each dtype."""
+        return _count(factor.dtype.name for delta in self.deltas.values() for factor in delta.factors().values())
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor the adapter holds under a canonical name (`module.role`), leftovers included."""
+        found = {f"{target}.{role}": factor for target, delta in self.deltas.items() for role, factor in delta.factors().items()}
+        found |= {f"{extra.kind.value}:{extra.name}": extra.tensor for extra in self.extras}
+        return found | {f"leftover:{name}": tensor for name, tensor in self.leftovers.items()}
+
+    def save(self, out: Any, dialect: str | None = None, **options: Any) -> Any:
+        """Write the adapter to `out` in `dialect` (its own when None); see `upparam.operations.convert.write_adapter`."""
+        from upparam.operations.convert import write_adapter
+
+        return write_adapter(self, out, dialect or self.dialect, **options)
+
+
+def _count(values: Any) -> dict[Any, int]:
+    counts: dict[Any, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts

@@ -1,0 +1,165 @@
+"""What every algorithm offers: the mathematics of one delta, through its factors. No names, no files, no bases."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from math import isfinite, prod, sqrt
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from upparam.errors import MalformedError, RefusedError
+from upparam.tensors import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RowReader = Callable[[int, int], "NDArray[Any]"]
+"""(start, stop) -> those rows of the base weight, as float64 (stop - start, prod(rest))."""
+
+
+class ScaleRule(str, Enum):
+    """How an adapter's effective multiplier follows from what is stored."""
+
+    ALPHA_OVER_RANK = "alpha/rank"
+    ALPHA_OVER_SQRT_RANK = "alpha/sqrt(rank)"
+    EXPLICIT = "explicit"
+    """The multiplier itself is stored (MLX `scale`)."""
+    BAKED = "baked-in"
+    """The factors already carry it: 1."""
+    UNKNOWN = "unknown"
+    """Nothing in the files says; it must be asked for."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What is stored about the multiplier. The effective value is derived by `value`, never stored beside it.
+
+    `alpha` is as stored, None if absent. Absent under ALPHA_OVER_RANK means alpha = rank, multiplier 1 (kohya's and diffusers' rule);
+    `multiplier` is only for EXPLICIT; `divisor` replaces the rank where a dialect divides by another number than the factors'
+    rank (PEFT divides by the configured r).
+    """
+
+    rule: ScaleRule = ScaleRule.ALPHA_OVER_RANK
+    alpha: float | None = None
+    multiplier: float | None = None
+    divisor: float | None = None
+
+    def value(self, rank: int | None) -> float | None:
+        """The effective multiplier for factors of this rank; None when it is unknown."""
+        if self.rule is ScaleRule.UNKNOWN:
+            return None
+        if self.rule is ScaleRule.EXPLICIT:
+            return self.multiplier
+        if self.rule is ScaleRule.BAKED or self.alpha is None:
+            return 1.0
+        divisor = self.divisor if self.divisor is not None else rank
+        if not divisor:
+            return None
+        return self.alpha / (sqrt(divisor) if self.rule is ScaleRule.ALPHA_OVER_SQRT_RANK else divisor)
+
+
+BAKED = Scaling(ScaleRule.BAKED)
+UNKNOWN = Scaling(ScaleRule.UNKNOWN)
+
+
+class Update(ABC):
+    """A delta with its factors in memory, ready to change a weight tile by tile. Made by `Delta.load`, lives for one module."""
+
+    shape: tuple[int, ...]
+    scale: float
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) of scale * dW in float64, shape (stop - start, prod(shape[1:])). Raises RefusedError when not additive."""
+
+    def low_rank(self) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """(up (out, r), down (r, prod(rest))) as float64 with up @ down = dW, without the scale; None when dW has no such form."""
+        return None
+
+    def merged(self, weight: RowReader, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) of the changed weight W' in float64. Additive algorithms give W + scale * dW."""
+        result: NDArray[np.float64] = weight(start, stop) + self.rows(start, stop)
+        return result
+
+
+class Delta(ABC):
+    """One algorithm's factors for one target.
+
+    `shape` is that of the changed weight as (out, in) or (out, in, *kernel). Norms and inner products go through the factors where
+    the algorithm has low-rank form; they include the scale and raise RefusedError when the scale is unknown.
+    """
+
+    algorithm: ClassVar[str]
+    additive: ClassVar[bool] = True
+    """True when W' = W + scale * dW with a dW that does not depend on W."""
+    scaling: Scaling
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it changes."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | None:
+        """The factor rank; None where the word has no meaning."""
+
+    @abstractmethod
+    def factors(self) -> Mapping[str, Tensor]:
+        """The stored factors by role (`up`, `down`, `mid`, `magnitude`, ...), in a fixed order."""
+
+    @abstractmethod
+    def load(self) -> Update:
+        """Read the factors and return the delta ready for work."""
+
+    @property
+    def alpha(self) -> float | None:
+        """Alpha as stored."""
+        return self.scaling.alpha
+
+    @property
+    def scale(self) -> float | None:
+        """The effective multiplier; None when unknown."""
+        return self.scaling.value(self.rank)
+
+    def known_scale(self) -> float:
+        """The effective multiplier. Raises RefusedError when it is unknown or not finite."""
+        scale = self.scale
+        if scale is None:
+            raise RefusedError(
+                "the effective scale is not stored in the files and is never guessed", remedy="give it with --alpha or --scale"
+            )
+        if not isfinite(scale):
+            raise MalformedError("the effective scale is not a finite number", found=scale)
+        return scale
+
+    def frobenius(self) -> float:
+        """||scale * dW||_F. The default forms rows tile by tile; low-rank algorithms override it."""
+        total = 0.0
+        update = self.load()
+        for start, stop in tiles(self.shape):
+            rows = update.rows(start, stop)
+            total += float((rows * rows).sum())
+        return sqrt(total)
+
+    def inner(self, other: Delta) -> float:
+        """<scale * dW, scale' * dW'>_F of two deltas of one shape. The default forms rows tile by tile."""
+        if self.shape != other.shape:
+            raise MalformedError("deltas of different shapes have no inner product", expected=self.shape, found=other.shape)
+        mine, theirs = self.load(), other.load()
+        ours, others = mine.low_rank(), theirs.low_rank()
+        if ours is not None and others is not None:
+            up, down = ours
+            up2, down2 = others
+            return mine.scale * theirs.scale * float(((up.T @ up2) * (down @ down2.T)).sum())
+        return sum(float((mine.rows(start, stop) * theirs.rows(start, stop)).sum()) for start, stop in tiles(self.shape))
+
+
+def tiles(shape: tuple[int, ...], elements: int = 1 << 20) -> list[tuple[int, int]]:
+    """Row ranges of a weight of this shape, each of at most about `elements` elements."""
+    out = shape[0] if shape else 0
+    step = max(1, elements // max(1, prod(shape[1:])))
+    return [(start, min(start + step, out)) for start in range(0, out, step)]

@@ -1,0 +1,90 @@
+"""Outputs that appear whole or not at all: written beside their final place, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upparam.errors import OutputExistsError, UnreadableError
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raise OutputExistsError if `out` is there and `force` is not set, UnreadableError if its parent folder is not."""
+    if not out.parent.is_dir():
+        raise UnreadableError("the folder to write into does not exist", file=out.parent, remedy="create it first")
+    if os.path.lexists(out) and not force:
+        raise OutputExistsError("the output already exists", file=out, remedy="choose another name or give --force")
+
+
+@contextmanager
+def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `out`; on success it is synced and renamed to `out`, on any error removed.
+
+    Raises OutputExistsError before anything is written if `out` exists and `force` is not set.
+    """
+    refuse_existing(out, force)
+    if out.is_dir():
+        raise OutputExistsError("a folder stands where the file should go", file=out)
+    descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        temporary.replace(out)
+        _sync(out.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `out`; on success its files are synced and it is renamed to `out`, on any error removed.
+
+    With `force` an existing `out` is replaced as a whole, and stays until the new one is complete.
+    """
+    refuse_existing(out, force)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for path in sorted(temporary.rglob("*")):
+            _sync(path)
+        _sync(temporary)
+        _swap(temporary, out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, out: Path) -> None:
+    if not os.path.lexists(out):
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        new.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

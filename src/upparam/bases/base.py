@@ -1,0 +1,34 @@
+"""What a base model is to us: its modules, in order, with their weight shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Module(NamedTuple):
+    """One module of a base that holds a weight: reference path, class ('' when only a header is known) and weight shape as stored."""
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model as data: modules in traversal order. From a shipped inventory or from the header of the user's own file.
+
+    `shape` of a Conv1D weight (GPT-2) is (in, out) as stored, `kind` then is 'Conv1D'.
+    """
+
+    name: str
+    modules: tuple[Module, ...]
+    family: str = ""
+    evidence: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def by_path(self) -> Mapping[str, Module]:
+        """Modules by reference path."""
+        return {module.path: module for module in self.modules}

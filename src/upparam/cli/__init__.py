@@ -1,0 +1,78 @@
+"""The command line: a table of commands, each a file of this package. Only the command that is called is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from upparam._version import __version__
+
+COMMANDS: dict[str, str] = {
+    "identify": "say what files are, with the evidence",
+    "inspect": "show what is inside an adapter, module by module",
+    "verify": "prove an adapter sound, or say what is wrong",
+    "assemble": "put factors and config together into a working adapter",
+    "split": "take an adapter apart into up, down and config",
+    "convert": "write an adapter in another dialect",
+    "merge": "bake adapters into a base model",
+}
+"""Name and one-line help of every command; `upparam.cli.NAME` (dashes as underscores) holds add_arguments(parser) and run(args) -> exit code."""
+
+EPILOG = (
+    """exit codes: 0 fine; 1 findings of error severity; 2 usage; 3 unreadable or malformed; 4 refused because something would be lost"""
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; every expected failure is one line on stderr (or a JSON object on stdout with --json)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="upparam",
+        description="The truth about low-rank adapter files. Nothing in a file is ever executed.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"upparam {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG)
+        if name == wanted:
+            command = importlib.import_module(f"upparam.cli.{name.replace('-', '_')}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from upparam.errors import UpparamError
+
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UpparamError as problem:
+        if getattr(args, "json", False):
+            import json
+
+            print(json.dumps(problem.facts(), ensure_ascii=False))
+        else:
+            print(f"upparam: {problem.line()}", file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print("upparam: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as problem:
+        where = f"{problem.filename}: " if problem.filename else ""
+        print(f"upparam: {where}{problem.strerror or problem}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

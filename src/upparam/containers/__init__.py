@@ -1,0 +1,84 @@
+"""Containers: how bytes become named tensors. One file a member; this table is all the rest of the program knows of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from types import ModuleType
+
+from upparam.containers import archive, gguf, lookalikes, npy, pickles, safetensors, torchfile
+from upparam.containers.base import Container, Head, TensorFile
+from upparam.errors import AmbiguousError, LimitError, UnreadableError
+from upparam.limits import MAX_ARCHIVE_NESTING, SNIFF_BYTES
+from upparam.tensors import FileSource, Source
+
+CONTAINERS: tuple[Container | ModuleType, ...] = (
+    safetensors,
+    gguf,
+    torchfile.zipped,
+    torchfile.legacy,
+    torchfile.tarred,
+    npy.single,
+    npy.archive,
+    pickles,
+)
+"""Every container that can be told from its bytes, most specific first. Headerless files carry no mark: see `raw`."""
+
+
+def head_of(source: Source, path: Path) -> Head:
+    """The first bytes of a source, for sniffing."""
+    return Head(source.read(0, min(SNIFF_BYTES, source.size)), source.size, path.name, source)
+
+
+def file_source(path: Path) -> FileSource:
+    """The bytes of a regular file. Raises UnreadableError for what is missing, a device, FIFO or socket, or not permitted."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as problem:
+        raise UnreadableError(problem.strerror or str(problem), file=path) from problem
+    if not stat.S_ISREG(mode):
+        raise UnreadableError("not a regular file", file=path, found=_kind(mode))
+    if not os.access(path, os.R_OK):
+        raise UnreadableError("permission denied", file=path)
+    return FileSource(path)
+
+
+def open_all(path: Path | str) -> list[TensorFile]:
+    """Every tensor file in `path`: one, or the members of an outer zip, tar or gz. Empty when it holds none (see `lookalikes`)."""
+    path = Path(path)
+    return _open(file_source(path), path, ())
+
+
+def open_file(path: Path | str) -> TensorFile:
+    """The one tensor file in `path`. Raises UnreadableError saying what it is instead, AmbiguousError when an archive holds several."""
+    found = open_all(path)
+    if len(found) > 1:
+        raise AmbiguousError("the archive holds several tensor files", file=path, found=", ".join(file.name for file in found), remedy="unpack it and name one")
+    if not found:
+        look = lookalikes.recognise(head_of(file_source(Path(path)), Path(path)))
+        raise UnreadableError(f"no tensors can be read from it: {look.message}", file=path, found=look.kind)
+    return found[0]
+
+
+def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorFile]:
+    head = head_of(source, path)
+    for container in CONTAINERS:
+        if container.sniff(head):
+            file = container.read(source, path)
+            file.wrapping = wrapping
+            return [file]
+    if not archive.sniff(head):
+        return []
+    if len(wrapping) >= MAX_ARCHIVE_NESTING:
+        raise LimitError("archives nested deeper than any real download", file=path, expected=f"<= {MAX_ARCHIVE_NESTING}")
+    kind, members = archive.members(source, path)
+    found: list[TensorFile] = []
+    for name, member in members:
+        found += _open(member, path / name, (*wrapping, kind))
+    return found
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"))
+    return next((text for test, text in kinds if test(mode)), "a special file")

@@ -1,0 +1,166 @@
+"""safetensors: 8 bytes of header length, a JSON header, then the data without gaps.
+
+The header is read by our own code (no numpy, no extension module on the path of `identify`) with every check of the format:
+lengths, offsets, overlaps and gaps, duplicate keys, dtype and shape against the byte range. Source: the format section of
+huggingface/safetensors README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from upparam.containers.base import Head, TensorFile
+from upparam.errors import LimitError, MalformedError
+from upparam.findings import Finding, warning
+from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER, MAX_TENSORS
+from upparam.tensors import BY_CODE, Source, Tensor
+
+name = "safetensors"
+title = "safetensors"
+
+
+def sniff(head: Head) -> bool:
+    """A plausible length followed by an opening brace."""
+    if len(head.data) < 9 or head.data[8:9] != b"{":
+        return False
+    return int.from_bytes(head.data[:8], "little") <= max(MAX_SAFETENSORS_HEADER, head.size)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise MalformedError("the header names a key twice", tensor=key, remedy="the file is malformed or crafted; do not trust it")
+            seen.add(key)
+    return found
+
+
+def read(source: Source, path: Path) -> TensorFile:
+    """Names, dtypes, shapes and byte ranges. Raises MalformedError or LimitError, naming the tensor."""
+    if source.size < 8:
+        raise MalformedError("too short for a safetensors file", file=path, expected="at least 8 bytes", found=source.size)
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > MAX_SAFETENSORS_HEADER:
+        raise LimitError("the header is longer than any real one", file=path, expected=f"<= {MAX_SAFETENSORS_HEADER}", found=length)
+    if 8 + length > source.size:
+        raise MalformedError(
+            "the file ends inside its header",
+            file=path,
+            expected=f"{8 + length} bytes",
+            found=source.size,
+            remedy="the download is truncated; fetch it again",
+        )
+    try:
+        header = json.loads(source.read(8, length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as problem:
+        raise MalformedError(f"the header is not valid JSON: {problem}", file=path) from problem
+    except MalformedError as problem:
+        problem.file = str(path)
+        raise type(problem)(problem.message, file=path, tensor=problem.tensor, remedy=problem.remedy) from None
+    if not isinstance(header, dict):
+        raise MalformedError("the header is not a JSON object", file=path, found=type(header).__name__)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedError("__metadata__ must map strings to strings", file=path)
+    if len(header) > MAX_TENSORS:
+        raise LimitError("more tensors than any real file", file=path, expected=f"<= {MAX_TENSORS}", found=len(header))
+    data = 8 + length
+    tensors: dict[str, Tensor] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for key, entry in header.items():
+        tensor, start, stop = _tensor(source, path, key, entry, data)
+        tensors[key] = tensor
+        ranges.append((start, stop, key))
+    findings = _check_ranges(path, ranges, source.size - data)
+    return TensorFile(path, name, tensors, metadata, findings=findings, data_start=data)
+
+
+def _tensor(source: Source, path: Path, key: str, entry: Any, data: int) -> tuple[Tensor, int, int]:
+    try:
+        code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        integers = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        integers, code, shape, start, stop = False, None, (), 0, 0
+    if not integers or start > stop:
+        raise MalformedError("an entry needs dtype, shape and data_offsets of whole numbers", file=path, tensor=key, found=str(entry)[:120])
+    dtype = BY_CODE.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise MalformedError(
+            "an element type upparam does not read", file=path, tensor=key, expected="one of " + " ".join(BY_CODE), found=code
+        )
+    if len(shape) > MAX_DIMS:
+        raise LimitError("more dimensions than any real tensor", file=path, tensor=key, expected=f"<= {MAX_DIMS}", found=len(shape))
+    if prod(shape) * dtype.itemsize != stop - start:
+        raise MalformedError(
+            "shape and byte range disagree",
+            file=path,
+            tensor=key,
+            expected=f"{prod(shape) * dtype.itemsize} bytes for {code} {shape}",
+            found=stop - start,
+        )
+    return Tensor(dtype, tuple(shape), source, data + start), start, stop
+
+
+def _check_ranges(path: Path, ranges: list[tuple[int, int, str]], available: int) -> list[Finding]:
+    end, last = 0, ""
+    for start, stop, key in sorted(ranges):
+        if start < end:
+            raise MalformedError(f"the bytes overlap those of '{last}'", file=path, tensor=key, expected=f"start >= {end}", found=start)
+        if start > end:
+            raise MalformedError(
+                f"a gap of {start - end} bytes that no tensor owns", file=path, tensor=key, expected=f"start {end}", found=start
+            )
+        if stop > available:
+            raise MalformedError(
+                "the file ends before the data does", file=path, tensor=key, expected=f"{stop} bytes of data", found=available,
+                remedy="the download is truncated; fetch it again",
+            )  # fmt: skip
+        end, last = stop, key
+    if end < available:
+        return [
+            warning(
+                "trailing-bytes", path.name, f"{available - end} bytes follow the last tensor and belong to none", f"data ends at {end}"
+            )
+        ]
+    return []
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The length prefix and JSON header for these tensors laid out in the given order, padded so that data starts on 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for key, tensor in tensors.items():
+        header[key] = {"dtype": tensor.dtype.code, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def layout_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The order safetensors' own writer uses: widest dtype first, then by name, so that every tensor is aligned."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file to a binary stream, one tensor in memory at a time."""
+    ordered = layout_order(tensors)
+    stream.write(header_bytes(ordered, metadata))
+    for tensor in ordered.values():
+        for chunk in chunks(tensor):
+            stream.write(chunk)
+
+
+def chunks(tensor: Tensor, size: int = 16 << 20) -> Iterable[bytes]:
+    """The tensor's little-endian bytes, in pieces when they lie contiguously in a file, so that a huge table never fills memory."""
+    if tensor.is_contiguous and not tensor.big_endian and hasattr(tensor.source, "fileno"):
+        for at in range(0, tensor.nbytes, size):
+            yield tensor.source.read(tensor.offset + at, min(size, tensor.nbytes - at))
+    else:
+        yield tensor.raw()

@@ -1,0 +1,41 @@
+"""Dialects: how names and side files become an adapter. One file a member; this table is all the rest of the program knows of them."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import entry_points
+
+from upparam.containers.base import TensorFile
+from upparam.dialects.base import Dialect, Match
+from upparam.errors import UsageError
+
+DIALECTS: dict[str, str] = {
+    "peft": "upparam.dialects.peft",
+    "triad": "upparam.dialects.triad",
+}
+"""Dialect name to the module that holds `dialect`, a Dialect. Order decides between equal matches."""
+
+
+@cache
+def get(name: str) -> Dialect:
+    """The dialect of that name, ours or an installed plugin's. Raises UsageError listing what there is."""
+    if name in DIALECTS:
+        found: Dialect = importlib.import_module(DIALECTS[name]).dialect
+        return found
+    plugins = {point.name: point for point in entry_points(group="upparam.dialects")}
+    if name in plugins:
+        plugin: Dialect = plugins[name].load()
+        return plugin
+    raise UsageError("no such dialect", expected="one of " + ", ".join([*DIALECTS, *plugins]), found=name)
+
+
+def matches(file: TensorFile) -> list[Match]:
+    """Every dialect that recognises the file, best first. Plugins are asked only where none of ours is sure."""
+    found = [match for name in DIALECTS if (match := get(name).match(file)) is not None]
+    if not any(match.confidence >= 0.9 for match in found):
+        for point in entry_points(group="upparam.dialects"):
+            match = get(point.name).match(file)
+            if match is not None:
+                found.append(match)
+    return sorted(found, key=lambda match: -match.confidence)

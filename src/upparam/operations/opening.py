@@ -1,0 +1,103 @@
+"""From a path to adapters: which files belong together, which dialect they speak, and the canonical form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from upparam import dialects
+from upparam.adapter import Adapter
+from upparam.containers import open_all
+from upparam.containers.base import TensorFile
+from upparam.dialects.base import Bundle, Match, ReadOptions
+from upparam.errors import AmbiguousError, NotAnAdapterError, UnreadableError, UpparamError
+
+
+@dataclass
+class Candidate:
+    """Files that together look like one adapter, and the dialects they may speak, best first."""
+
+    bundle: Bundle
+    matches: list[Match]
+
+    @property
+    def match(self) -> Match:
+        """The best match."""
+        return self.matches[0]
+
+
+def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]]:
+    """The tensor files at a path (a folder is not searched below its own level), and the files that could not be read, with why."""
+    if not path.is_dir():
+        return open_all(path), {}
+    found: list[TensorFile] = []
+    problems: dict[Path, UpparamError] = {}
+    for member in sorted(path.iterdir()):
+        if member.is_file() and not member.name.startswith("."):
+            try:
+                found += open_all(member)
+            except UpparamError as problem:
+                problems[member] = problem
+    return found, problems
+
+
+def candidates(path: Path | str) -> list[Candidate]:
+    """Every adapter candidate at a path, in file order. A file's siblings in its folder are looked at as possible partners."""
+    path = Path(path)
+    files, _ = tensor_files(path)
+    return group(files, path if path.is_dir() else path.parent, lambda: files if path.is_dir() else _siblings(path, files))
+
+
+def _siblings(path: Path, files: list[TensorFile]) -> list[TensorFile]:
+    neighbours, _ = tensor_files(path.parent)
+    return files + [file for file in neighbours if file.path != path]
+
+
+def group(files: list[TensorFile], folder: Path, siblings: object) -> list[Candidate]:
+    """Gather files into candidates: each file's best dialect says which of its siblings belong to it."""
+    found: list[Candidate] = []
+    taken: set[Path] = set()
+    everyone: list[TensorFile] | None = None
+    for file in files:
+        if file.path in taken:
+            continue
+        matched = dialects.matches(file)
+        if not matched:
+            continue
+        dialect = dialects.get(matched[0].dialect)
+        if everyone is None:
+            everyone = siblings() if callable(siblings) else []
+        members = dialect.gather(file, [other for other in everyone if other.path != file.path and other.path not in taken])
+        taken.update(member.path for member in members)
+        found.append(Candidate(Bundle(members, folder), matched))
+    return found
+
+
+def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadOptions | None = None) -> Adapter:
+    """The adapter at `path`, a file or a folder, in canonical form; factors are read when needed.
+
+    Raises NotAnAdapterError when there is none, AmbiguousError when there are several, DeadAdapterError when a part is missing,
+    and what the containers raise for files that break their format.
+    """
+    path = Path(path)
+    found = candidates(path)
+    if dialect is not None:
+        found = [candidate for candidate in found if any(match.dialect == dialect for match in candidate.matches)]
+    if not found:
+        _explain_nothing(path, dialect)
+    if len(found) > 1:
+        names = "; ".join(f"{candidate.bundle.main.name} ({candidate.match.dialect})" for candidate in found)
+        raise AmbiguousError("several adapters lie here", file=path, found=names, remedy="name the file you mean")
+    name = dialect or found[0].match.dialect
+    return dialects.get(name).read(found[0].bundle, options or ReadOptions())
+
+
+def _explain_nothing(path: Path, dialect: str | None) -> None:
+    files, problems = tensor_files(path)
+    if problems and not files:
+        raise next(iter(problems.values()))
+    if files:
+        shown = ", ".join(list(files[0].tensors)[:3])
+        wanted = f" of dialect {dialect}" if dialect else ""
+        raise NotAnAdapterError(f"no low-rank adapter{wanted} here", file=path, found=f"{len(files[0].tensors)} tensors such as {shown}", remedy="see 'upparam identify'")
+    raise UnreadableError("no tensors can be read here", file=path, remedy="see 'upparam identify'")

@@ -1,0 +1,47 @@
+"""What an operation did and how it was proved: one line for people, the same facts for machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from upparam.findings import Finding
+
+
+@dataclass
+class Receipt:
+    """The outcome of an operation that wrote something.
+
+    `counts` are the numbers that matter (tensors, bytes, elements changed, ...), `proofs` the checks done on what was written and
+    read back, each a full statement; `outputs` the paths written.
+    """
+
+    operation: str
+    inputs: list[str]
+    outputs: list[str]
+    counts: dict[str, Any] = field(default_factory=dict)
+    proofs: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float | None = None
+
+    def line(self) -> str:
+        """The one-line receipt."""
+        counts = ", ".join(
+            f"{value:,} {name.replace('_', ' ')}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value}"
+            for name, value in self.counts.items()
+        )
+        proofs = "; ".join(self.proofs) or "not verified"
+        return f"{self.operation}: {' '.join(self.outputs)} ({counts}) - {proofs}"
+
+    def facts(self) -> dict[str, Any]:
+        """The receipt as JSON-ready facts."""
+        facts: dict[str, Any] = {
+            "operation": self.operation,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "counts": self.counts,
+            "proofs": self.proofs,
+        }
+        if self.seconds is not None:
+            facts["seconds"] = round(self.seconds, 3)
+        return facts | {"findings": [finding.facts() for finding in self.findings]}

@@ -1,0 +1,1 @@
+"""Facts to terminal text, JSON and HTML: the same findings in each."""

@@ -1,0 +1,382 @@
+"""Lazy tensors: a dtype, a shape and the bytes of a source that hold the elements. Nothing is read until asked for.
+
+numpy is imported only by the functions that hand out arrays, so reading headers and identifying files never pays for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from upparam.errors import MalformedError, UnreadableError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type: its name here (numpy's and ml_dtypes' spelling), bytes per element and safetensors' code for it."""
+
+    name: str
+    itemsize: int
+    code: str
+
+    @property
+    def is_float(self) -> bool:
+        """True for real floating-point types of any width."""
+        return "float" in self.name
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The numpy dtype (little-endian); ml_dtypes supplies bfloat16 and the fp8 family."""
+        return _numpy_dtype(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_TABLE = (
+    ("float64", 8, "F64"), ("float32", 4, "F32"), ("float16", 2, "F16"), ("bfloat16", 2, "BF16"),
+    ("float8_e4m3fn", 1, "F8_E4M3"), ("float8_e5m2", 1, "F8_E5M2"), ("float8_e8m0fnu", 1, "F8_E8M0"),
+    ("float8_e4m3fnuz", 1, "F8_E4M3FNUZ"), ("float8_e5m2fnuz", 1, "F8_E5M2FNUZ"),
+    ("int64", 8, "I64"), ("int32", 4, "I32"), ("int16", 2, "I16"), ("int8", 1, "I8"),
+    ("uint64", 8, "U64"), ("uint32", 4, "U32"), ("uint16", 2, "U16"), ("uint8", 1, "U8"),
+    ("bool", 1, "BOOL"), ("complex64", 8, "C64"), ("complex128", 16, "C128"),
+)  # fmt: skip
+DTYPES: dict[str, DType] = {name: DType(name, itemsize, code) for name, itemsize, code in _TABLE}
+BY_CODE: dict[str, DType] = {dtype.code: dtype for dtype in DTYPES.values()}
+
+
+@cache
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    import numpy as np
+
+    if name == "bfloat16" or name.startswith("float8"):
+        import ml_dtypes
+
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
+    return np.dtype(name)
+
+
+def dtype_of(array: np.ndarray[Any, Any] | np.dtype[Any]) -> DType:
+    """The DType of a numpy array or dtype. Raises MalformedError for one that no adapter file can hold (object, str, ...)."""
+    name = str(getattr(array, "dtype", array))
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise MalformedError("an array of this dtype is not tensor data", found=name) from None
+
+
+class Source(Protocol):
+    """A span of bytes that can be read at any offset. `name` says which, for messages."""
+
+    name: str
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; raises MalformedError when the source is shorter."""
+        ...
+
+
+class FileSource:
+    """A span of a regular file, read with positioned reads; safe to share between threads. The file is opened on first use."""
+
+    def __init__(self, path: Path | str, start: int = 0, size: int | None = None) -> None:
+        self.path = Path(path)
+        self.name = str(path)
+        self.start = start
+        self._fd: int | None = None
+        self._lock = threading.Lock()
+        if size is None:
+            try:
+                size = self.path.stat().st_size - start
+            except OSError as problem:
+                raise UnreadableError(problem.strerror or str(problem), file=path) from problem
+        self.size = size
+
+    def fileno(self) -> int:
+        """The open descriptor, for callers that copy ranges."""
+        if self._fd is None:
+            with self._lock:
+                if self._fd is None:
+                    try:
+                        self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+                    except OSError as problem:
+                        raise UnreadableError(problem.strerror or str(problem), file=self.path) from problem
+        return self._fd
+
+    def span(self, offset: int, size: int) -> FileSource:
+        """A narrower span of the same file."""
+        return FileSource(self.path, self.start + offset, size)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`."""
+        self._check(offset, size)
+        parts: list[bytes] = []
+        at, left = self.start + offset, size
+        while left:
+            part = os.pread(self.fileno(), left, at)
+            if not part:
+                raise MalformedError(
+                    "the file ends early", file=self.path, expected=f"{size} bytes at {self.start + offset}", found=f"{size - left}"
+                )
+            parts.append(part)
+            at, left = at + len(part), left - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (writable, bytes) from `offset`, without an intermediate copy."""
+        self._check(offset, len(buffer))
+        at, view = self.start + offset, buffer
+        while view:
+            count = os.preadv(self.fileno(), [view], at)
+            if not count:
+                raise MalformedError(
+                    "the file ends early", file=self.path, expected=f"{len(buffer)} bytes", found=f"{len(buffer) - len(view)}"
+                )
+            at, view = at + count, view[count:]
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise MalformedError(
+                "a read reaches outside the file", file=self.path, expected=f"within {self.size} bytes", found=f"{offset}+{size}"
+            )
+
+    def close(self) -> None:
+        """Close the descriptor; a later read opens the file again."""
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
+
+class MemorySource:
+    """Bytes already in memory."""
+
+    def __init__(self, data: bytes | memoryview, name: str = "memory") -> None:
+        self.data = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self.name = name
+        self.size = len(self.data)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise MalformedError(
+                "a read reaches outside the data", file=self.name, expected=f"within {self.size} bytes", found=f"{offset}+{size}"
+            )
+        return bytes(self.data[offset : offset + size])
+
+
+class ComputedSource:
+    """Bytes produced when first read, and produced anew at each read: results that are written once and never held."""
+
+    def __init__(self, size: int, produce: Callable[[], bytes], name: str = "computed") -> None:
+        self.size = size
+        self.name = name
+        self._produce = produce
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`."""
+        data = self._produce()
+        if len(data) != self.size:
+            raise MalformedError("a computed tensor has the wrong length", file=self.name, expected=self.size, found=len(data))
+        return data if (offset, size) == (0, self.size) else data[offset : offset + size]
+
+
+class JoinedSource:
+    """Several contiguous tensors laid end to end: rows stacked without holding them all."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = tuple(parts)
+        self.name = "+".join(part.source.name for part in self.parts[:3])
+        self.size = sum(part.nbytes for part in self.parts)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`."""
+        found: list[bytes] = []
+        start, stop, at = offset, offset + size, 0
+        for part in self.parts:
+            low, high = max(start, at), min(stop, at + part.nbytes)
+            if low < high:
+                found.append(part.raw()[low - at : high - at])
+            at += part.nbytes
+        return b"".join(found)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """C-order strides in elements for `shape`."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that has not been read yet.
+
+    `offset` is in bytes within `source`; `strides` are in elements, None meaning C-contiguous. Views (transposed, rows, reshape)
+    share the source. Constructing one does not check that the bytes exist: containers do that once, with `check()`.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    source: Source = field(repr=False)
+    offset: int = 0
+    strides: tuple[int, ...] | None = None
+    big_endian: bool = False
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, laid out contiguously."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True when the elements lie in C order without gaps."""
+        if self.strides is None or self.numel <= 1:
+            return True
+        wanted = contiguous_strides(self.shape)
+        return all(size == 1 or have == want for size, have, want in zip(self.shape, self.strides, wanted, strict=True))
+
+    @property
+    def span(self) -> int:
+        """Bytes from `offset` to the end of the last element."""
+        if not self.numel:
+            return 0
+        if self.is_contiguous:
+            return self.nbytes
+        assert self.strides is not None
+        return (sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)) + 1) * self.dtype.itemsize
+
+    def check(self, name: str | None = None) -> None:
+        """Raise MalformedError unless the source can back every element (negative strides and sizes are refused too)."""
+        if any(size < 0 for size in self.shape) or any(stride < 0 for stride in self.strides or ()) or self.offset < 0:
+            raise MalformedError(
+                "negative size, stride or offset", file=self.source.name, tensor=name, found=f"{self.shape} {self.strides} {self.offset}"
+            )
+        if self.strides is not None and len(self.strides) != len(self.shape):
+            raise MalformedError(
+                "strides and shape differ in length", file=self.source.name, tensor=name, found=f"{self.shape} {self.strides}"
+            )
+        if self.offset + self.span > self.source.size:
+            raise MalformedError(
+                "the data ends before the tensor does", file=self.source.name, tensor=name,
+                expected=f"{self.offset + self.span} bytes", found=f"{self.source.size}",
+                remedy="the file is truncated or its header lies; fetch it again",
+            )  # fmt: skip
+
+    def read(self) -> NDArray[Any]:
+        """The elements as a fresh, writable, C-contiguous, native-endian numpy array."""
+        import numpy as np
+
+        dtype = self.dtype.numpy
+        if self.big_endian:
+            dtype = dtype.newbyteorder(">")
+        data = bytearray(self.source.read(self.offset, self.span))
+        if self.is_contiguous:
+            array = np.frombuffer(data, dtype=dtype, count=self.numel).reshape(self.shape)
+        else:
+            assert self.strides is not None
+            flat = np.frombuffer(data, dtype=dtype)
+            steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
+            array = np.lib.stride_tricks.as_strided(flat, self.shape, steps).copy() if self.numel else np.empty(self.shape, dtype)
+        return array.astype(self.dtype.numpy) if self.big_endian else array
+
+    def raw(self) -> bytes:
+        """The elements as little-endian C-order bytes, exactly as safetensors would store them."""
+        if self.is_contiguous and not self.big_endian:
+            return self.source.read(self.offset, self.nbytes)
+        return self.read().tobytes()
+
+    @property
+    def T(self) -> Tensor:  # noqa: N802 - numpy's and torch's name for it
+        """The transposed view (axes reversed)."""
+        strides = self.strides or contiguous_strides(self.shape)
+        return replace(self, shape=self.shape[::-1], strides=strides[::-1])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The view of `self[start:stop]` along the first axis."""
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise MalformedError("rows outside the tensor", file=self.source.name, expected=f"within {self.shape}", found=f"{start}:{stop}")
+        step = (self.strides or contiguous_strides(self.shape))[0]
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * step * self.dtype.itemsize)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """The view of `self[:, start:stop]` of a matrix."""
+        return self.T.rows(start, stop).T
+
+    def reshape(self, shape: Sequence[int]) -> Tensor:
+        """The view with another shape of as many elements. Free when contiguous, or when only axes of size 1 come or go; else computed when read."""
+        shape = tuple(shape)
+        if prod(shape) != self.numel:
+            raise MalformedError("a reshape changes the number of elements", file=self.source.name, expected=self.shape, found=shape)
+        if self.is_contiguous:
+            return replace(self, shape=shape, strides=None)
+        kept = [(size, stride) for size, stride in zip(self.shape, self.strides or (), strict=True) if size != 1]
+        if [size for size, _ in kept] == [size for size in shape if size != 1]:
+            left = iter(kept)
+            return replace(self, shape=shape, strides=tuple(1 if size == 1 else next(left)[1] for size in shape))
+        return Tensor(self.dtype, shape, ComputedSource(self.nbytes, self.raw, self.source.name))
+
+    @staticmethod
+    def of(array: NDArray[Any], name: str = "memory") -> Tensor:
+        """A tensor over an array already in memory (copied if it is not contiguous)."""
+        import numpy as np
+
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("="))
+        data = array.reshape(-1).view(np.uint8).data if array.size else b""
+        return Tensor(dtype_of(array), tuple(array.shape), MemorySource(data, name))
+
+    @staticmethod
+    def computed(dtype: DType, shape: Sequence[int], produce: Callable[[], NDArray[Any]], name: str = "computed") -> Tensor:
+        """A tensor whose array is made by `produce` each time it is read; it must have this dtype and shape."""
+        shape = tuple(shape)
+
+        def make() -> bytes:
+            array = produce()
+            if tuple(array.shape) != shape or array.dtype != dtype.numpy:
+                raise MalformedError(
+                    "a computed tensor came out wrong", tensor=name, expected=f"{dtype} {shape}", found=f"{array.dtype} {array.shape}"
+                )
+            return array.tobytes()
+
+        return Tensor(dtype, shape, ComputedSource(prod(shape) * dtype.itemsize, make, name))
+
+    @staticmethod
+    def stack(parts: Sequence[Tensor]) -> Tensor:
+        """`parts` joined along the first axis, lazily. They must agree in dtype and in every other axis."""
+        first = parts[0]
+        for part in parts[1:]:
+            if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
+                raise MalformedError(
+                    "parts that do not stack", expected=f"{first.dtype} (*, {first.shape[1:]})", found=f"{part.dtype} {part.shape}"
+                )
+        return Tensor(first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), JoinedSource(parts))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """True when dtype, shape and every byte agree (NaN payloads and signed zeros included)."""
+    return one.dtype == other.dtype and one.shape == other.shape and one.raw() == other.raw()
