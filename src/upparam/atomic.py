@@ -22,24 +22,22 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 @contextmanager
 def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `out`; on success it is synced and renamed to `out`, on any error removed.
+    """Yield a path of the same name in a temporary folder beside `out`; on success it is synced and renamed to `out`, on any error removed.
 
     Raises OutputExistsError before anything is written if `out` exists and `force` is not set.
     """
     refuse_existing(out, force)
     if out.is_dir():
         raise OutputExistsError("a folder stands where the file should go", file=out)
-    descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    temporary = folder / out.name
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         _sync(temporary)
         temporary.replace(out)
         _sync(out.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -99,5 +99,10 @@ def _explain_nothing(path: Path, dialect: str | None) -> None:
     if files:
         shown = ", ".join(list(files[0].tensors)[:3])
         wanted = f" of dialect {dialect}" if dialect else ""
-        raise NotAnAdapterError(f"no low-rank adapter{wanted} here", file=path, found=f"{len(files[0].tensors)} tensors such as {shown}", remedy="see 'upparam identify'")
+        raise NotAnAdapterError(
+            f"no low-rank adapter{wanted} here",
+            file=path,
+            found=f"{len(files[0].tensors)} tensors such as {shown}",
+            remedy="see 'upparam identify'",
+        )
     raise UnreadableError("no tensors can be read here", file=path, remedy="see 'upparam identify'")

@@ -1,0 +1,147 @@
+"""Convert: write an adapter in a dialect, read it back, and prove that it is the same adapter."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from upparam import dialects
+from upparam.adapter import Adapter
+from upparam.atomic import atomic_file, atomic_folder, refuse_existing
+from upparam.dialects.base import NamedTensors, Package, ReadOptions
+from upparam.errors import RefusedError, VerificationError
+from upparam.findings import Finding, warning
+from upparam.operations.opening import open_adapter
+from upparam.operations.proof import prove_same
+from upparam.operations.receipt import Receipt
+
+WRITERS: dict[str, str] = {
+    "safetensors": "upparam.containers.safetensors:write",
+    "torch": "upparam.containers.torchfile.write:write",
+    "npy": "upparam.containers.npy:write_npy",
+    "npz": "upparam.containers.npy:write_npz",
+    "raw": "upparam.containers.raw:write",
+    "gguf": "upparam.containers.gguf:write",
+}
+"""Container to its writer. safetensors and gguf take (stream, tensors, metadata), npz (stream, tensors), npy and raw (stream, tensor),
+torch (stream, structure)."""
+
+
+def convert(
+    path: Path | str,
+    out: Path | str,
+    to: str,
+    *,
+    read: ReadOptions | None = None,
+    force: bool = False,
+    verify: bool = True,
+    drop: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Receipt:
+    """Read the adapter at `path` and write it to `out` in dialect `to`. See `write_adapter` for what is raised."""
+    refuse_existing(Path(out), force)
+    adapter = open_adapter(path, options=read)
+    receipt = write_adapter(adapter, out, to, read=read, force=force, verify=verify, drop=drop, options=options)
+    receipt.inputs = [str(path)]
+    return receipt
+
+
+def write_adapter(
+    adapter: Adapter,
+    out: Path | str,
+    dialect: str,
+    *,
+    read: ReadOptions | None = None,
+    force: bool = False,
+    verify: bool = True,
+    drop: Collection[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Receipt:
+    """Write `adapter` to `out` (a folder, or a file where the dialect is one file) and prove the result by reading it back.
+
+    `drop` names what may be given up: `leftovers`, an ExtraKind value, or a kind that the dialect's own refusal names. `read` holds
+    what the user said when the adapter was read (base, targets); it is used again for the proof. Raises OutputExistsError,
+    RefusedError when something would be lost, VerificationError (and leaves nothing behind) when what was written reads back otherwise.
+    """
+    begun = time.monotonic()
+    out = Path(out)
+    member = dialects.get(dialect)
+    if not member.writable:
+        raise RefusedError(f"upparam reads {dialect} but does not write it", remedy="see 'upparam dialects'")
+    adapter, dropped = without(adapter, drop)
+    if adapter.leftovers:
+        shown = ", ".join(list(adapter.leftovers)[:5]) + (" ..." if len(adapter.leftovers) > 5 else "")
+        raise RefusedError(
+            f"{len(adapter.leftovers)} tensors that no rule of {adapter.dialect} explains would be lost",
+            file=adapter.files[0] if adapter.files else None,
+            found=shown,
+            remedy="give them up with --drop leftovers",
+        )
+    package = member.write(adapter, {**(options or {}), "drop": frozenset(drop)})
+    proofs: list[str] = []
+    if package.folder:
+        with atomic_folder(out, force=force) as temporary:
+            size = write_package(package, temporary)
+            if verify:
+                proofs = _prove(adapter, temporary, dialect, read)
+        outputs = [str(out / name) for name in package.files]
+    else:
+        if len(package.files) != 1:
+            raise VerificationError("a single-file dialect made several files", found=", ".join(package.files))
+        with atomic_file(out, force=force) as temporary:
+            size = write_file(next(iter(package.files.values())), temporary)
+            if verify:
+                proofs = _prove(adapter, temporary, dialect, read)
+        outputs = [str(out)]
+    counts = {"targets": len(adapter.deltas), "extras": len(adapter.extras), "bytes": size}
+    findings = [finding for finding in adapter.findings if finding.severity] + dropped
+    return Receipt(f"{adapter.dialect} to {dialect}", list(adapter.files), outputs, counts, proofs, findings, time.monotonic() - begun)
+
+
+def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:
+    """The adapter without the kinds of extras (and leftovers) named in `drop`, and a finding for each tensor given up."""
+    extras = [extra for extra in adapter.extras if extra.kind.value not in drop]
+    leftovers = {} if "leftovers" in drop else adapter.leftovers
+    gone = [(extra.name, extra.kind.value) for extra in adapter.extras if extra.kind.value in drop]
+    gone += [(name, "leftover") for name in adapter.leftovers if name not in leftovers]
+    findings = [warning("given-up", name, f"{kind} given up because --drop asked for it") for name, kind in gone]
+    return replace(adapter, extras=extras, leftovers=leftovers), findings
+
+
+def write_package(package: Package, folder: Path) -> int:
+    """Write every file of a package below `folder`; returns the bytes written."""
+    total = 0
+    for name, content in package.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        total += write_file(content, path)
+    return total
+
+
+def write_file(content: NamedTensors | bytes, path: Path) -> int:
+    """Write one file of a package; returns its size."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+        return len(content)
+    module, function = WRITERS[content.container].split(":")
+    writer = getattr(importlib.import_module(module), function)
+    with path.open("xb") as stream:
+        if content.container == "torch":
+            writer(stream, content.structure if content.structure is not None else dict(content.tensors))
+        elif content.container in ("npy", "raw"):
+            (tensor,) = content.tensors.values()
+            writer(stream, tensor)
+        elif content.container == "npz":
+            writer(stream, content.tensors)
+        else:
+            writer(stream, content.tensors, content.metadata)
+    return path.stat().st_size
+
+
+def _prove(adapter: Adapter, written: Path, dialect: str, read: ReadOptions | None) -> list[str]:
+    again = open_adapter(written, dialect=dialect, options=read)
+    return prove_same(adapter, again)

@@ -1,0 +1,124 @@
+"""Proof that two adapters are the same: bit for bit where possible, else by the distance of dW measured through the factors."""
+
+from __future__ import annotations
+
+from math import isclose, sqrt
+
+from upparam.adapter import Adapter, Extra, Target
+from upparam.algorithms.base import Delta, Update, tiles
+from upparam.errors import VerificationError
+from upparam.tensors import same_bits
+
+TOLERANCE = 1e-6
+"""Relative Frobenius distance of dW above which a re-expressed delta does not count as the same: a few float32 roundings of a factor."""
+
+
+def prove_same(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list[str]:
+    """Statements of what was checked. Raises VerificationError naming the first target that differs.
+
+    A target passes when every factor has the same bits and the effective scale is equal, or when ||dW - dW'|| <= tolerance * ||dW||.
+    Targets of one module that one side holds whole and the other in row slices are compared as whole modules.
+    """
+    if found.leftovers:
+        raise VerificationError(f"{len(found.leftovers)} written tensors read back as unexplained", tensor=next(iter(found.leftovers)))
+    exact, worst = 0, 0.0
+    ours, theirs = _by_module(meant), _by_module(found)
+    if set(ours) != set(theirs):
+        missing = sorted(set(ours) ^ set(theirs))
+        raise VerificationError(
+            "the targets read back differ", expected=f"{len(ours)} modules", found=f"{len(theirs)}", tensor=".".join(missing[0])
+        )
+    for module, pieces in ours.items():
+        others = theirs[module]
+        if pieces.keys() == others.keys() and all(same_delta(delta, others[target]) for target, delta in pieces.items()):
+            exact += 1
+            continue
+        gap = distance(pieces, others)
+        if not gap <= tolerance:
+            raise VerificationError(
+                "dW read back differs", tensor=".".join(module), expected=f"relative distance <= {tolerance:g}", found=f"{gap:.3g}"
+            )
+        worst = max(worst, gap)
+    _same_extras(meant.extras, found.extras)
+    proofs = []
+    if exact:
+        proofs.append(f"re-opened: {exact} of {len(ours)} modules bit-identical in factors and equal in scale")
+    if exact < len(ours):
+        proofs.append(f"re-opened: {len(ours) - exact} modules equal in dW (largest relative distance {worst:.2g})")
+    if meant.extras:
+        proofs.append(f"{len(meant.extras)} extras bit-identical")
+    return proofs
+
+
+def same_delta(one: Delta, other: Delta) -> bool:
+    """Same algorithm, same factor bits by role, same effective scale (or both unknown)."""
+    if one.algorithm != other.algorithm or one.shape != other.shape:
+        return False
+    mine, theirs = one.factors(), other.factors()
+    if mine.keys() != theirs.keys():
+        return False
+    if one.scale is None or other.scale is None:
+        if one.scale is not other.scale:
+            return False
+    elif not isclose(one.scale, other.scale, rel_tol=1e-12):
+        return False
+    return all(same_bits(factor, theirs[role]) for role, factor in mine.items())
+
+
+def distance(pieces: dict[Target, Delta], others: dict[Target, Delta]) -> float:
+    """||dW - dW'||_F / ||dW||_F over one module's targets, each a map of row slices; tile by tile in float64.
+
+    Algorithms without a dW of their own (not additive) cannot be compared so: infinity unless they are the same.
+    """
+    if not all(delta.additive for delta in (*pieces.values(), *others.values())):
+        return float("inf")
+    if any(delta.scale is None for delta in (*pieces.values(), *others.values())):
+        return float("inf")
+    high = max(_stop(target, delta) for target, delta in (*pieces.items(), *others.items()))
+    rest = next(iter(pieces.values())).shape[1:]
+    mine, theirs = _loaded(pieces), _loaded(others)
+    total = gap = 0.0
+    for start, stop in tiles((high, *rest)):
+        one, other = _rows(mine, start, stop), _rows(theirs, start, stop)
+        if one.shape != other.shape:
+            return float("inf")
+        total += float((one * one).sum())
+        gap += float(((one - other) ** 2).sum())
+    if total == 0.0:
+        return 0.0 if gap == 0.0 else float("inf")
+    return sqrt(gap / total)
+
+
+def _by_module(adapter: Adapter) -> dict[tuple[str, str], dict[Target, Delta]]:
+    found: dict[tuple[str, str], dict[Target, Delta]] = {}
+    for target, delta in adapter.deltas.items():
+        found.setdefault((target.module, target.parameter), {})[target] = delta
+    return found
+
+
+def _stop(target: Target, delta: Delta) -> int:
+    return target.rows[1] if target.rows else delta.shape[0]
+
+
+def _loaded(pieces: dict[Target, Delta]) -> list[tuple[int, int, Update]]:
+    return [(target.rows[0] if target.rows else 0, _stop(target, delta), delta.load()) for target, delta in pieces.items()]
+
+
+def _rows(loaded: list[tuple[int, int, Update]], start: int, stop: int):  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    width = next(update.rows(0, 1).shape[1] for _, _, update in loaded)
+    rows = np.zeros((stop - start, width))
+    for low, high, update in loaded:
+        first, last = max(start, low), min(stop, high)
+        if first < last:
+            rows[first - start : last - start] += update.rows(first - low, last - low)
+    return rows
+
+
+def _same_extras(meant: list[Extra], found: list[Extra]) -> None:
+    theirs = {(extra.kind, extra.name): extra.tensor for extra in found}
+    for extra in meant:
+        tensor = theirs.get((extra.kind, extra.name))
+        if tensor is None or not same_bits(extra.tensor, tensor):
+            raise VerificationError(f"the {extra.kind.value} read back differs or is missing", tensor=extra.name)
