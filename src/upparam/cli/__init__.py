@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "assemble": "put factors and config together into a working adapter",
     "split": "take an adapter apart into up, down and config",
     "convert": "write an adapter in another dialect",
+    "dialects": "list the dialects upparam reads and writes",
     "merge": "bake adapters into a base model",
 }
 """Name and one-line help of every command; `upparam.cli.NAME` (dashes as underscores) holds add_arguments(parser) and run(args) -> exit code."""

@@ -7,10 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upparam.operations.receipt import Receipt
 from upparam.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from upparam.dialects.base import ReadOptions
+    from upparam.operations.receipt import Receipt
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +27,30 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help=f"{what} to write; it appears whole or not at all")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What only the user may know about an adapter: --base, --target, --alpha, --scale, --rank."""
+    parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", help="module a nameless factor belongs to, in order (repeat; globs over the base)"
+    )
+    parser.add_argument("--alpha", type=float, help="alpha, where the files do not store it")
+    parser.add_argument("--scale", type=float, help="the effective multiplier, where the files do not store it")
+    parser.add_argument("--rank", type=int, help="rank, where headerless factors leave it open")
+
+
+def reading(args: argparse.Namespace) -> ReadOptions:
+    """The ReadOptions that `add_reading`'s arguments say."""
+    from upparam.dialects.base import ReadOptions
+
+    base = None
+    if args.base is not None:
+        from upparam.bases.find import find_base
+
+        base = find_base(args.base)
+    targets = tuple(args.target) if args.target else None
+    return ReadOptions(base=base, targets=targets, alpha=args.alpha, scale=args.scale, rank=args.rank)
 
 
 def emit(args: argparse.Namespace, facts: Any, render: Callable[[], str]) -> None:

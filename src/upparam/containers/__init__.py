@@ -54,7 +54,12 @@ def open_file(path: Path | str) -> TensorFile:
     """The one tensor file in `path`. Raises UnreadableError saying what it is instead, AmbiguousError when an archive holds several."""
     found = open_all(path)
     if len(found) > 1:
-        raise AmbiguousError("the archive holds several tensor files", file=path, found=", ".join(file.name for file in found), remedy="unpack it and name one")
+        raise AmbiguousError(
+            "the archive holds several tensor files",
+            file=path,
+            found=", ".join(file.name for file in found),
+            remedy="unpack it and name one",
+        )
     if not found:
         look = lookalikes.recognise(head_of(file_source(Path(path)), Path(path)))
         raise UnreadableError(f"no tensors can be read from it: {look.message}", file=path, found=look.kind)
@@ -80,5 +85,11 @@ def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorF
 
 
 def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISSOCK, "a socket"))
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+        (stat.S_ISSOCK, "a socket"),
+    )
     return next((text for test, text in kinds if test(mode)), "a special file")

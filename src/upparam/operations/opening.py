@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from upparam import dialects
 from upparam.adapter import Adapter
@@ -41,35 +44,60 @@ def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]
     return found, problems
 
 
+class Siblings(Sequence[TensorFile]):
+    """The other tensor files in a file's folder, read only when a dialect looks for partners."""
+
+    def __init__(self, path: Path, own: Sequence[TensorFile]) -> None:
+        self._path, self._own = path, own
+
+    @cached_property
+    def _found(self) -> list[TensorFile]:
+        neighbours, _ = tensor_files(self._path.parent)
+        return [*self._own, *(file for file in neighbours if file.path != self._path and self._path not in file.path.parents)]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+
+class Unclaimed(Sequence[TensorFile]):
+    """`files` without one file and without those that other candidates hold; looked at only when iterated."""
+
+    def __init__(self, files: Sequence[TensorFile], but: Collection[Path]) -> None:
+        self._files, self._but = files, but
+
+    @cached_property
+    def _left(self) -> list[TensorFile]:
+        return [file for file in self._files if file.path not in self._but]
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._left[index]
+
+
 def candidates(path: Path | str) -> list[Candidate]:
     """Every adapter candidate at a path, in file order. A file's siblings in its folder are looked at as possible partners."""
     path = Path(path)
     files, _ = tensor_files(path)
-    return group(files, path if path.is_dir() else path.parent, lambda: files if path.is_dir() else _siblings(path, files))
+    return group(files, path, files) if path.is_dir() else group(files, path.parent, Siblings(path, files))
 
 
-def _siblings(path: Path, files: list[TensorFile]) -> list[TensorFile]:
-    neighbours, _ = tensor_files(path.parent)
-    return files + [file for file in neighbours if file.path != path]
-
-
-def group(files: list[TensorFile], folder: Path, siblings: object) -> list[Candidate]:
+def group(files: Sequence[TensorFile], folder: Path, siblings: Sequence[TensorFile]) -> list[Candidate]:
     """Gather files into candidates: each file's best dialect says which of its siblings belong to it."""
     found: list[Candidate] = []
     taken: set[Path] = set()
-    everyone: list[TensorFile] | None = None
     for file in files:
         if file.path in taken:
             continue
         matched = dialects.matches(file)
-        if not matched:
-            continue
-        dialect = dialects.get(matched[0].dialect)
-        if everyone is None:
-            everyone = siblings() if callable(siblings) else []
-        members = dialect.gather(file, [other for other in everyone if other.path != file.path and other.path not in taken])
-        taken.update(member.path for member in members)
-        found.append(Candidate(Bundle(members, folder), matched))
+        if matched:
+            members = dialects.get(matched[0].dialect).gather(file, Unclaimed(siblings, taken | {file.path}))
+            taken.update(member.path for member in members)
+            found.append(Candidate(Bundle(members, folder), matched))
     return found
 
 

@@ -17,3 +17,9 @@ def finding_lines(findings: Iterable[Finding]) -> list[str]:
         evidence = f" [{'; '.join(finding.evidence)}]" if finding.evidence else ""
         lines.append(f"{MARKS[finding.severity]}: {finding.subject}: {finding.message}{sure}{evidence}")
     return lines
+
+
+def listed(values: Iterable[object], most: int = 6) -> str:
+    """Values as a short list; numbers without trailing zeros."""
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    return ", ".join(shown[:most]) + (f", ... ({len(shown)} values)" if len(shown) > most else "")

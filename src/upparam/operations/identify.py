@@ -1,0 +1,308 @@
+"""Identify: what a file or folder is, how its files belong together, and the evidence for every claim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upparam import dialects
+from upparam.adapter import Adapter, BaseHint
+from upparam.containers import file_source, head_of
+from upparam.containers.base import TensorFile
+from upparam.containers.lookalikes import LookAlike, recognise
+from upparam.dialects.base import ReadOptions
+from upparam.errors import AmbiguousError, DeadAdapterError, RefusedError, UnreadableError, UpparamError, UsageError
+from upparam.findings import Finding, error, exit_code, info, warning
+from upparam.operations.kinds import classify
+from upparam.operations.opening import Candidate, Siblings, group, tensor_files
+
+
+@dataclass
+class FileReport:
+    """What one file is by itself."""
+
+    path: Path
+    kind: str
+    message: str
+    container: str | None = None
+    dialect: str | None = None
+    tensors: int = 0
+    size: int = 0
+    wrapping: tuple[str, ...] = ()
+    findings: list[Finding] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return {
+            "path": str(self.path), "kind": self.kind, "message": self.message, "container": self.container, "dialect": self.dialect,
+            "tensors": self.tensors, "size": self.size, "wrapping": list(self.wrapping), "findings": [finding.facts() for finding in self.findings],
+        }  # fmt: skip
+
+
+@dataclass
+class AdapterReport:
+    """What files together are. `kind` is `adapter`, `orphan-factor` or `dead-adapter`; counts map a value to how many deltas have it."""
+
+    files: list[Path]
+    kind: str
+    dialect: str
+    confidence: float
+    algorithms: dict[str, int] = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
+    alphas: dict[float | None, int] = field(default_factory=dict)
+    scales: dict[float | None, int] = field(default_factory=dict)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    modules: int = 0
+    parameters: int = 0
+    extras: dict[str, int] = field(default_factory=dict)
+    bases: list[BaseHint] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return {
+            "files": [str(path) for path in self.files], "kind": self.kind, "dialect": self.dialect, "confidence": round(self.confidence, 3),
+            "algorithms": self.algorithms, "ranks": _pairs(self.ranks, "rank"), "alphas": _pairs(self.alphas, "alpha"),
+            "scales": _pairs(self.scales, "scale"), "dtypes": self.dtypes, "modules": self.modules, "parameters": self.parameters,
+            "extras": self.extras,
+            "bases": [
+                {"name": hint.name, "confidence": round(hint.confidence, 3), "stated": hint.stated, "evidence": list(hint.evidence), "lookalikes": list(hint.lookalikes)}
+                for hint in self.bases
+            ],
+            "findings": [finding.facts() for finding in self.findings],
+        }  # fmt: skip
+
+
+@dataclass
+class Identity:
+    """Everything known about one path."""
+
+    path: Path
+    files: list[FileReport]
+    adapters: list[AdapterReport]
+    findings: list[Finding] = field(default_factory=list)
+
+    def all_findings(self) -> list[Finding]:
+        """Findings of the path, its adapters and its files."""
+        return [*self.findings, *(f for a in self.adapters for f in a.findings), *(f for file in self.files for f in file.findings)]
+
+    @property
+    def exit_code(self) -> int:
+        """1 when any finding is an error, else 0."""
+        return exit_code(self.all_findings())
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return {
+            "path": str(self.path),
+            "adapters": [report.facts() for report in self.adapters],
+            "files": [report.facts() for report in self.files],
+            "findings": [finding.facts() for finding in self.findings],
+        }
+
+
+def identify(path: Path | str) -> Identity:
+    """What `path` is: a file (its folder is consulted for partners), or a folder. Raises UnreadableError only when the path cannot be opened.
+
+    Nothing in the files is executed; tensor data is not read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        members = sorted(member for member in path.iterdir() if member.is_file() and not member.name.startswith("."))
+        files, problems = tensor_files(path)
+        found = group(files, path, files)
+    else:
+        file_source(path)
+        members, problems, files = [path], {}, []
+        try:
+            files, problems = tensor_files(path)
+        except UpparamError as problem:
+            problems = {path: problem}
+        found = group(files, path.parent, Siblings(path, files))
+    adapters = [_adapter_report(candidate) for candidate in found]
+    reports = _file_reports(members, files, problems, found)
+    identity = Identity(path, reports, adapters)
+    identity.findings += _belonging(path, identity, found)
+    return identity
+
+
+def _file_reports(
+    members: list[Path], files: list[TensorFile], problems: dict[Path, UpparamError], found: list[Candidate]
+) -> list[FileReport]:
+    spoken = {file.path: candidate for candidate in found for file in candidate.bundle.files}
+    reports = []
+    for member in members:
+        inside = [file for file in files if file.path == member or member in file.path.parents]
+        if member in problems:
+            reports.append(_problem_report(member, problems[member]))
+        for file in inside:
+            candidate = spoken.get(file.path)
+            if candidate is not None:
+                kind, message, evidence, sure = (
+                    "adapter-file",
+                    f"tensors of a {candidate.match.dialect} adapter",
+                    candidate.match.evidence,
+                    candidate.match.confidence,
+                )
+            else:
+                known = classify(file)
+                kind, message, evidence, sure = known.name, known.message, known.evidence, known.confidence
+            claims = [info("kind", file.name, message, *evidence, confidence=None if sure == 1 else sure)]
+            reports.append(
+                FileReport(
+                    file.path, kind, message, file.container, candidate.match.dialect if candidate else None, len(file.tensors),
+                    member.stat().st_size, file.wrapping, [*claims, *file.findings],
+                )
+            )  # fmt: skip
+        if not inside and member not in problems:
+            reports.append(_lookalike_report(member))
+    return reports
+
+
+def _problem_report(path: Path, problem: UpparamError) -> FileReport:
+    look = _look(path)
+    kind = look.kind if look is not None and look.kind not in ("unknown", "text") else "malformed"
+    message = look.message if kind != "malformed" and look is not None else problem.message
+    return FileReport(path, kind, message, size=path.stat().st_size, findings=[error("unreadable", path.name, problem.line())])
+
+
+def _look(path: Path) -> LookAlike | None:
+    try:
+        return recognise(head_of(file_source(path), path))
+    except UnreadableError:
+        return None
+
+
+SIDE_FILES = {
+    ".json",
+    ".txt",
+    ".md",
+    ".jinja",
+    ".model",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".py",
+    ".log",
+    ".png",
+    ".jpg",
+    ".gitattributes",
+}
+
+
+def _lookalike_report(path: Path) -> FileReport:
+    look = _look(path)
+    if look is None:
+        return FileReport(path, "unreadable", "it cannot be opened", findings=[error("unreadable", path.name, "it cannot be opened")])
+    harmless = look.kind in ("json", "text") and path.suffix in SIDE_FILES
+    grade = info if harmless or look.kind == "unknown" else warning
+    return FileReport(
+        path, look.kind, look.message, size=path.stat().st_size, findings=[grade("kind", path.name, look.message, *look.evidence)]
+    )
+
+
+def _adapter_report(candidate: Candidate) -> AdapterReport:
+    match, bundle = candidate.match, candidate.bundle
+    subject = bundle.main.name if len(bundle.files) == 1 else bundle.folder.name
+    report = AdapterReport([file.path for file in bundle.files], "adapter", match.dialect, match.confidence)
+    member = dialects.get(match.dialect)
+    report.findings.append(
+        info("dialect", subject, f"{member.title}", *match.evidence, confidence=None if match.confidence == 1 else match.confidence)
+    )
+    try:
+        adapter = member.read(bundle, ReadOptions())
+    except DeadAdapterError as problem:
+        report.kind = "orphan-factor" if len(bundle.files) == 1 else "dead-adapter"
+        report.findings.append(error("dead-adapter", subject, f"dead: {problem.message}", *(part for part in (problem.remedy,) if part)))
+        return report
+    except (UsageError, RefusedError) as problem:
+        code = "ambiguous" if isinstance(problem, AmbiguousError) else "needs-more"
+        report.findings.append(warning(code, subject, problem.line()))
+        return report
+    except UpparamError as problem:
+        report.kind = "broken-adapter"
+        report.findings.append(error("broken-adapter", subject, problem.line()))
+        return report
+    describe(report, adapter, subject)
+    return report
+
+
+def describe(report: AdapterReport, adapter: Adapter, subject: str) -> None:
+    """Fill a report with what the canonical adapter says."""
+    deltas = adapter.deltas.values()
+    report.algorithms, report.ranks, report.dtypes = adapter.algorithms(), adapter.ranks(), adapter.dtypes()
+    report.alphas = _tally(delta.alpha for delta in deltas)
+    report.scales = _tally(delta.scale for delta in deltas)
+    report.modules = len({target.module for target in adapter.deltas})
+    report.parameters = sum(factor.numel for delta in deltas for factor in delta.factors().values())
+    report.extras = _tally(extra.kind.value for extra in adapter.extras)
+    report.bases = [adapter.base] if adapter.base is not None else []
+    rules = _tally(delta.scaling.rule.value for delta in deltas)
+    if None in report.scales:
+        report.findings.append(
+            warning(
+                "scale-unknown",
+                subject,
+                "the files do not say the effective scale",
+                f"{report.scales[None]} of {len(adapter.deltas)} deltas",
+                *rules,
+            )
+        )
+    else:
+        absent = report.alphas.get(None, 0)
+        said = "alpha absent: the rule then is alpha = rank" if absent and "alpha/rank" in rules else f"rule {', '.join(rules)}"
+        report.findings.append(
+            info("scale", subject, f"effective scale {', '.join(f'{scale:g}' for scale in report.scales if scale is not None)}", said)
+        )
+    for hint in report.bases:
+        others = (f"look-alikes: {', '.join(hint.lookalikes)}",) if hint.lookalikes else ()
+        said = "stated by the file" if hint.stated else "inferred"
+        report.findings.append(info("base", subject, f"base {hint.name} ({said})", *hint.evidence, *others, confidence=hint.confidence))
+    report.findings += adapter.findings
+    if adapter.leftovers:
+        shown = ", ".join(list(adapter.leftovers)[:3])
+        report.findings.append(
+            warning("leftovers", subject, f"{len(adapter.leftovers)} tensors that no rule of the dialect explains", shown)
+        )
+
+
+def _belonging(path: Path, identity: Identity, found: list[Candidate]) -> list[Finding]:
+    """How the files of a folder belong together: which to use of several, and what is missing."""
+    alive = [report for report in identity.adapters if report.kind == "adapter"]
+    if not path.is_dir() or len(identity.adapters) < 2 or not alive:
+        return []
+    ranked = sorted(alive, key=lambda report: (not report.files[0].name.endswith(".safetensors"), -report.confidence, report.files[0].name))
+    best = ranked[0]
+    alike = [
+        report for report in ranked[1:] if (report.modules, report.ranks, report.algorithms) == (best.modules, best.ranks, best.algorithms)
+    ]
+    names = ", ".join(report.files[0].name for report in ranked)
+    if alike:
+        reason = (
+            "same modules, ranks and algorithm; safetensors cannot carry code"
+            if best.files[0].suffix == ".safetensors"
+            else "same modules, ranks and algorithm"
+        )
+        return [
+            warning(
+                "several-adapters", path.name, f"{len(ranked)} files hold an adapter of the same shape: {names}; use {best.files[0].name}",
+                reason, "'upparam compare' tells whether the weights agree", confidence=0.8,
+            )
+        ]  # fmt: skip
+    return [warning("several-adapters", path.name, f"{len(ranked)} different adapters lie here: {names}; name the one you mean")]
+
+
+def _tally(values: Iterable[Any]) -> dict[Any, int]:
+    counts: dict[Any, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _pairs(counts: dict[Any, int], name: str) -> list[dict[str, Any]]:
+    return [{name: value, "count": count} for value, count in counts.items()]

@@ -1,0 +1,218 @@
+"""Inspect: what is inside an adapter, module by module, with norms computed through the factors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import Delta
+from upparam.containers import file_source, open_all
+from upparam.dialects.base import ReadOptions
+from upparam.errors import UsageError
+from upparam.operations.opening import open_adapter
+from upparam.progress import Progress, silent
+from upparam.tensors import FileSource, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ModuleStats:
+    """One delta in numbers. Norms are of scale * dW; with an unknown scale they are of dW and `scale` is None.
+
+    `spectral` and `stable_rank` (||dW||_F^2 / ||dW||_2^2) are None where dW has no low-rank form to compute them through.
+    `zeros` is the share of factor elements that are exactly zero, `dead` names factors that are all zero, `nonfinite` counts NaN and Inf.
+    """
+
+    target: str
+    algorithm: str
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    frobenius: float | None
+    spectral: float | None
+    stable_rank: float | None
+    zeros: float
+    dead: tuple[str, ...]
+    nonfinite: int
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return asdict(self)
+
+
+def inspect_modules(adapter: Adapter, glob: str | None = None, progress: Progress = silent) -> Iterator[ModuleStats]:
+    """Statistics of every delta whose target matches `glob` (shell pattern over the target's name), one module in memory at a time."""
+    chosen = [(target, delta) for target, delta in adapter.deltas.items() if glob is None or fnmatchcase(str(target), glob)]
+    total = sum(factor.nbytes for _, delta in chosen for factor in delta.factors().values())
+    done = 0
+    for target, delta in chosen:
+        yield module_stats(target, delta)
+        done += sum(factor.nbytes for factor in delta.factors().values())
+        progress(done, total, str(target))
+
+
+def module_stats(target: Target, delta: Delta) -> ModuleStats:
+    """Statistics of one delta."""
+    import numpy as np
+
+    factors = delta.factors()
+    zeros = nonfinite = 0
+    dead = []
+    for role, factor in factors.items():
+        values = factor.read()
+        if not factor.dtype.is_float:
+            continue
+        wide = values.astype(np.float32) if factor.dtype.itemsize < 4 else values
+        blank = int((wide == 0).sum())
+        zeros += blank
+        nonfinite += int((~np.isfinite(wide)).sum())
+        if factor.numel and blank == factor.numel:
+            dead.append(role)
+    elements = sum(factor.numel for factor in factors.values())
+    frobenius, spectral = (None, None) if nonfinite else _norms(delta)
+    stable = None
+    if frobenius is not None and spectral:
+        stable = (frobenius / spectral) ** 2
+    return ModuleStats(
+        str(target),
+        delta.algorithm,
+        delta.rank,
+        delta.alpha,
+        delta.scale,
+        {role: factor.shape for role, factor in factors.items()},
+        {role: factor.dtype.name for role, factor in factors.items()},
+        frobenius,
+        spectral,
+        stable,
+        zeros / elements if elements else 0.0,
+        tuple(dead),
+        nonfinite,
+    )
+
+
+def _norms(delta: Delta) -> tuple[float | None, float | None]:
+    scale = delta.scale
+    matrices = getattr(delta, "matrices", None)
+    if matrices is not None and delta.additive:
+        values = singular_values(*matrices())
+        factor = 1.0 if scale is None else abs(scale)
+        top = float(values[0]) if len(values) else 0.0
+        return factor * float((values**2).sum()) ** 0.5, factor * top
+    if scale is None or not delta.additive:
+        return None, None
+    return delta.frobenius(), None
+
+
+def singular_values(up: NDArray[np.float64], down: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Singular values of up @ down, largest first, through r x r matrices: those of Ru Rv' of the two QR factorisations."""
+    import numpy as np
+
+    left: NDArray[np.float64] = np.linalg.qr(up, mode="r")
+    right: NDArray[np.float64] = np.linalg.qr(down.T, mode="r")
+    values: NDArray[np.float64] = np.linalg.svd(left @ right.T, compute_uv=False)
+    return values
+
+
+@dataclass(frozen=True)
+class FileHashes:
+    """Hashes people look adapters up by.
+
+    `sha256` over the whole file (CivitAI, Hugging Face); `autov3` over the bytes after the safetensors header, sha256, which kohya
+    stores as `sshs_model_hash` (its first 12 digits are CivitAI's AutoV3); `legacy` is kohya's `sshs_legacy_hash` and the old WebUI model
+    hash: sha256 over 64 KiB at 1 MiB, first 8 digits. Both are None where the container has no such header.
+    """
+
+    path: str
+    sha256: str
+    autov3: str | None
+    legacy: str
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return asdict(self)
+
+
+def file_hashes(path: Path, data_start: int | None, progress: Progress = silent) -> FileHashes:
+    """Hash a file in one pass. `data_start` is where safetensors data begins, None for other containers."""
+    source: FileSource = file_source(path)
+    whole, after = hashlib.sha256(), hashlib.sha256()
+    block = 4 << 20
+    for at in range(0, source.size, block):
+        data = source.read(at, min(block, source.size - at))
+        whole.update(data)
+        if data_start is not None and at + len(data) > data_start:
+            after.update(data[max(0, data_start - at) :])
+        progress(at + len(data), source.size, path.name)
+    start = min(0x100000, source.size)
+    legacy = hashlib.sha256(source.read(start, min(0x10000, source.size - start))).hexdigest()[:8]
+    return FileHashes(str(path), whole.hexdigest(), after.hexdigest() if data_start is not None else None, legacy)
+
+
+@dataclass
+class Inspection:
+    """Everything inspect shows: per-module statistics, extras, leftovers, totals, metadata verbatim, hashes when asked for."""
+
+    path: Path
+    adapter: Adapter
+    modules: list[ModuleStats]
+    hashes: list[FileHashes]
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        adapter = self.adapter
+        known = [module.frobenius for module in self.modules if module.frobenius is not None]
+        return {
+            "path": str(self.path),
+            "dialect": adapter.dialect,
+            "files": list(adapter.files),
+            "modules": [module.facts() for module in self.modules],
+            "extras": [_tensor_facts(extra.name, extra.tensor) | {"kind": extra.kind.value} for extra in adapter.extras],
+            "leftovers": [_tensor_facts(name, tensor) for name, tensor in adapter.leftovers.items()],
+            "totals": {
+                "targets": len(self.modules),
+                "algorithms": adapter.algorithms(),
+                "ranks": [{"rank": rank, "count": count} for rank, count in adapter.ranks().items()],
+                "dtypes": adapter.dtypes(),
+                "parameters": sum(factor.numel for delta in adapter.deltas.values() for factor in delta.factors().values()),
+                "frobenius": sum(norm**2 for norm in known) ** 0.5 if known else None,
+                "nonfinite": sum(module.nonfinite for module in self.modules),
+            },
+            "metadata": adapter.metadata,
+            "config": adapter.config,
+            "hashes": [hashes.facts() for hashes in self.hashes],
+            "findings": [finding.facts() for finding in adapter.findings],
+        }
+
+
+def _tensor_facts(name: str, tensor: Tensor) -> dict[str, Any]:
+    return {"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype.name}
+
+
+def inspect_file(
+    path: Path | str, module: str | None = None, *, hashes: bool = False, options: ReadOptions | None = None, progress: Progress = silent
+) -> Inspection:
+    """Inspect the adapter at `path`: modules matching the glob `module`, and hashes of its files when asked for.
+
+    Raises what `open_adapter` raises, UsageError when the glob matches no target.
+    """
+    adapter = open_adapter(path, options=options)
+    stats = list(inspect_modules(adapter, module, progress))
+    if module is not None and not stats:
+        shown = ", ".join(str(target) for target in list(adapter.deltas)[:3])
+        raise UsageError("no target matches", file=path, expected=f"a pattern over names such as {shown}", found=module)
+    found = []
+    if hashes:
+        for name in adapter.files:
+            tensor_file = open_all(name)[0]
+            found.append(file_hashes(Path(name), tensor_file.data_start, progress))
+    return Inspection(Path(path), adapter, stats, found)

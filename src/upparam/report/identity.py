@@ -1,0 +1,53 @@
+"""What identify found, as text: the answer first, then the evidence."""
+
+from __future__ import annotations
+
+from upparam.findings import Severity
+from upparam.operations.identify import AdapterReport, FileReport, Identity
+from upparam.report.text import finding_lines, listed
+
+KINDS = {
+    "adapter": "adapter",
+    "orphan-factor": "orphan factor (dead adapter)",
+    "dead-adapter": "dead adapter",
+    "broken-adapter": "broken adapter",
+}
+
+
+def identity_text(identity: Identity) -> str:
+    """The whole report of one path."""
+    lines = [f"{identity.path}"]
+    single = len(identity.files) == 1
+    for report in identity.adapters:
+        lines += ["  " + line for line in _adapter_lines(report)]
+    for file in identity.files:
+        if single and identity.adapters:
+            lines += ["  " + line for line in finding_lines(finding for finding in file.findings if finding.code != "kind")]
+        else:
+            lines += ["  " + line for line in _file_lines(file)]
+    lines += ["  " + line for line in finding_lines(identity.findings)]
+    return "\n".join(lines)
+
+
+def _adapter_lines(report: AdapterReport) -> list[str]:
+    names = " + ".join(path.name for path in report.files)
+    facts = [KINDS[report.kind], report.dialect]
+    if report.algorithms:
+        ranks = f" rank {listed(report.ranks)}" if report.ranks else ""
+        facts.append(" + ".join(report.algorithms) + ranks)
+        facts.append(f"{report.modules:,} modules, {report.parameters:,} parameters, {listed(report.dtypes)}")
+        known = [scale for scale in report.scales if scale is not None]
+        facts.append("scale unknown" if not known else "scale " + listed(known))
+    if report.extras:
+        facts.append("with " + ", ".join(f"{count} {kind}" for kind, count in report.extras.items()))
+    head = f"{names}: {' · '.join(facts)}"
+    return [head, *("  " + line for line in finding_lines(report.findings))]
+
+
+def _file_lines(file: FileReport) -> list[str]:
+    how = " in ".join([file.container or "", *reversed(file.wrapping)]).strip()
+    head = f"{file.path.name}: {file.kind}" + (f" ({how}, {file.tensors} tensors)" if how else "") + f": {file.message}"
+    shown = [finding for finding in file.findings if finding.code != "kind"]
+    kinds = [finding for finding in file.findings if finding.code == "kind" and (finding.evidence or finding.severity > Severity.INFO)]
+    evidence = [f"evidence: {'; '.join(finding.evidence)}" for finding in kinds if finding.evidence and file.kind != "adapter-file"]
+    return [head, *("  " + line for line in [*evidence, *finding_lines(shown)])]
