@@ -9,11 +9,17 @@ from typing import NamedTuple
 
 
 class Module(NamedTuple):
-    """One module of a base that holds a weight: reference path, class ('' when only a header is known) and weight shape as stored."""
+    """One module of a base that holds a weight: reference path, class ('' when only a header is known), weight shape as stored, bias or not."""
 
     path: str
     kind: str
     shape: tuple[int, ...]
+    bias: bool = False
+
+    @property
+    def canonical(self) -> tuple[int, ...]:
+        """The weight shape as (out, in, *kernel): a Conv1D (GPT-2) is stored as (in, out), everything else this way round already."""
+        return self.shape[::-1] if self.kind == "Conv1D" else self.shape
 
 
 @dataclass(frozen=True)

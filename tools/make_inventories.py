@@ -1,0 +1,149 @@
+"""Generate src/upparam/bases/data and docs/bases.md from config values: no weights, no network.
+
+    python tools/make_inventories.py            # rebuild everything (about two minutes)
+    python tools/make_inventories.py --only sdxl --check
+
+Every model is built on torch's meta device; its weighted modules are listed in named_modules() order and written as a small program
+in which repeated layers are one block with a range. `--check` compares instead of writing. The classes come from transformers and
+diffusers; where transformers 5 renames modules, tools/inventories puts back the names of the public files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "src")]
+
+from inventories import Entry, Row, entries  # noqa: E402
+
+from upparam.bases.base import Module  # noqa: E402
+from upparam.bases.inventory import load  # noqa: E402
+
+DATA = ROOT / "src" / "upparam" / "bases" / "data"
+
+
+def pack(rows: Sequence[Row]) -> list[Any]:
+    """Rows as a program: a leaf is [path, kind, shape] (with a 1 when there is a bias), a block [prefix, start, stop, program]."""
+    program: list[Any] = []
+    at = 0
+    while at < len(rows):
+        numbered = _numbered(rows[at].path)
+        if numbered is None:
+            path, kind, shape, bias = rows[at]
+            program.append([path, kind, list(shape), *([1] if bias else [])])
+            at += 1
+            continue
+        prefix, index = numbered
+        start = at
+        while at < len(rows) and _numbered(rows[at].path) == (prefix, index):
+            at += 1
+        head = f"{prefix}{index}."
+        body = pack([row._replace(path=row.path.removeprefix(head)) for row in rows[start:at]])
+        last = program[-1] if program else None
+        if last and len(last) == 4 and isinstance(last[1], int) and last[0] == prefix and last[2] == index and last[3] == body:
+            last[2] = index + 1
+        else:
+            program.append([prefix, index, index + 1, body])
+    return program
+
+
+def _numbered(path: str) -> tuple[str, int] | None:
+    """The path up to its first number and that number; None when no segment after a number is left."""
+    words = path.split(".")
+    for at, word in enumerate(words[:-1]):
+        if word.isdigit():
+            return "".join(f"{before}." for before in words[:at]), int(word)
+    return None
+
+
+def expanded(entry: Entry) -> list[Module]:
+    """The entry's modules."""
+    return [Module(*row) for row in entry.rows()]
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+def fingerprints(bases: dict[str, list[Module]]) -> dict[str, list[Any]]:
+    """What the recogniser looks up: path with numbers as '#' -> [shape as (out, in, *kernel), how many, largest numbers, bases]...
+
+    Bases are positions in `_index.json`. Modules that no adapter changes by a delta (norms) are left out.
+    """
+    found: dict[str, dict[str, list[Any]]] = {}
+    for position, modules in enumerate(bases.values()):
+        mine: dict[tuple[str, tuple[int, ...]], list[list[int]]] = {}
+        for module in modules:
+            if len(module.shape) > 1:
+                template = _NUMBER.sub("#", module.path)
+                mine.setdefault((template, module.canonical), []).append([int(word) for word in _NUMBER.findall(module.path)])
+        for (template, shape), numbers in mine.items():
+            key = [list(shape), len(numbers), [max(column) for column in zip(*numbers, strict=True)]]
+            found.setdefault(template, {}).setdefault(json.dumps(key), [*key, []])[3].append(position)
+    return {template: list(shapes.values()) for template, shapes in found.items()}
+
+
+def main() -> int:
+    """Build, then write or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="names of the bases to look at (implies --check)")
+    parser.add_argument("--check", action="store_true", help="compare with what is shipped instead of writing")
+    args = parser.parse_args()
+    chosen = [entry for entry in entries() if args.only is None or entry.name in args.only]
+    if args.only is not None:
+        wrong = differing(chosen)
+        print("\n".join(wrong) or "equal")
+        return 1 if wrong else 0
+    files = build(chosen)
+    if args.check:
+        wrong = [name for name, text in files.items() if (DATA / name).read_text() != text]
+        print("\n".join(wrong) or "equal")
+        return 1 if wrong else 0
+    DATA.mkdir(exist_ok=True)
+    for path in DATA.iterdir():
+        if path.name not in files:
+            path.unlink()
+    for name, text in files.items():
+        (DATA / name).write_text(text)
+    return 0
+
+
+def differing(chosen: Sequence[Entry]) -> list[str]:
+    """The names whose freshly traced modules differ from the shipped ones."""
+    return [entry.name for entry in chosen if expanded(entry) != list(load(entry.name).modules)]
+
+
+def build(chosen: Sequence[Entry]) -> dict[str, str]:
+    """Every data file's text by name."""
+    bases = {}
+    for entry in chosen:
+        print(entry.name, file=sys.stderr, flush=True)
+        bases[entry.name] = expanded(entry)
+    families: dict[str, dict[str, Any]] = {}
+    for entry in chosen:
+        families.setdefault(entry.family, {})[entry.name] = pack([Row(*module) for module in bases[entry.name]])
+    index = {
+        entry.name: {"family": entry.family, "title": entry.title, "ids": entry.ids, "modules": len(bases[entry.name])}
+        | ({"variant_of": entry.variant_of} if entry.variant_of else {})
+        for entry in chosen
+    }
+    configs = {entry.name: entry.config for entry in chosen if entry.config}
+    files = {f"{family}.json": lines(members) for family, members in families.items()}
+    return files | {"_index.json": lines(index), "_configs.json": lines(configs), "_shapes.json": lines(fingerprints(bases))}
+
+
+def lines(members: dict[str, Any]) -> str:
+    """A JSON object, one member a line."""
+    return (
+        "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in members.items()) + "\n}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
