@@ -1,0 +1,75 @@
+"""upparam merge BASE ADAPTER[@SCALE]... -o OUT."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from upparam.cli.common import add_common, emit, emit_receipt, progress_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """BASE, ADAPTER[@SCALE]..., -o or --in-place, what to leave out, --dtype, --dry-run."""
+    parser.add_argument("base", type=Path, metavar="BASE", help="a weight file or a model folder")
+    add_merging(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-o", "--out", type=Path, metavar="OUT", help="the merged model to write; it appears whole or not at all")
+    where.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
+    parser.add_argument("--dtype", metavar="DTYPE", help="write all float weights in this dtype (bf16, fp16, fp32)")
+    add_common(parser)
+
+
+def add_merging(parser: argparse.ArgumentParser) -> None:
+    """The options that merge and unmerge share."""
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER[@SCALE]", help="adapters, each with a multiplier on top of its own scale (default 1)"
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="merge only target modules that match (repeat)")
+    parser.add_argument("--skip", action="append", default=[], metavar="GLOB", help="leave out target modules that match (repeat)")
+    parser.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="leave out parts that cannot be merged, by kind (textual-inversion, ...)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    parser.add_argument(
+        "--no-exact", dest="exact", action="store_false", help="skip the float64 check of near-ties (1 element in 100,000 then 1 ulp off)"
+    )
+
+
+def scaled(text: str) -> tuple[Path, float]:
+    """ADAPTER[@SCALE] as a path and a multiplier. A path that exists is taken whole, '@' and all."""
+    path, at, scale = text.rpartition("@")
+    if at and not Path(text).exists():
+        try:
+            return Path(path), float(scale)
+        except ValueError:
+            pass
+    return Path(text), 1.0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge and print the receipt, or print the plan."""
+    from upparam.errors import UsageError
+    from upparam.operations.merge import merge, pin_blas, prepare
+
+    pin_blas()
+    adapters = [scaled(text) for text in args.adapters]
+    choice = {"dtype": args.dtype, "only": args.only, "skip": args.skip, "drop": args.drop}
+    if args.dry_run:
+        plan = prepare(args.base, adapters, **choice)
+        from upparam.report.merge import plan_text
+
+        emit(args, plan.facts(), lambda: plan_text(plan))
+        return 0
+    if args.out is None:
+        raise UsageError("nowhere to write", remedy="give -o OUT or --dry-run")
+    receipt = merge(
+        args.base, adapters, args.out, force=args.force, verify=args.verify, exact=args.exact,
+        threads=args.threads, progress=progress_for(args), **choice,
+    )  # fmt: skip
+    return emit_receipt(args, receipt)

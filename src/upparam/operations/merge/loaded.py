@@ -1,0 +1,204 @@
+"""One changed tensor with its deltas in memory: rows of the result, in the orientation the base stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upparam.algorithms.base import Update
+from upparam.errors import MalformedError
+from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, store
+from upparam.operations.merge.plan import Piece, Work
+from upparam.operations.merge.rounding import narrow, widen
+from upparam.tensors import Tensor
+
+Rows = Callable[[int, int], NDArray[np.float64]]
+"""(start, stop) -> those rows of a stored weight in float64, (stop - start, columns)."""
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor's shape as rows and columns: the first axis against all others."""
+    return (shape[0] if shape else 1), prod(shape[1:])
+
+
+class BaseRows:
+    """Rows of a tensor where it lies: straight from the file when it is contiguous there, else from one copy in memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.count, self.columns = matrix_shape(tensor.shape)
+        self.row_bytes = self.columns * tensor.dtype.itemsize
+        direct = tensor.is_contiguous and not tensor.big_endian
+        self._readinto = getattr(tensor.source, "readinto", None) if direct else None
+        self._data = None if self._readinto else memoryview(tensor.raw())
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes of whole rows) from row `start`."""
+        at = start * self.row_bytes
+        if self._readinto is not None:
+            self._readinto(self.tensor.offset + at, buffer)
+        else:
+            assert self._data is not None
+            buffer[:] = self._data[at : at + len(buffer)]
+
+    def stored(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) as stored, fresh and writable."""
+        buffer = bytearray((stop - start) * self.row_bytes)
+        self.readinto(start, memoryview(buffer))
+        return np.frombuffer(buffer, self.tensor.dtype.numpy).reshape(stop - start, self.columns)
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) in float64."""
+        return widen(self.stored(start, stop))
+
+
+class Loaded:
+    """A work whose factors are in memory. Made when its first chunk begins, dropped after its last.
+
+    Raises MalformedError when a factor holds NaN or Inf.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.base = BaseRows(work.tensor)
+        self.updates = [piece.delta.load() for piece in work.pieces]
+        self.segments: list[tuple[int, int, LowRank | None]] | None = None
+        self._chain: Rows | None = None
+        if work.replacement is not None:
+            self._chain = BaseRows(work.replacement)
+            return
+        forms = [update.low_rank() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
+        if all(form is not None for form in forms):
+            self.segments = self._cut([form for form in forms if form is not None])
+        else:
+            self._chain = self._compose()
+
+    def _cut(self, forms: list[tuple[NDArray[Any], NDArray[Any]]]) -> list[tuple[int, int, LowRank | None]]:
+        """Row ranges of the stored weight with one pair of factors each: all deltas that reach them, side by side."""
+        rows, columns = self.base.count, self.base.columns
+        laid: list[tuple[int, int, NDArray[np.float64], NDArray[np.float64]]] = []
+        for piece, update, (up, down) in zip(self.work.pieces, self.updates, forms, strict=True):
+            up, down = up.astype(np.float64), down.astype(np.float64).reshape(up.shape[1], -1)
+            up = up * (update.scale * piece.multiplier)
+            if not (np.isfinite(up).all() and np.isfinite(down).all()):
+                raise MalformedError("the factors hold NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
+            start, stop = piece.rows or (0, columns if piece.transposed else rows)
+            if piece.transposed:
+                wide = np.zeros((up.shape[1], columns))
+                wide[:, start:stop] = up.T
+                laid.append((0, rows, np.ascontiguousarray(down.T), wide))
+            else:
+                laid.append((start, stop, up, down))
+        marks = sorted({0, rows, *(mark for start, stop, _, _ in laid for mark in (start, stop))})
+        segments: list[tuple[int, int, LowRank | None]] = []
+        for first, last in pairwise(marks):
+            reach = [(up[first - start : last - start], down) for start, stop, up, down in laid if start <= first and last <= stop]
+            factors = None
+            if reach:
+                factors = LowRank(np.concatenate([up for up, _ in reach], axis=1), np.concatenate([down for _, down in reach]))
+            segments.append((first, last, factors))
+        return segments
+
+    def _compose(self) -> Rows:
+        """The changed rows through every delta's own W', in the order given, without rounding between them."""
+        rows: Rows = self.base
+        for piece, update in zip(self.work.pieces, self.updates, strict=True):
+            rows = _transposed(rows, piece, update, self.base) if piece.transposed else _changed(rows, piece, update)
+        return rows
+
+    def true(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) of the result in float64, before rounding."""
+        if self._chain is not None:
+            return self._chain(start, stop)
+        assert self.segments is not None
+        result = self.base(start, stop)
+        for first, last, factors in self.segments:
+            low, high = max(first, start), min(last, stop)
+            if low < high and factors is not None:
+                result[low - start : high - start] += factors.up64[low - first : high - first] @ factors.down64
+        return result
+
+    def change(self, stored: NDArray[Any], start: int, scratch: Scratch, exact: bool) -> tuple[NDArray[Any], int, int]:
+        """Rows from `start` as stored in the base -> (the same rows as they are to be written, elements changed, elements now infinite).
+
+        `stored` (rows, columns) is changed in place and returned when the dtype stays.
+        """
+        dtype = self.work.dtype
+        stop = start + len(stored)
+        if dtype != self.work.tensor.dtype:
+            plain = narrow(widen(stored), dtype)
+            return plain, *store(plain, self.true(start, stop), dtype)
+        if self.segments is None:
+            return stored, *store(stored, self.true(start, stop), dtype)
+        changed = infinite = 0
+        for first, last, factors in self.segments:
+            low, high = max(first, start), min(last, stop)
+            if low < high and factors is not None:
+                more, over = add_low_rank(stored[low - start : high - start], dtype, factors, low - first, scratch, exact=exact)
+                changed, infinite = changed + more, infinite + over
+        return stored, changed, infinite
+
+    def reference(self, row: int, columns: slice) -> NDArray[np.float64]:
+        """One row of the result in float64, straight from the deltas: no segments, no tiles, nothing shared with the fast path."""
+        if self.segments is None:
+            only: NDArray[np.float64] = self.true(row, row + 1)[0, columns]
+            return only
+        result = self.base(row, row + 1)[0]
+        for piece, update in zip(self.work.pieces, self.updates, strict=True):
+            form = update.low_rank()
+            assert form is not None
+            up, down = form
+            down = down.reshape(up.shape[1], -1)
+            factor = update.scale * piece.multiplier
+            start, stop = piece.rows or (0, len(up))
+            if piece.transposed:
+                result[start:stop] += factor * (up @ down[:, row])
+            elif start <= row < stop:
+                result += factor * (up[row - start] @ down)
+        row_part: NDArray[np.float64] = result[columns]
+        return row_part
+
+
+def _changed(before: Rows, piece: Piece, update: Update) -> Rows:
+    def rows(start: int, stop: int) -> NDArray[np.float64]:
+        result = before(start, stop)
+        first, last = piece.rows or (0, update.shape[0] if update.shape else 1)
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            part = result[low - start : high - start]
+            if piece.delta.additive:
+                part += piece.multiplier * update.rows(low - first, high - first)
+            else:
+                merged = update.merged(lambda a, b: before(first + a, first + b), low - first, high - first)
+                part += piece.multiplier * (merged.reshape(part.shape) - part)
+            _check_finite(part, piece)
+        return result
+
+    return rows
+
+
+def _transposed(before: Rows, piece: Piece, update: Update, base: BaseRows) -> Rows:
+    """The same for a weight stored as (in, out): the changed weight is formed whole, once, since its rows are columns here."""
+    lock = threading.Lock()
+    kept: list[NDArray[np.float64]] = []
+
+    def whole() -> NDArray[np.float64]:
+        with lock:
+            if not kept:
+                true = np.ascontiguousarray(before(0, base.count).T)
+                result = _changed(lambda a, b: true[a:b].copy(), piece, update)(0, base.columns)
+                kept.append(np.ascontiguousarray(result.T))
+        return kept[0]
+
+    return lambda start, stop: whole()[start:stop].copy()
+
+
+def _check_finite(rows: NDArray[np.float64], piece: Piece) -> None:
+    if not np.isfinite(rows).all():
+        raise MalformedError("the changed weight holds NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")

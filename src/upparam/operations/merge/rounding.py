@@ -1,0 +1,74 @@
+"""From float64 (or float32) to a stored dtype with one rounding to nearest, ties to even, and the way back.
+
+Casting float64 to bfloat16 or fp8 through float32 would round twice; the elements where that matters are those whose float32 value
+lies exactly between two neighbours of the narrow type, and only they are rounded to odd first (Boldo & Melquiond, "Emulation of FMA
+and correctly rounded sums: proved algorithms using rounding to odd", 2008: rounding to odd with two spare bits makes the second
+rounding exact).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upparam.tensors import DTYPES, DType
+
+MERGEABLE = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
+"""Names of dtypes a merge can read and round into."""
+_DISCARDED_BITS = {"bfloat16": 16, "float16": 13}
+
+
+def narrow(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
+    """`values` rounded once into `dtype`, same shape. Values too large become what IEEE rounding makes them (Inf, or NaN in fp8 without Inf)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype.name in ("float64", "float32", "float16"):
+            return values.astype(dtype.numpy)
+        single = values.astype(np.float32)
+        if dtype.name == "bfloat16":
+            doubtful = (single.view(np.uint32) & 0xFFFF) == 0x8000
+            if doubtful.any():
+                single[doubtful] = round_to_odd(values[doubtful])
+        else:
+            single = round_to_odd(values)
+        return single.astype(dtype.numpy)
+
+
+def round_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """float64 to float32, inexact results having their last bit set (so that a further rounding sees on which side they lie)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        nearest = values.astype(np.float32)
+        back = nearest.astype(np.float64)
+    bits = nearest.view(np.uint32).copy()
+    inexact = (back != values) & np.isfinite(nearest)
+    bits[inexact & (np.abs(back) > np.abs(values))] -= 1  # toward zero
+    bits[inexact] |= 1
+    result: NDArray[np.float32] = bits.view(np.float32)
+    return result
+
+
+def widen(stored: NDArray[Any]) -> NDArray[np.float64]:
+    """Stored values as float64, exactly."""
+    if stored.dtype.itemsize == 1:
+        return stored.astype(np.float32).astype(np.float64)
+    return stored.astype(np.float64)
+
+
+def ordered(stored: NDArray[Any]) -> NDArray[np.int64]:
+    """The codes of floating-point values as integers in the order of the values, so that a difference of 1 is one unit in the last place."""
+    size = stored.dtype.itemsize
+    codes = stored.view(np.dtype(f"u{size}")).astype(np.uint64)
+    sign = np.uint64(1 << (8 * size - 1))
+    magnitude = (codes & (sign - np.uint64(1))).astype(np.int64)
+    result: NDArray[np.int64] = np.where((codes & sign) != 0, -magnitude, magnitude)
+    return result
+
+
+def stored_dtype(name: str) -> DType:
+    """The dtype of that name, for `--dtype`. Raises KeyError for one no merge can write."""
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f16": "float16", "f32": "float32", "half": "float16"}
+    name = short.get(name, name)
+    if name not in MERGEABLE:
+        raise KeyError(name)
+    return DTYPES[name]

@@ -1,0 +1,314 @@
+"""Writing the merged model: headers laid out as the base's, data streamed, side files and index carried, the result proved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from upparam._version import __version__
+from upparam.atomic import atomic_file, atomic_folder
+from upparam.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointFile
+from upparam.containers import open_file
+from upparam.containers.safetensors import header_bytes, layout_order
+from upparam.errors import RefusedError, UnreadableError, VerificationError
+from upparam.findings import Finding, info
+from upparam.operations.merge.plan import Plan, Work
+from upparam.operations.merge.proof import Samples, check_samples, check_untouched
+from upparam.operations.merge.stream import COPY_CHUNK, TASK_BYTES, Change, Convert, Copy, Shared, Task, chunks_of, run_tasks, write_all
+from upparam.progress import Progress
+from upparam.tensors import DType, FileSource, Tensor
+
+NOTE_KEY = "upparam.merge"
+"""The metadata key under which a merged file says what was merged."""
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Metadata that states a hash of the data and would be false afterwards."""
+
+
+@dataclass
+class OutFile:
+    """One file to write: where, the tensors in order with the dtype they get, and the header's metadata."""
+
+    source: CheckpointFile
+    relative: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    added: dict[str, Tensor] = field(default_factory=dict)
+
+    def header(self, note: str) -> bytes:
+        """The safetensors header with the note of what was merged."""
+        return header_bytes(self.tensors, {**self.metadata, NOTE_KEY: note})
+
+
+@dataclass
+class Outcome:
+    """What writing found: changed elements, overflows, bytes, proofs and findings."""
+
+    elements: int = 0
+    tensors: int = 0
+    bytes: int = 0
+    proofs: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def out_name(relative: str) -> str:
+    """The name of a written weight file: torch files become safetensors, transformers' pytorch_model becomes model."""
+    path = Path(relative)
+    if path.suffix == ".safetensors":
+        return relative
+    name = path.name
+    if name.startswith("pytorch_model"):
+        name = name.removeprefix("pytorch_")
+    return path.with_name(name).with_suffix(".safetensors").as_posix()
+
+
+def lay_out(plan: Plan) -> list[OutFile]:
+    """The files to write. A safetensors base keeps its order of tensors; anything else gets safetensors' own."""
+    files = []
+    for file in plan.checkpoint.files:
+        tensors = {name: _described(tensor, plan.out_dtype(tensor)) for name, tensor in file.tensors.items()}
+        if file.container == "safetensors":
+            tensors = dict(sorted(tensors.items(), key=lambda item: file.tensors[item[0]].offset))
+        else:
+            tensors = layout_order(tensors)
+        metadata = {key: value for key, value in file.metadata.items() if key not in _STALE}
+        metadata.setdefault("format", "pt")
+        files.append(OutFile(file, out_name(file.relative), tensors, metadata))
+    if plan.added:
+        files[-1].added = dict(plan.added)
+        files[-1].tensors |= plan.added
+    return files
+
+
+def _described(tensor: Tensor, dtype: DType) -> Tensor:
+    return tensor if tensor.dtype == dtype else replace(tensor, dtype=dtype)
+
+
+def note(plan: Plan, hashes: Mapping[int, str]) -> str:
+    """What was merged, as JSON of fixed length once the adapters are known."""
+    adapters = [
+        {
+            "name": item.path.name if item.path else None,
+            "sha256": hashes.get(index),
+            "dialect": item.adapter.dialect,
+            "multiplier": item.multiplier,
+            "targets": len(item.adapter.deltas),
+        }
+        for index, item in enumerate(plan.ingredients)
+    ]
+    return json.dumps({"upparam": __version__, "adapters": adapters}, separators=(",", ":"))
+
+
+def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, threads: int, progress: Progress) -> Outcome:
+    """Write the planned merge to `out` (a folder when the base is one). Nothing appears under that name unless everything succeeded.
+
+    Raises RefusedError when the result would equal the base or the disk lacks room, VerificationError when what was written is wrong.
+    """
+    files = lay_out(plan)
+    if not plan.checkpoint.is_folder and out.suffix in (".ckpt", ".bin", ".pt", ".pth"):
+        raise RefusedError(
+            "merged weights are written as safetensors",
+            file=out,
+            found=out.suffix,
+            remedy=f"name it {out.with_suffix('.safetensors').name}",
+        )
+    _check_room(plan, out)
+    try:
+        if plan.checkpoint.is_folder:
+            with atomic_folder(out, force=force) as folder:
+                places = [folder / file.relative for file in files]
+                outcome = _write_files(plan, files, places, verify=verify, exact=exact, threads=threads, progress=progress)
+                _carry(plan.checkpoint, files, folder)
+        else:
+            with atomic_file(out, force=force) as path:
+                outcome = _write_files(plan, files, [path], verify=verify, exact=exact, threads=threads, progress=progress)
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UnreadableError(
+                f"the output could not be written: {problem.strerror}; nothing was left behind", file=out,
+                expected=f"room for {plan.written_bytes:,} bytes", remedy="free some space or write elsewhere",
+            ) from problem  # fmt: skip
+        raise
+    outcome.findings += _stale(plan)
+    return outcome
+
+
+def _check_room(plan: Plan, out: Path) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < plan.written_bytes:
+        raise UnreadableError(
+            "not enough room for the output", file=out.parent, expected=f"{plan.written_bytes:,} bytes", found=f"{free:,} free",
+            remedy="free some space or write elsewhere; --in-place needs only room for what changes",
+        )  # fmt: skip
+
+
+def _write_files(
+    plan: Plan, files: list[OutFile], places: list[Path], *, verify: bool, exact: bool, threads: int, progress: Progress
+) -> Outcome:
+    from upparam.operations.merge.hashing import Hashes
+
+    hashes = Hashes(plan)
+    samples = Samples.for_works(len(plan.works)) if verify else None
+    shares: list[Shared] = []
+    tasks: list[Task] = list(hashes.tasks())
+    descriptors: list[int] = []
+    blank = note(plan, hashes.blank())
+    try:
+        for file, place in zip(files, places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+            descriptors.append(fd)
+            start = len(file.header(blank))
+            _allocate(fd, start + sum(tensor.nbytes for tensor in file.tensors.values()))
+            tasks += _tasks(plan, file, fd, start, shares, samples, exact)
+        widest = max((max(1, _columns(work)) for work in plan.works.values()), default=1)
+        from upparam.operations.merge.kernel import TILE_ELEMENTS
+
+        run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
+        text = note(plan, hashes.found)
+        for file, fd in zip(files, descriptors, strict=True):
+            write_all(fd, memoryview(file.header(text)), 0)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+    outcome = _summary(plan, shares)
+    outcome.bytes = sum(place.stat().st_size for place in places)
+    if samples is not None:
+        outcome.proofs = _prove(plan, files, places, samples)
+    return outcome
+
+
+def _columns(work: Work) -> int:
+    from upparam.operations.merge.loaded import matrix_shape
+
+    return matrix_shape(work.tensor.shape)[1]
+
+
+def _allocate(fd: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, max(1, size))
+    os.ftruncate(fd, size)
+
+
+def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared], samples: Samples | None, exact: bool) -> list[Task]:
+    """Everything one output file needs, in offset order; neighbouring untouched tensors become one copy."""
+    tasks: list[Task] = []
+    at = start
+    for name, tensor in file.tensors.items():
+        qualified = file.source.qualified(name)
+        work = plan.works.get(qualified)
+        base = file.added.get(name) or file.source.tensors[name]
+        if work is not None:
+            chunks = chunks_of(work)
+            shared = Shared(work, len(chunks))
+            shares.append(shared)
+            tasks += [Change(shared, low, high, fd, at, exact, samples.observe if samples else None) for low, high in chunks]
+        elif tensor.dtype == base.dtype and base.is_contiguous and not base.big_endian and isinstance(base.source, FileSource):
+            _append_copy(tasks, base.source, base.offset, fd, at, base.nbytes)
+        elif tensor.nbytes:
+            tasks.append(Convert(base, tensor.dtype, fd, at, tensor.nbytes))
+        at += tensor.nbytes
+    return tasks
+
+
+def _append_copy(tasks: list[Task], source: FileSource, start: int, fd: int, offset: int, size: int) -> None:
+    last = tasks[-1] if tasks else None
+    while size:
+        if (
+            isinstance(last, Copy) and last.fd == fd and last.source is source and last.size < TASK_BYTES
+            and last.start + last.size == start and last.offset + last.size == offset
+        ):  # fmt: skip
+            more = min(size, TASK_BYTES - last.size)
+            last.size += more
+        else:
+            more = min(size, TASK_BYTES)
+            last = Copy(source, start, fd, offset, more)
+            tasks.append(last)
+        start, offset, size = start + more, offset + more, size - more
+
+
+def _summary(plan: Plan, shares: list[Shared]) -> Outcome:
+    outcome = Outcome(elements=sum(shared.elements for shared in shares), tensors=sum(1 for shared in shares if shared.elements))
+    if not outcome.elements and not plan.added:
+        raise RefusedError(
+            "the merged model would be identical to the base", file=plan.checkpoint.path,
+            found=f"{len(shares)} tensors were computed and no element of any changed",
+            remedy="the adapter's changes vanish in rounding at this scale and dtype; check the scale, or merge with --dtype float32",
+        )  # fmt: skip
+    still = [shared.work.name for shared in shares if not shared.elements]
+    if still:
+        outcome.findings.append(
+            info("unchanged-by-merge", still[0], f"{len(still)} targeted tensors came out with every element as in the base", *still[:5])
+        )
+    from upparam.findings import warning
+
+    for shared in shares:
+        if shared.infinite:
+            outcome.findings.append(
+                warning(
+                    "overflow", shared.work.name, f"{shared.infinite:,} elements are too large for {shared.work.dtype} and became infinite",
+                )
+            )  # fmt: skip
+    return outcome
+
+
+def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Samples) -> list[str]:
+    written: dict[str, Tensor] = {}
+    untouched: dict[str, tuple[Tensor, Tensor]] = {}
+    for file, place in zip(files, places, strict=True):
+        again = open_file(place)
+        for name, tensor in file.tensors.items():
+            found = again.tensors.get(name)
+            if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+                raise VerificationError("a tensor reads back otherwise than it was written", file=place, tensor=name)
+            qualified = file.source.qualified(name)
+            written[qualified] = found
+            if qualified not in plan.works and name not in file.added and found.dtype == file.source.tensors[name].dtype:
+                untouched[qualified] = (file.source.tensors[name], found)
+    return [check_samples(samples, written), check_untouched(untouched)]
+
+
+def _carry(checkpoint: Checkpoint, files: list[OutFile], folder: Path) -> None:
+    """Side files as they are; an index is written anew where names of files, tensors or sizes changed."""
+    for side in checkpoint.side_files:
+        place = folder / side.relative
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if side.relative.endswith(INDEX_SUFFIX):
+            _write_index(side.path, side.relative, files, folder)
+        else:
+            shutil.copyfile(side.path, place)
+
+
+def _write_index(path: Path, relative: str, files: list[OutFile], folder: Path) -> None:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    parent = Path(relative).parent
+    mine = [file for file in files if Path(file.relative).parent == parent]
+    names = {Path(file.source.relative).name for file in mine}
+    if not names & set(content["weight_map"].values()):
+        return  # the index of another set of files (torch shards beside safetensors) that is not carried
+    weight_map = {name: Path(file.relative).name for file in mine for name in file.tensors}
+    size = sum(tensor.nbytes for file in mine for tensor in file.tensors.values())
+    metadata = content.get("metadata")
+    if content["weight_map"] != weight_map or (isinstance(metadata, dict) and metadata.get("total_size", size) != size):
+        content["weight_map"] = weight_map
+        content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
+        text = json.dumps(content, indent=2) + "\n"
+    else:
+        text = path.read_text(encoding="utf-8")
+    stem = relative.removesuffix(INDEX_SUFFIX)
+    (folder / (out_name(stem) + INDEX_SUFFIX)).write_text(text, encoding="utf-8")
+
+
+def _stale(plan: Plan) -> list[Finding]:
+    gone = sorted({key for file in plan.checkpoint.files for key in file.metadata if key in _STALE})
+    if not gone:
+        return []
+    return [info("stale-metadata", plan.checkpoint.path.name, "metadata that stated a hash of the base's data was left out", *gone)]
+
+
+__all__ = ["COPY_CHUNK", "NOTE_KEY", "Outcome", "write"]

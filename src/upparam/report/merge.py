@@ -1,0 +1,31 @@
+"""The plan of a merge as plain lines for a terminal."""
+
+from __future__ import annotations
+
+from upparam.operations.merge.plan import Plan
+from upparam.report.text import finding_lines, listed
+
+
+def plan_text(plan: Plan) -> str:
+    """What would change, what would not, and what it costs."""
+    gib = 1 << 30
+    lines = [f"base: {plan.checkpoint.path} ({len(plan.checkpoint.tensors):,} tensors in {len(plan.checkpoint.files)} files)"]
+    for item in plan.ingredients:
+        algorithms = listed(f"{count} {name}" for name, count in item.adapter.algorithms().items())
+        lines.append(f"adapter: {item.path} x {item.multiplier:g} ({item.adapter.dialect}: {algorithms or 'no deltas'})")
+    for name, work in plan.works.items():
+        how = "replaced whole" if work.replacement is not None else listed(
+            f"{piece.delta.algorithm} r={piece.delta.rank} scale {piece.delta.known_scale() * piece.multiplier:g}"
+            + (f" rows {piece.rows[0]}:{piece.rows[1]}" if piece.rows else "") + (" transposed" if piece.transposed else "")
+            for piece in work.pieces
+        )  # fmt: skip
+        lines.append(f"  {name} {work.dtype} {'x'.join(map(str, work.tensor.shape))}: {how}")
+    lines += [f"  {name} {tensor.dtype} {'x'.join(map(str, tensor.shape))}: added" for name, tensor in plan.added.items()]
+    if plan.skipped:
+        lines.append(f"left out: {len(plan.skipped)} targets ({listed(plan.skipped)})")
+    lines += finding_lines(plan.findings)
+    lines.append(
+        f"would change {len(plan.works):,} tensors ({plan.touched_bytes / gib:.2f} GiB) and write {plan.written_bytes / gib:.2f} GiB; "
+        f"about {plan.memory_bytes() >> 20} MiB of memory and {plan.seconds():.1f} s where files copy at 1.5 GB/s"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""What the merge tests share: small bases and adapters made in memory, and the float64 reference that every merge must equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.containers import open_file
+from upparam.containers.safetensors import write
+from upparam.tensors import Tensor
+
+NUMPY = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+
+
+def save(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        write(stream, {name: Tensor.of(array) for name, array in arrays.items()}, metadata)
+    return path
+
+
+def load(path: Path) -> dict[str, NDArray[Any]]:
+    return {name: tensor.read() for name, tensor in open_file(path).tensors.items()}
+
+
+def lora(up: NDArray[Any], down: NDArray[Any], alpha: float | None = None) -> LoRA:
+    return LoRA(Tensor.of(up), Tensor.of(down), Scaling(alpha=alpha))
+
+
+def adapter(deltas: dict[str | Target, Any], **fields: Any) -> Adapter:
+    return Adapter({key if isinstance(key, Target) else Target(key): delta for key, delta in deltas.items()}, "test", **fields)
+
+
+def round_once(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+    """Round to nearest even by exact comparison with both neighbours: slow, and shares nothing with the code under test."""
+    kind = NUMPY[dtype]
+    if dtype in ("float64", "float32", "float16"):
+        return values.astype(kind)
+    info = ml_dtypes.finfo(kind)
+    exponent = np.maximum(np.frexp(np.abs(values))[1] - 1, info.minexp)
+    ulp = np.ldexp(1.0, exponent - info.nmant)
+    scaled = values / ulp  # exact: division by a power of two
+    return (np.rint(scaled) * ulp).astype(np.float32).astype(kind)

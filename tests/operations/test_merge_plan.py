@@ -1,0 +1,192 @@
+"""What a merge decides before the first byte: names, orientation, slices, what does not fit and what would change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from operations.merging import adapter, load, lora, save
+from upparam.adapter import Extra, ExtraKind, Target
+from upparam.errors import AmbiguousError, MismatchError, OutputExistsError, RefusedError, UsageError
+from upparam.operations.merge import merge, prepare
+from upparam.tensors import Tensor
+
+RNG = np.random.default_rng(7)
+
+
+def normal(*shape: int) -> Any:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def rank2(out: int, inn: int) -> Any:
+    return lora(normal(out, 2), normal(2, inn))
+
+
+def dense(delta: Any) -> Any:
+    return delta.load().rows(0, delta.shape[0])
+
+
+def merged(base: Path, item: Any, out: Path, **options: Any) -> dict[str, Any]:
+    merge(base, item, out, **options)
+    return load(out)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("base_model.model.model.layers.0.q_proj", "model.layers.0.q_proj"),
+        ("layers.0.q_proj", "model.layers.0.q_proj"),
+        ("transformer.h.0.mlp", "h.0.mlp"),
+        ("h.0.mlp", "transformer.h.0.mlp"),
+        ("model.layers.0.q_proj", "language_model.model.layers.0.q_proj"),
+        ("unet.down.0.to_q", "down.0.to_q"),
+        ("down.0.to_q", "unet.down.0.to_q"),
+        ("unet.down.0.to_q", "model.diffusion_model.down.0.to_q"),
+    ],
+)
+def test_prefixes_may_differ(tmp_path: Path, ours: str, theirs: str) -> None:
+    delta, weight = rank2(4, 6), normal(4, 6)
+    base = save(tmp_path / "b.safetensors", {f"{theirs}.weight": weight, "x.weight": normal(2, 2)})
+    got = merged(base, adapter({ours: delta}), tmp_path / "o.safetensors")
+    assert np.array_equal(got[f"{theirs}.weight"], (weight.astype(np.float64) + dense(delta)).astype(np.float32))
+
+
+def test_two_places_that_fit_are_not_chosen_between(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {f"{part}.layers.0.q_proj.weight": normal(4, 6) for part in ("vision", "text")})
+    with pytest.raises(AmbiguousError, match="several parts of the base"):
+        merge(base, adapter({"layers.0.q_proj": rank2(4, 6)}), tmp_path / "o.safetensors")
+
+
+def test_what_does_not_fit_is_listed_before_anything_is_written(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"a.q.weight": normal(4, 6), "a.k.weight": normal(4, 6)})
+    wrong = adapter({"a.q": rank2(4, 6), "a.k": rank2(5, 6), "a.v": rank2(4, 6)})
+    with pytest.raises(MismatchError) as caught:
+        merge(base, wrong, tmp_path / "o.safetensors")
+    line = caught.value.line()
+    assert "2 parts" in line and "a.k: shape (5, 6) against a.k.weight (4, 6)" in line and "a.v: not in the base" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+    merge(base, wrong, tmp_path / "o.safetensors", skip=["a.v", "*.k"])
+    with pytest.raises(OutputExistsError):
+        merge(base, wrong, tmp_path / "o.safetensors", skip=["a.v", "*.k"])
+
+
+def test_nothing_to_change_is_refused_with_the_reason(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"a.q.weight": normal(4, 6).astype(np.float16)})
+    out = tmp_path / "o.safetensors"
+    untrained = lora(np.zeros((4, 2), np.float32), normal(2, 6))
+    with pytest.raises(RefusedError, match="all 1 deltas are zero"):
+        merge(base, adapter({"a.q": untrained}), out)
+    with pytest.raises(RefusedError, match="scale 0"):
+        merge(base, (adapter({"a.q": rank2(4, 6)}), 0.0), out)
+    with pytest.raises(RefusedError, match="all 1 targets left out"):
+        merge(base, adapter({"a.q": rank2(4, 6)}), out, only=["b.*"])
+    with pytest.raises(RefusedError, match="identical to the base"):
+        merge(base, (adapter({"a.q": rank2(4, 6)}), 1e-12), out)
+    with pytest.raises(UsageError, match="no dtype"):
+        merge(base, adapter({"a.q": rank2(4, 6)}), out, dtype="int3")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_rows_of_a_fused_weight(tmp_path: Path) -> None:
+    weight = normal(12, 5)
+    base = save(tmp_path / "b.safetensors", {"qkv.weight": weight})
+    query, value, whole = rank2(4, 5), rank2(5, 5), rank2(12, 5)
+    deltas = {Target("qkv", (0, 4)): query, Target("qkv", (7, 12)): value, Target("qkv"): whole}
+    got = merged(base, adapter(deltas), tmp_path / "o.safetensors")["qkv.weight"]
+    true = weight.astype(np.float64) + dense(whole)
+    true[:4] += dense(query)
+    true[7:] += dense(value)
+    assert np.array_equal(got, true.astype(np.float32))
+
+
+def gpt2(folder: Path, config: bool) -> dict[str, Any]:
+    weights = {"h.0.attn.c_attn.weight": normal(6, 18), "h.0.attn.c_proj.weight": normal(6, 6), "h.0.mlp.c_fc.weight": normal(6, 24)}
+    save(folder / "model.safetensors", weights)
+    if config:
+        (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    return weights
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_conv1d_weights_are_stored_the_other_way(tmp_path: Path, config: bool) -> None:
+    weights = gpt2(tmp_path, config)
+    square, wide, part = rank2(6, 6), rank2(24, 6), rank2(6, 6)
+    item = adapter({"h.0.attn.c_proj": square, "h.0.mlp.c_fc": wide, Target("h.0.attn.c_attn", (12, 18)): part})
+    got = merged(tmp_path / "model.safetensors", item, tmp_path / "o.safetensors")
+    expected = {name: value.astype(np.float64) for name, value in weights.items()}
+    expected["h.0.attn.c_proj.weight"] += dense(square).T
+    expected["h.0.mlp.c_fc.weight"] += dense(wide).T
+    expected["h.0.attn.c_attn.weight"][:, 12:] += dense(part).T
+    for name, value in expected.items():
+        assert np.array_equal(got[name], value.astype(np.float32)), name
+
+
+def test_an_undecided_square_weight_is_an_error_and_a_decided_one_is_not(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"a.proj.weight": normal(6, 6), "a.up.weight": normal(9, 6)})
+    square = rank2(6, 6)
+    with pytest.raises(AmbiguousError, match="square"):
+        prepare(base, adapter({"a.proj": square}))
+    assert not prepare(base, adapter({"a.proj": square}, transposed_base=False)).works["a.proj.weight"].pieces[0].transposed
+    assert prepare(base, adapter({"a.proj": square}, transposed_base=True)).works["a.proj.weight"].pieces[0].transposed
+    assert not prepare(base, adapter({"a.proj": square, "a.up": rank2(9, 6)})).works["a.proj.weight"].pieces[0].transposed
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert not prepare(base, adapter({"a.proj": square})).works["a.proj.weight"].pieces[0].transposed
+
+
+def test_saved_modules_replace_and_new_heads_are_added(tmp_path: Path) -> None:
+    weights = {"model.q.weight": normal(4, 6).astype(np.float16), "model.norm.weight": normal(6).astype(np.float16)}
+    weights["model.q.bias"] = normal(4).astype(np.float16)
+    base = save(tmp_path / "b.safetensors", weights)
+    norm, bias, score = normal(6), normal(4), normal(2, 6)
+    extras = [
+        Extra(ExtraKind.SAVED_MODULE, "model.norm.weight", Tensor.of(norm)),
+        Extra(ExtraKind.BIAS, "model.q.bias", Tensor.of(bias)),
+        Extra(ExtraKind.SAVED_MODULE, "score.weight", Tensor.of(score)),
+    ]
+    item = adapter({"model.q": rank2(4, 6)}, extras=extras)
+    receipt = merge(base, item, tmp_path / "o.safetensors")
+    got = load(tmp_path / "o.safetensors")
+    assert np.array_equal(got["model.norm.weight"], norm.astype(np.float16))
+    assert np.array_equal(got["model.q.bias"], bias.astype(np.float16))
+    assert np.array_equal(got["score.weight"], score)
+    assert {finding.code for finding in receipt.findings} == {"added-tensor"}
+    assert receipt.counts["tensors_changed"] == 3 and receipt.counts["tensors_added"] == 1
+
+
+def test_what_cannot_be_merged_is_named_and_may_be_given_up(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"q.weight": normal(4, 6)})
+    token = Extra(ExtraKind.TEXTUAL_INVERSION, "<cat>", Tensor.of(normal(1, 6)))
+    item = adapter({"q": rank2(4, 6)}, extras=[token], leftovers={"odd.key": Tensor.of(normal(2))})
+    with pytest.raises(RefusedError, match="textual-inversion <cat>, leftover odd.key"):
+        merge(base, item, tmp_path / "o.safetensors")
+    merge(base, item, tmp_path / "o.safetensors", drop=["textual-inversion", "leftovers"])
+
+
+def test_tied_weights_are_pointed_out(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", {"model.embed_tokens.weight": normal(10, 6)})
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    with pytest.raises(MismatchError, match="ties its output head"):
+        merge(tmp_path, adapter({"lm_head": rank2(10, 6)}), tmp_path.with_name("out1"))
+    receipt = merge(tmp_path, adapter({"model.embed_tokens": rank2(10, 6)}), tmp_path.with_name("out2"))
+    assert [finding.code for finding in receipt.findings] == ["tied-weight"]
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"q.weight": np.zeros((4, 6), np.int8)})
+    with pytest.raises(RefusedError, match="quantised"):
+        merge(base, adapter({"q": rank2(4, 6)}), tmp_path / "o.safetensors")
+
+
+def test_convolutions_and_their_kernels(tmp_path: Path) -> None:
+    weights = {"conv.weight": normal(4, 3, 3, 3), "proj.weight": normal(5, 4, 1, 1)}
+    base = save(tmp_path / "b.safetensors", weights)
+    conv, proj = lora(normal(4, 2, 1, 1), normal(2, 3, 3, 3)), rank2(5, 4)
+    got = merged(base, adapter({"conv": conv, "proj": proj}), tmp_path / "o.safetensors")
+    for name, delta in (("conv", conv), ("proj", proj)):
+        weight = weights[f"{name}.weight"]
+        assert np.array_equal(got[f"{name}.weight"], (weight.astype(np.float64) + dense(delta).reshape(weight.shape)).astype(np.float32))
