@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "src")]
 
 from inventories import Entry, Row, entries  # noqa: E402
-
 from upparam.bases.base import Module  # noqa: E402
 from upparam.bases.inventory import load  # noqa: E402
 

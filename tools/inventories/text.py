@@ -50,12 +50,6 @@ def _llama() -> None:
     def llama(name: str, title: str, hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, *ids: str, **more: Any) -> None:
         add(name, "llama", title, "LlamaForCausalLM", _decoder("llama", hidden, ffn, layers, heads, kv, vocab, **more), *ids)
 
-    llama("llama-7b", "LLaMA 7B", 4096, 11008, 32, 32, 32, 32000, "huggyllama/llama-7b", "decapoda-research/llama-7b-hf",
-          "yahma/llama-7b-hf", "baffo32/decapoda-research-llama-7B-hf", "lmsys/vicuna-7b-v1.3")  # fmt: skip
-    llama("llama-13b", "LLaMA 13B", 5120, 13824, 40, 40, 40, 32000, "huggyllama/llama-13b", "decapoda-research/llama-13b-hf",
-          "yahma/llama-13b-hf", "lmsys/vicuna-13b-v1.3")  # fmt: skip
-    llama("llama-30b", "LLaMA 30B", 6656, 17920, 60, 52, 52, 32000, "huggyllama/llama-30b", "decapoda-research/llama-30b-hf")
-    llama("llama-65b", "LLaMA 65B", 8192, 22016, 80, 64, 64, 32000, "huggyllama/llama-65b", "decapoda-research/llama-65b-hf")
     llama("llama-2-7b", "Llama 2 7B", 4096, 11008, 32, 32, 32, 32000, "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf",
           "NousResearch/Llama-2-7b-hf", "NousResearch/Llama-2-7b-chat-hf", "unsloth/llama-2-7b", "lmsys/vicuna-7b-v1.5",
           "codellama/CodeLlama-7b-Python-hf")  # fmt: skip
@@ -63,6 +57,12 @@ def _llama() -> None:
           "NousResearch/Llama-2-13b-hf", "NousResearch/Llama-2-13b-chat-hf", "unsloth/llama-2-13b", "lmsys/vicuna-13b-v1.5")  # fmt: skip
     llama("llama-2-70b", "Llama 2 70B", 8192, 28672, 80, 64, 8, 32000, "meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf",
           "NousResearch/Llama-2-70b-hf")  # fmt: skip
+    llama("llama-7b", "LLaMA 7B", 4096, 11008, 32, 32, 32, 32000, "huggyllama/llama-7b", "decapoda-research/llama-7b-hf",
+          "yahma/llama-7b-hf", "baffo32/decapoda-research-llama-7B-hf", "lmsys/vicuna-7b-v1.3")  # fmt: skip
+    llama("llama-13b", "LLaMA 13B", 5120, 13824, 40, 40, 40, 32000, "huggyllama/llama-13b", "decapoda-research/llama-13b-hf",
+          "yahma/llama-13b-hf", "lmsys/vicuna-13b-v1.3")  # fmt: skip
+    llama("llama-30b", "LLaMA 30B", 6656, 17920, 60, 52, 52, 32000, "huggyllama/llama-30b", "decapoda-research/llama-30b-hf")
+    llama("llama-65b", "LLaMA 65B", 8192, 22016, 80, 64, 64, 32000, "huggyllama/llama-65b", "decapoda-research/llama-65b-hf")
     llama(
         "codellama-7b", "Code Llama 7B", 4096, 11008, 32, 32, 32, 32016, "codellama/CodeLlama-7b-hf", "codellama/CodeLlama-7b-Instruct-hf"
     )

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from upparam.bases.base import Base, Module
 from upparam.errors import UsageError
 
-
 DATA = Path(__file__).with_name("data")
 
 

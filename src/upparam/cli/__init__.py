@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "split": "take an adapter apart into up, down and config",
     "convert": "write an adapter in another dialect",
     "dialects": "list the dialects upparam reads and writes",
+    "bases": "list the base models upparam knows, or tell about one",
     "merge": "bake adapters into a base model",
 }
 """Name and one-line help of every command; `upparam.cli.NAME` (dashes as underscores) holds add_arguments(parser) and run(args) -> exit code."""

@@ -1,0 +1,215 @@
+"""A base from the user's own files: tensor names and shapes of a checkpoint, or a config.json alone. No tensor data is read.
+
+A file's order is not the order in which the model's code walks its modules (safetensors sorts by size or name). Where every module of
+the file is one of a shipped inventory, that inventory's order, names and classes are used; else the names are sorted naturally and the
+evidence says that traversal order is unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from upparam.bases import inventory
+from upparam.bases.base import Base, Module
+from upparam.bases.recognise import recognise
+from upparam.errors import AmbiguousError, UnreadableError
+
+_TRANSPOSED_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+"""model_type values whose attention and mlp weights are Conv1D, stored as (in, out)."""
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+_TIED = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|decoder|vocab_projector|proj_out)$")
+"""Modules whose weight files may leave out because it is another module's."""
+
+
+def base_from_path(path: Path | str) -> Base:
+    """The base at `path`: a weight file, a (sharded) model folder, a folder of components, or a config.json without weights.
+
+    Raises UnreadableError when there is neither weights nor a config that a shipped inventory matches, and what opening raises.
+    """
+    path = Path(path)
+    config_only = _config_only(path)
+    if config_only is not None:
+        return _from_configs(config_only, path)
+    from upparam.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    config = checkpoint.config or {}
+    return base_from_shapes(checkpoint.shapes, config=config, name=str(path))
+
+
+def base_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, config: Mapping[str, Any] | None = None, name: str = "") -> Base:
+    """The base whose tensors have these names and shapes (components in front, as in `unet.conv_in.weight`)."""
+    config = config or {}
+    packed = {tensor.rsplit(".weight.", 1)[0] for tensor in shapes if tensor.endswith((".weight.absmax", ".weight.SCB"))}
+    found = [
+        Module(path, "", shape, f"{path}.bias" in shapes)
+        for tensor, shape in shapes.items()
+        if (path := tensor.removesuffix(".weight")) != tensor and path not in packed
+    ]
+    if not found and not packed:
+        raise UnreadableError(
+            "no module weights in it", file=name or None, found=f"{len(shapes)} tensors", expected="names ending in .weight"
+        )
+    found = _with_conv1d(found, config)
+    evidence = [f"{len(found)} weights in the header of {name}" if name else f"{len(found)} weights"]
+    if packed:
+        evidence.append(f"{len(packed)} weights are stored quantised, so their shapes do not show")
+    known = _same_as_inventory(found, packed)
+    if known is not None:
+        return Base(known.name, known.modules, known.family, (*evidence, *known.evidence))
+    if packed and not found:
+        raise UnreadableError("every weight is quantised and no inventory has these modules", file=name or None)
+    found.sort(key=lambda module: _natural(module.path))
+    evidence.append("no shipped inventory has exactly these modules: sorted by name, the order in which the model walks them is not known")
+    hints = recognise({module.path: module.canonical for module in found if len(module.shape) > 1})
+    family = inventory.known()[hints[0].name].family if hints else ""
+    return Base(name or "unnamed", tuple(found), family, tuple(evidence))
+
+
+def base_from_config(config: Mapping[str, Any]) -> Base | None:
+    """The inventory whose config a config.json matches in every value both hold; None when none does.
+
+    Raises AmbiguousError when several match equally well and their modules differ.
+    """
+    kind = "_class_name" if "_class_name" in config else "model_type"
+    scored: dict[str, int] = {}
+    for name, theirs in inventory.data("_configs.json").items():
+        if theirs.get(kind) == config.get(kind) is not None:
+            score = _agree(theirs, config)
+            if score:
+                scored[name] = score
+    if not scored:
+        return None
+    best = max(scored.values())
+    names = [name for name, score in scored.items() if score == best]
+    stated = inventory.resolve(str(config.get("_name_or_path", "")))
+    chosen = inventory.load(stated if stated in names else names[0])
+    different = [name for name in names if inventory.load(name).modules != chosen.modules]
+    if different and stated not in names:
+        raise AmbiguousError("the config fits several bases", found=", ".join(names), remedy="name one of them")
+    facts = [f"{best} values of the config are those of {chosen.name}"]
+    alike = [name for name in names if name != chosen.name and name not in different]
+    if alike:
+        facts.append(f"{', '.join(alike)} has the same modules")
+    return Base(chosen.name, chosen.modules, chosen.family, tuple(facts))
+
+
+def _agree(theirs: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """How many values agree; 0 when one contradicts or fewer than three are there to compare."""
+    score = 0
+    for key, value in theirs.items():
+        have = config.get(key)
+        if have is None:
+            continue
+        if isinstance(value, dict):
+            inner = _agree(value, have) if isinstance(have, Mapping) else 0
+            if not inner:
+                return 0
+            score += inner
+        elif have != value:
+            return 0
+        else:
+            score += 1
+    return score if score >= min(3, len(theirs)) else 0
+
+
+def _config_only(path: Path) -> dict[str, Any] | None:
+    """The configs at a path that holds no weights, by component; None when there are weights (or nothing at all) to open."""
+    from upparam.checkpoint import WEIGHT_SUFFIXES
+
+    if path.is_file():
+        return {"": _read(path)} if path.suffix == ".json" and not path.name.endswith(".index.json") else None
+    if not path.is_dir() or any(member.suffix in WEIGHT_SUFFIXES for member in path.rglob("*")):
+        return None
+    folders = {"": path, **{name: path / name for name in ("unet", "transformer")}}
+    return {name: _read(folder / "config.json") for name, folder in folders.items() if (folder / "config.json").is_file()} or None
+
+
+def _from_configs(configs: Mapping[str, Any], path: Path) -> Base:
+    for config in configs.values():
+        base = base_from_config(config)
+        if base is not None:
+            return Base(base.name, base.modules, base.family, (f"{path} holds a config and no weights", *base.evidence))
+    shown = ", ".join(
+        f"{key} {value}" for config in configs.values() for key, value in config.items() if key in ("model_type", "_class_name")
+    )
+    raise UnreadableError(
+        "a config without weights that no shipped inventory matches", file=path, found=shown or "no model type", remedy="name the weights"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from upparam.dialects.base import read_json
+
+    return read_json(path) or {}
+
+
+def _with_conv1d(modules: Iterable[Module], config: Mapping[str, Any]) -> list[Module]:
+    """The modules with Conv1D where the config's model type says so, or a fused qkv three times as wide as tall does."""
+    modules = list(modules)
+    wide = any(module.path.endswith("attn.c_attn") and module.shape[-1:] == (3 * module.shape[0],) for module in modules)
+    if not wide and config.get("model_type") not in _TRANSPOSED_TYPES:
+        return modules
+    return [module._replace(kind="Conv1D") if _CONV1D.search(module.path) and len(module.shape) == 2 else module for module in modules]
+
+
+def _same_as_inventory(modules: list[Module], packed: set[str]) -> Base | None:
+    """The inventory these modules are, in its order and under its names; None when none is.
+
+    Every module the inventory knows must have its shape; modules it does not know (a task head, a VAE) may be few or lie in components
+    it does not list, and follow at the end.
+    """
+    core = [module for module in modules if module.path.startswith(("unet.", "transformer."))]
+    core = core if len(core) > 50 else modules
+    best: tuple[int, Base] | None = None
+    for hint in recognise({module.path: module.canonical for module in core if len(module.shape) > 1}):
+        base = inventory.load(hint.name)
+        for prefix in _prefixes(core[0].path, base):
+            aligned = _align(base, modules, prefix, packed)
+            if aligned is not None and (best is None or aligned[0] < best[0]):
+                best = aligned
+    return best[1] if best else None
+
+
+def _align(base: Base, modules: list[Module], prefix: str, packed: set[str]) -> tuple[int, Base] | None:
+    """How many of the base's modules the file lacks, and the base with the file's modules only; None when they contradict."""
+    mine = {prefix + module.path: module for module in modules}
+    quantised = {prefix + path for path in packed}
+    components = {module.path.split(".", 1)[0] for module in base.modules}
+    strangers = [path for path in mine if path not in base.by_path]
+    unexplained = [path for path in strangers if path.split(".", 1)[0] in components]
+    if any(path in base.by_path and base.by_path[path].shape != module.shape for path, module in mine.items()):
+        return None
+    if len(unexplained) > 0.05 * len(mine):
+        return None
+    roots = {path.split(".", 1)[0] for path in (*mine, *quantised)}
+    expected = [module for module in base.modules if module.path.split(".", 1)[0] in roots and not _TIED.search(module.path)]
+    lacking = [module.path for module in expected if module.path not in mine and module.path not in quantised]
+    if len(lacking) > 0.4 * len(expected):
+        return None
+    kept = [module for module in base.modules if module.path in mine or module.path in quantised or _TIED.search(module.path)]
+    kept += sorted((mine[path]._replace(path=path) for path in strangers), key=lambda module: _natural(module.path))
+    facts = [f"names and shapes are those of {base.name}: its order and classes are used"]
+    if prefix:
+        facts.append(f"names there have '{prefix}' in front")
+    if lacking:
+        facts.append(f"{len(lacking)} modules of it are not in the file, such as {lacking[0]}")
+    if strangers:
+        facts.append(f"{len(strangers)} modules it does not have follow in order of their names, such as {strangers[0]}")
+    return len(lacking) + len(strangers), Base(base.name, tuple(kept), base.family, tuple(facts))
+
+
+def _prefixes(path: str, base: Base) -> list[str]:
+    """What may stand in front of a file's name in the base's: nothing, or what a module ending in it has before."""
+    found = [""]
+    for module in base.modules:
+        if module.path.endswith("." + path):
+            found.append(module.path[: -len(path)])
+    return found
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in path.split(".")]
