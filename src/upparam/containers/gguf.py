@@ -1,0 +1,269 @@
+"""GGUF: llama.cpp's container; typed key-value pairs, tensor descriptions, then aligned data. Versions 2 and 3, either byte order.
+
+Shapes are stored fastest axis first and are reversed here to row-major. Quantised tensors are no plain array: they are named, sized and
+placed in `structure["quantised"]`, with a finding, and are not among `tensors`.
+Sources: ggml-org/ggml `docs/gguf.md`; ggml-org/llama.cpp `gguf-py/gguf/constants.py` (type numbers, block sizes).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from upparam.containers.base import Head, TensorFile
+from upparam.errors import LimitError, MalformedError
+from upparam.findings import Finding, info, warning
+from upparam.limits import MAX_DIMS, MAX_GGUF_ARRAY_SHOWN, MAX_GGUF_HEADER, MAX_GGUF_KEYS, MAX_GGUF_NESTING, MAX_TENSORS
+from upparam.tensors import DTYPES, Source, Tensor
+
+name = "gguf"
+title = "GGUF (llama.cpp)"
+
+MAGIC = b"GGUF"
+_PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
+QUANTISED: dict[int, tuple[str, int, int]] = {
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
+"""Type number: (name, elements of a block, bytes of a block)."""
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_WINDOW = 1 << 20
+
+
+@dataclass(frozen=True)
+class QuantisedTensor:
+    """Where a quantised tensor lies. `shape` is row-major; `offset` counts from the start of the file.
+
+    `nbytes` follows from type and shape; for a type this version does not know it is the room up to the next tensor.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def sniff(head: Head) -> bool:
+    """The magic string."""
+    return head.data.startswith(MAGIC)
+
+
+def read(source: Source, path: Path) -> TensorFile:
+    """Metadata, tensor names, types, shapes and places. Raises MalformedError or LimitError, naming the key or tensor.
+
+    Metadata values are strings as they are and JSON text for the rest; an array longer than MAX_GGUF_ARRAY_SHOWN becomes a JSON object
+    with its length, element type, byte range and first items.
+    """
+    return _Reader(source, path).run()
+
+
+class _Reader:
+    def __init__(self, source: Source, path: Path) -> None:
+        self.source, self.path = source, path
+        self.at = 4
+        self.order = "<"
+        self._window, self._start = b"", 0
+        self.findings: list[Finding] = []
+
+    def run(self) -> TensorFile:
+        if self.source.size < 24 or self.source.read(0, 4) != MAGIC:
+            raise self.bad("too short for a GGUF file", expected="at least 24 bytes", found=self.source.size)
+        self.version()
+        count, keys = self.number("Q"), self.number("Q")
+        if count > MAX_TENSORS:
+            raise LimitError("more tensors than any real file", file=self.path, expected=f"<= {MAX_TENSORS}", found=count)
+        if keys > MAX_GGUF_KEYS:
+            raise LimitError("more metadata keys than any real file", file=self.path, expected=f"<= {MAX_GGUF_KEYS}", found=keys)
+        metadata, alignment = self.metadata(keys)
+        entries = [self.entry() for _ in range(count)]
+        data = -(-self.at // alignment) * alignment
+        tensors, quantised = self.place(entries, data, alignment)
+        structure = {"quantised": quantised} if quantised else None
+        return TensorFile(self.path, name, tensors, metadata, structure, findings=self.findings, data_start=min(data, self.source.size))
+
+    def version(self) -> None:
+        version = self.number("I")
+        if version & 0xFFFF == 0:
+            self.order = ">"
+            version = int.from_bytes(version.to_bytes(4, "little"), "big")
+        if version not in (2, 3):
+            remedy = "convert it again with a current llama.cpp" if version == 1 else None
+            raise self.bad("a GGUF version upparam does not read", expected="2 or 3", found=version, remedy=remedy)
+
+    def bad(self, message: str, tensor: str | None = None, **facts: Any) -> MalformedError:
+        return MalformedError(message, file=self.path, tensor=tensor, **facts)
+
+    def take(self, size: int) -> bytes:
+        """The next `size` bytes of the header."""
+        if size > self.source.size - self.at:
+            raise self.bad("the file ends inside its header", expected=f"{size} bytes at {self.at}", found=self.source.size - self.at)
+        if self.at + size > MAX_GGUF_HEADER:
+            raise LimitError("the header is longer than any real one", file=self.path, expected=f"<= {MAX_GGUF_HEADER} bytes")
+        start = self.at - self._start
+        if not 0 <= start <= start + size <= len(self._window):
+            self._start, start = self.at, 0
+            self._window = self.source.read(self.at, min(max(size, _WINDOW), self.source.size - self.at))
+        self.at += size
+        return self._window[start : start + size]
+
+    def number(self, code: str) -> int:
+        value: int = struct.unpack(self.order + code, self.take(struct.calcsize("=" + code)))[0]
+        return value
+
+    def text(self, what: str) -> str:
+        raw = self.take(self.number("Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            self.findings.append(warning("gguf-not-utf8", self.path.name, f"{what} is not UTF-8 text", repr(raw[:60])))
+            return raw.decode("utf-8", "backslashreplace")
+
+    def metadata(self, keys: int) -> tuple[dict[str, str], int]:
+        found: dict[str, str] = {}
+        alignment = 32
+        for _ in range(keys):
+            key = self.text("a metadata key")
+            if key in found:
+                raise self.bad(f"the header names the key '{key}' twice", remedy="the file is malformed or crafted; do not trust it")
+            kind = self.number("I")
+            value = self.value(kind, key, 0)
+            found[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if key == "general.alignment":
+                if kind != 4 or value < 8 or value & (value - 1) or value > 1 << 20:
+                    raise self.bad("general.alignment must be a power of two from 8 up", found=f"{value} of type {kind}")
+                alignment = value
+        return found, alignment
+
+    def value(self, kind: int, key: str, depth: int) -> Any:
+        """A scalar, a string, a list, or for a long array a description of it."""
+        if kind in _SCALARS:
+            code = _SCALARS[kind]
+            if code == "?":
+                raw = self.number("B")
+                if raw > 1:
+                    raise self.bad(f"key '{key}' holds a truth value that is neither 0 nor 1", found=raw)
+                return bool(raw)
+            return self.number(code)
+        if kind == _STRING:
+            return self.text(f"the value of '{key}'")
+        if kind != _ARRAY:
+            raise self.bad(f"key '{key}' has a value type that does not exist", expected="0 to 12", found=kind)
+        if depth >= MAX_GGUF_NESTING:
+            raise LimitError(f"key '{key}' nests arrays deeper than any real file", file=self.path, expected=f"<= {MAX_GGUF_NESTING}")
+        item, length = self.number("I"), self.number("Q")
+        return self.array(item, length, key, depth)
+
+    def array(self, item: int, length: int, key: str, depth: int) -> Any:
+        start = self.at
+        least = struct.calcsize("=" + _SCALARS[item]) if item in _SCALARS else 8
+        if length * least > self.source.size - self.at:
+            raise self.bad(
+                f"the array of '{key}' is longer than the file", expected=f"{length} items", found=f"{self.source.size - self.at} bytes"
+            )
+        if length <= MAX_GGUF_ARRAY_SHOWN:
+            return [self.value(item, key, depth + 1) for _ in range(length)]
+        first = [self.value(item, key, depth + 1) for _ in range(8)]
+        if item in _SCALARS:
+            self.skip((length - 8) * least)
+        elif item == _STRING:
+            for _ in range(length - 8):
+                self.skip(self.number("Q"))
+        else:
+            raise LimitError(
+                f"key '{key}' nests more arrays than any real file", file=self.path, expected=f"<= {MAX_GGUF_ARRAY_SHOWN}", found=length
+            )
+        if depth == 0:
+            note = f"'{key}' holds {length} items; only the first are shown"
+            self.findings.append(info("gguf-long-array", self.path.name, note, f"bytes {start} to {self.at}"))
+        kind = "string" if item == _STRING else _SCALARS[item]
+        return {"length": length, "type": kind, "first": first, "start": start, "end": self.at}
+
+    def skip(self, size: int) -> None:
+        if size > self.source.size - self.at:
+            raise self.bad("the file ends inside its header", expected=f"{size} bytes at {self.at}", found=self.source.size - self.at)
+        if self.at + size > MAX_GGUF_HEADER:
+            raise LimitError("the header is longer than any real one", file=self.path, expected=f"<= {MAX_GGUF_HEADER} bytes")
+        self.at += size
+
+    def entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """(name, row-major shape, type number, offset in the data) of the next tensor."""
+        key = self.text("a tensor name")
+        dims = self.number("I")
+        if dims > MAX_DIMS:
+            raise LimitError("more dimensions than any real tensor", file=self.path, tensor=key, expected=f"<= {MAX_DIMS}", found=dims)
+        shape = tuple(self.number("Q") for _ in range(dims))[::-1]
+        return key, shape, self.number("I"), self.number("Q")
+
+    def place(
+        self, entries: list[tuple[str, tuple[int, ...], int, int]], data: int, alignment: int
+    ) -> tuple[dict[str, Tensor], dict[str, QuantisedTensor]]:
+        tensors: dict[str, Tensor] = {}
+        quantised: dict[str, QuantisedTensor] = {}
+        spans: list[tuple[int, int, str]] = []
+        rooms = _rooms([offset for *_, offset in entries], self.source.size - data)
+        for key, shape, kind, offset in entries:
+            if key in tensors or key in quantised:
+                raise self.bad("the header names a tensor twice", key, remedy="the file is malformed or crafted; do not trust it")
+            start = data + offset
+            if offset % alignment:
+                self.findings.append(
+                    warning("gguf-misaligned", key, "the data does not start on the stated alignment", f"{offset} % {alignment}")
+                )
+            if kind in _PLAIN:
+                tensor = Tensor(DTYPES[_PLAIN[kind]], shape, self.source, start, big_endian=self.order == ">")
+                tensors[key] = tensor
+                nbytes = tensor.nbytes
+            else:
+                quantised[key] = placed = self.quantised(key, shape, kind, start, rooms[offset])
+                nbytes = placed.nbytes
+            if start + nbytes > self.source.size:
+                raise self.bad(
+                    "the data ends before the tensor does", key, expected=f"{start + nbytes} bytes", found=self.source.size,
+                    remedy="the file is truncated or its header lies; fetch it again",
+                )  # fmt: skip
+            if kind in _PLAIN:
+                tensor.check(key)
+            spans.append((start, start + nbytes, key))
+        self.overlaps(spans)
+        if quantised:
+            self.summarise(quantised)
+        return tensors, quantised
+
+    def quantised(self, key: str, shape: tuple[int, ...], kind: int, start: int, room: int) -> QuantisedTensor:
+        if kind not in QUANTISED:
+            return QuantisedTensor(f"type {kind}", shape, start, room)
+        label, block, size = QUANTISED[kind]
+        if not shape or shape[-1] % block:
+            raise self.bad(f"rows of {label} come in blocks of {block}", key, expected=f"a multiple of {block}", found=shape)
+        return QuantisedTensor(label, shape, start, prod(shape) // block * size)
+
+    def overlaps(self, spans: list[tuple[int, int, str]]) -> None:
+        end, last = 0, ""
+        for start, stop, key in sorted(spans):
+            if start < end:
+                raise self.bad(f"the bytes overlap those of '{last}'", key, expected=f"start >= {end}", found=start)
+            if stop > start:
+                end, last = stop, key
+
+    def summarise(self, quantised: dict[str, QuantisedTensor]) -> None:
+        kinds: dict[str, int] = {}
+        for tensor in quantised.values():
+            kinds[tensor.type] = kinds.get(tensor.type, 0) + 1
+        listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+        self.findings.append(
+            warning("gguf-quantised", self.path.name, f"{len(quantised)} tensors are quantised and cannot be read as plain numbers", listed)
+        )
+
+
+def _rooms(offsets: list[int], size: int) -> dict[int, int]:
+    """Bytes from each tensor's offset to the next one's, or to the end of the data."""
+    ordered = sorted(set(offsets))
+    return {offset: max(0, after - offset) for offset, after in zip(ordered, [*ordered[1:], size], strict=False)}
