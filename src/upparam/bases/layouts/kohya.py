@@ -1,0 +1,55 @@
+"""kohya's names: a prefix per component and every dot an underscore, so that only an inventory can tell them apart again.
+
+Source: kohya-ss/sd-scripts networks/lora.py, networks/lora_flux.py, networks/lora_sd3.py (LORA_PREFIX_*).
+"""
+
+from __future__ import annotations
+
+from upparam.bases.base import Base
+from upparam.bases.layouts.base import Component, LayoutMap, Naming, assemble, has, same, under
+from upparam.bases.layouts.denoiser import component, original
+
+
+def text_prefixes(base: Base) -> dict[str, str]:
+    """Component -> kohya prefix of each text encoder. One encoder alone is `lora_te`; T5 is `lora_te3` wherever it stands."""
+    encoders = [name for name in ("text_encoder.", "text_encoder_2.", "text_encoder_3.") if has(base, name)]
+    if len(encoders) == 1 and has(base, "text_encoder."):
+        return {"text_encoder.": "lora_te_"}
+    return {
+        name: "lora_te3_" if has(base, name + "encoder.block.") else f"lora_te{int(name[len('text_encoder_') : -1] or 1)}_"
+        for name in encoders
+    }
+
+
+def build(base: Base, denoiser: Naming, name: str) -> LayoutMap:
+    """The layout with this naming of the denoiser."""
+    components = [Component(text, under(prefix, same)) for text, prefix in text_prefixes(base).items()]
+    start = component(base)
+    if start is not None:
+        components.append(Component(start, under("lora_unet_", denoiser)))
+    return assemble(name, base, components, rename=underscored)
+
+
+def underscored(path: str) -> str:
+    """The name with every dot an underscore."""
+    return path.replace(".", "_")
+
+
+def kohya(base: Base) -> LayoutMap | None:
+    """What sd-scripts writes: diffusers names for SD 1 and 2, the authors' names for everything later."""
+    if component(base) is None:
+        return None
+    if has(base, "unet.") and not has(base, "text_encoder_2."):
+        return build(base, same, "kohya")
+    return build(base, original(base) or same, "kohya")
+
+
+def kohya_diffusers(base: Base) -> LayoutMap | None:
+    """The same with diffusers names throughout, as OneTrainer and diffusers' own exporter write SDXL."""
+    return None if component(base) is None else build(base, same, "kohya-diffusers")
+
+
+def kohya_original(base: Base) -> LayoutMap | None:
+    """The same with the authors' names throughout, SD 1 and 2 too."""
+    naming = None if component(base) is None else original(base)
+    return None if naming is None else build(base, naming, "kohya-original")
