@@ -1,7 +1,8 @@
 """The innermost work of a merge: one tile of a stored weight becomes round(W + up @ down), exactly.
 
-A tile is computed in float32, with a bound on how far each sum can be from the true one. Where rounding the two ends of that
-interval gives two different results the element is computed again in float64; everywhere else the float32 result is proved right.
+A tile is computed in float32 (float32 weights: in float64), with a bound on how far each sum can be from the true one. Where rounding
+the two ends of that interval gives two different results the element is computed again in float64, in a fixed order; everywhere else
+the fast result is proved right. So every route, compiled or numpy, gives the same bytes.
 The bound: with |err(x*y)| and |err(x+y)| <= u = 2^-24 times the result (u the unit roundoff of float32), a sum of R products of
 factors each rounded once is within (R + 4) u sum|up||down| of the true one (Higham, "Accuracy and Stability of Numerical
 Algorithms", section 3.1), and sum|up||down| <= ||up_row|| ||down_column||.
@@ -9,7 +10,8 @@ Algorithms", section 3.1), and sum|up||down| <= ||up_row|| ||down_column||.
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,48 +24,138 @@ TILE_ELEMENTS = 1 << 18
 _UNIT = 2.0**-24
 _TINY = 1e-37
 """Absolute slack for products that underflow float32, and what makes every zero sum doubtful (its sign is decided in float64)."""
-FAST = frozenset(("bfloat16", "float16"))
-"""Dtypes narrow enough for the float32 route; wider ones are computed in float64 throughout."""
+_KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
+"""Dtypes the compiled kernel knows, by its numbers for them."""
+_WIDTH = 32
+"""Columns per panel are at most this many; column norms are padded to it."""
+
+
+class Route(NamedTuple):
+    """How tiles are computed: the compiled module and which of its instruction sets, or numpy (module None)."""
+
+    name: str
+    module: Any = None
+    number: int = 0
+    lanes: int = 0
+
+
+_NUMPY = Route("numpy")
+
+
+def routes() -> dict[str, Route]:
+    """Every route this installation and processor offer, fastest first; `numpy` is always there."""
+    found: dict[str, Route] = {}
+    try:
+        from upparam._native import tile  # type: ignore[attr-defined, unused-ignore]
+    except ImportError:
+        pass
+    else:
+        for index, (name, lanes) in enumerate(tile.instruction_sets()):
+            found[name] = Route(name, tile, index, lanes)
+    found["numpy"] = _NUMPY
+    return found
+
+
+def best_route() -> Route:
+    """The fastest route, or the one that the environment variable UPPARAM_KERNEL names."""
+    found = routes()
+    return found.get(os.environ.get("UPPARAM_KERNEL", "")) or next(iter(found.values()))
 
 
 class LowRank:
     """up (rows, R) with every scale in it, down (R, columns), for a range of rows of one stored weight; all that a tile needs.
 
-    Raises nothing: whether the factors are finite is the caller's to check.
+    Whether the factors are finite is the caller's to check. Other forms of the factors are made when a route first asks for them.
     """
 
     def __init__(self, up: NDArray[np.float64], down: NDArray[np.float64]) -> None:
-        self.up64 = up
+        self.up64 = np.ascontiguousarray(up)
         self.down64 = down
-        self.up = up.astype(np.float32)
-        self.down = down.astype(np.float32)
-        rank = up.shape[1]
         # norms rounded upward by the factor, which also covers their own rounding
-        factor = (rank + 4) * _UNIT * (1 + 2.0**-16)
-        self.row_bound: NDArray[np.float32] = (np.sqrt(np.einsum("ir,ir->i", up, up)) * factor + _TINY).astype(np.float32)
-        self.column_norm: NDArray[np.float32] = (np.sqrt(np.einsum("rj,rj->j", down, down)) * (1 + 2.0**-16)).astype(np.float32)
-        self.widest = float(self.column_norm.max(initial=0.0))
-        self._down_columns: NDArray[np.float64] | None = None
+        self._row_norm = np.sqrt(np.einsum("ir,ir->i", up, up)) * (1 + 2.0**-16)
+        norms = np.sqrt(np.einsum("rj,rj->j", down, down)) * (1 + 2.0**-16)
+        self.column_norm: NDArray[np.float32] = np.zeros(-(-len(norms) // _WIDTH) * _WIDTH, np.float32)
+        self.column_norm[: len(norms)] = norms
+        self.widest = float(norms.max(initial=0.0))
+        self._kept: dict[str, NDArray[Any]] = {}
 
-    def elements(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float64]:
-        """(up @ down)[rows, columns] in float64, summed in the order of the ranks."""
-        if self._down_columns is None:
-            self._down_columns = np.ascontiguousarray(self.down64.T)
-        ups, downs = self.up64[rows], self._down_columns[columns]
-        ups *= downs
-        # cumulative order fixed: a tie decided here is decided alike whatever found it
-        total: NDArray[np.float64] = np.add.accumulate(ups, axis=1)[:, -1] if ups.shape[1] else np.zeros(len(rows))
+    def row_bound(self, chunk: int | None = None) -> NDArray[np.float32]:
+        """How far a float32 sum of each row may be from the true one, per unit of column norm.
+
+        R products summed one after the other, or in runs of `chunk` whose sums are then added up.
+        """
+        rank = self.up64.shape[1]
+        depth = rank + 4 if chunk is None else min(rank, chunk) + -(-rank // chunk) + 4
+        return self._keep(f"bound{chunk}", lambda: (self._row_norm * (depth * _UNIT) + _TINY).astype(np.float32))
+
+    @property
+    def up(self) -> NDArray[np.float32]:
+        """up in float32."""
+        return self._keep("up", lambda: self.up64.astype(np.float32))
+
+    @property
+    def down(self) -> NDArray[np.float32]:
+        """down in float32."""
+        return self._keep("down", lambda: self.down64.astype(np.float32))
+
+    def panels(self, width: int, dtype: Any) -> NDArray[Any]:
+        """down as (columns / width, R, width), the last panel padded with zeros: what the compiled kernel streams through."""
+
+        def make() -> NDArray[Any]:
+            rank, columns = self.down64.shape
+            count = -(-columns // width)
+            padded = np.zeros((rank, count * width), dtype)
+            padded[:, :columns] = self.down64
+            return np.ascontiguousarray(padded.reshape(rank, count, width).transpose(1, 0, 2))
+
+        return self._keep(f"{width}{dtype}", make)
+
+    @property
+    def ups(self) -> NDArray[np.float64]:
+        """up with its ranks padded to a multiple of 8, for `elements`."""
+        return self._keep("ups", lambda: np.pad(self.up64, ((0, 0), (0, -self.up64.shape[1] % 8))))
+
+    @property
+    def downs(self) -> NDArray[np.float64]:
+        """down as (columns, R), its ranks padded to a multiple of 8, for `elements`."""
+        return self._keep("downs", lambda: np.ascontiguousarray(np.pad(self.down64, ((0, -len(self.down64) % 8), (0, 0))).T))
+
+    def elements(self, flat: NDArray[np.uint32], start: int, columns: int, route: Route) -> NDArray[np.float64]:
+        """up @ down in float64 at the places `flat` of a tile that begins at row `start`.
+
+        Summed in one order whatever the route: eight running sums over every eighth rank, then pairs of them.
+        """
+        if route.module is not None:
+            sums = np.empty(len(flat))
+            route.module.settle(sums, flat, len(flat), columns, self.ups[start:], self.downs, self.ups.shape[1])
+            return sums
+        row, column = np.divmod(flat, columns)
+        products = self.ups[row + start]
+        products *= self.downs[column]
+        lanes = np.add.accumulate(products.reshape(len(flat), -1, 8), axis=1)[:, -1]
+        pairs = lanes[:, :4] + lanes[:, 4:]
+        total: NDArray[np.float64] = (pairs[:, 0] + pairs[:, 2]) + (pairs[:, 1] + pairs[:, 3])
         return total
+
+    def _keep(self, name: str, make: Any) -> NDArray[Any]:
+        found: NDArray[Any] | None = self._kept.get(name)
+        if found is None:
+            found = self._kept[name] = make()
+        return found
 
 
 class Scratch:
-    """One thread's buffers, made once and used for every tile."""
+    """One thread's buffers, made once and used for every tile, and the route its tiles take."""
 
-    def __init__(self, elements: int) -> None:
-        self.weight = np.empty(elements, np.float32)
-        self.delta = np.empty(elements, np.float32)
-        self.low = np.empty(elements, np.uint16)
-        self.high = np.empty(elements, np.uint16)
+    def __init__(self, elements: int, route: Route | None = None) -> None:
+        self.route = route or best_route()
+        self.doubtful = np.empty(elements, np.uint32)
+        if self.route.module is None:
+            self.weight = np.empty(elements, np.float32)
+            self.delta = np.empty(elements, np.float32)
+            self.low = np.empty(elements, np.uint16)
+            self.high = np.empty(elements, np.uint16)
+            self.differs = np.empty(elements, np.bool_)
 
 
 def add_low_rank(
@@ -73,52 +165,82 @@ def add_low_rank(
 
     Returns (elements whose bits changed, elements that became infinite). `exact=False` leaves out the float64 check of near-ties.
     """
-    if dtype.name not in FAST:
-        return _add_in_float64(stored, dtype, factors, start)
+    if scratch.route.module is not None and dtype.name in _KINDS:
+        return _add_compiled(stored, dtype, factors, start, scratch, exact)
+    if scratch.route.module is None and dtype.name in ("bfloat16", "float16"):
+        return _add_in_float32(stored, dtype, factors, start, scratch, exact)
+    return _add_in_float64(stored, dtype, factors, start)
+
+
+def _add_compiled(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, exact: bool) -> tuple[int, int]:
+    """Through the compiled kernel, which leaves doubtful elements as they were and lists them."""
+    route, kind = scratch.route, _KINDS[dtype.name]
     rows, columns = stored.shape
-    shape = (rows, columns)
-    weight = scratch.weight[: stored.size].reshape(shape)
-    delta = scratch.delta[: stored.size].reshape(shape)
-    low = scratch.low[: stored.size].reshape(shape)
-    high = scratch.high[: stored.size].reshape(shape)
+    up: NDArray[Any]
+    if kind == 2:
+        up, panels = factors.up64, factors.panels(route.lanes, np.float64)
+    else:
+        up, panels = factors.up, factors.panels(2 * route.lanes, np.float32)
+    codes = stored.view(np.uint32 if kind == 2 else np.uint16)
+    found, changed = route.module.merge_tile(
+        codes, rows, columns, up[start : start + rows], panels, up.shape[1], factors.row_bound(route.module.CHUNK)[start : start + rows],
+        factors.column_norm, kind, exact, scratch.doubtful, route.number,
+    )  # fmt: skip
+    if not found:
+        return changed, 0
+    flat = scratch.doubtful[:found]
+    before = stored.reshape(-1)[flat]
+    after = _settled(before, dtype, factors, start, flat, columns, route)
+    stored.reshape(-1)[flat] = after
+    code = codes.dtype
+    return changed + int(np.count_nonzero(before.view(code) != after.view(code))), _count_overflow(after, before)
+
+
+def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, exact: bool) -> tuple[int, int]:
+    shape = (rows, _) = stored.shape
+    weight, delta, low, high, differs = (
+        buffer[: stored.size].reshape(shape) for buffer in (scratch.weight, scratch.delta, scratch.low, scratch.high, scratch.differs)
+    )
     weight[...] = stored
     np.matmul(factors.up[start : start + rows], factors.down, out=delta)
     with np.errstate(over="ignore", invalid="ignore"):
         np.add(weight, delta, out=weight)
-        largest = np.maximum(weight.max(axis=1), -weight.min(axis=1))
+        largest = max(float(weight.max()), -float(weight.min()))
         if not exact:
             low.view(dtype.numpy)[...] = weight
         else:
             # |sum - true sum| plus the roundings of the sum and of the two ends
-            bound = (
-                factors.row_bound[start : start + rows] * np.float32(factors.widest) + largest * np.float32(2.0**-22) + np.float32(_TINY)
-            )[:, None]
-            if not np.isfinite(bound).all():
+            bound: np.float32 = np.float32(
+                float(factors.row_bound()[start : start + rows].max()) * factors.widest + largest * 2.0**-22 + _TINY
+            )
+            if not np.isfinite(bound):
                 return _add_in_float64(stored, dtype, factors, start)
             np.subtract(weight, bound, out=delta)
             low.view(dtype.numpy)[...] = delta
             np.add(weight, bound, out=delta)
             high.view(dtype.numpy)[...] = delta
-            np.not_equal(low, high, out=high)
-            doubtful = np.flatnonzero(high)
+            np.not_equal(low, high, out=differs)
+            doubtful = np.flatnonzero(differs).astype(np.uint32)
             if doubtful.size:
-                _settle(stored, dtype, factors, start, doubtful, low)
-    infinite = _count_overflow(low.view(dtype.numpy), stored) if float(largest.max()) >= _largest(dtype) else 0
+                before = stored.reshape(-1)[doubtful]
+                low.reshape(-1)[doubtful] = _settled(before, dtype, factors, start, doubtful, shape[1], scratch.route).view(np.uint16)
+    infinite = 0 if largest < _largest(dtype) else _count_overflow(low.view(dtype.numpy), stored)
     codes = stored.view(np.uint16)
-    changed = int(np.count_nonzero(codes != low))
+    np.not_equal(codes, low, out=differs)
     codes[...] = low
-    return changed, infinite
+    return int(np.count_nonzero(differs)), infinite
 
 
-def _settle(
-    stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, doubtful: NDArray[np.intp], result: NDArray[np.uint16]
-) -> None:
-    columns = stored.shape[1]
-    for at in range(0, len(doubtful), 4096):
-        flat = doubtful[at : at + 4096]
-        row, column = np.divmod(flat, columns)
-        true = widen(stored.reshape(-1)[flat]) + factors.elements(row + start, column)
-        result.reshape(-1)[flat] = narrow(true, dtype).view(np.uint16)
+def _settled(
+    before: NDArray[Any], dtype: DType, factors: LowRank, start: int, flat: NDArray[np.uint32], columns: int, route: Route
+) -> NDArray[Any]:
+    """The doubtful elements `flat` of a tile, whose stored values are `before`, decided in float64."""
+    result = np.empty_like(before)
+    step = max(64, (1 << 16) // factors.ups.shape[1])
+    for at in range(0, len(flat), step):
+        part = slice(at, at + step)
+        result[part] = narrow(widen(before[part]) + factors.elements(flat[part], start, columns, route), dtype)
+    return result
 
 
 def _add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int) -> tuple[int, int]:
@@ -131,12 +253,12 @@ def _add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
         first = start + at
         true = factors.up64[first : first + len(part)] @ factors.down64
         true += widen(part)
-        bound = factors.row_bound[first : first + len(part), None].astype(np.float64) * (2.0**-28 * factors.widest)
+        bound = factors.row_bound()[first : first + len(part), None].astype(np.float64) * (2.0**-28 * factors.widest)
         bound = bound + np.abs(true) * 2.0**-51 + 1e-300 * (rank + 1)
         doubtful = np.flatnonzero(narrow(true - bound, dtype) != narrow(true + bound, dtype))
         if doubtful.size:
-            row, column = np.divmod(doubtful, stored.shape[1])
-            true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + factors.elements(row + first, column)
+            sums = factors.elements(doubtful.astype(np.uint32), first, stored.shape[1], _NUMPY)
+            true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + sums
         more, over = store(part, true, dtype)
         changed, infinite = changed + more, infinite + over
     return changed, infinite

@@ -1,0 +1,216 @@
+/* upparam._native.tile: one tile of a stored weight becomes round(W + up @ down) in place, for 16-bit and float32 weights.
+ *
+ * Every element whose rounding float32 (for float32 weights: float64) sums cannot decide is left as it was and reported; the caller
+ * settles those few in float64. So results do not depend on the instruction set, and equal those of the numpy path byte for byte.
+ * The instruction set is chosen when the module is loaded. No state; the GIL is released while a tile is worked on.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+#if !defined(__GNUC__)
+#error "needs the vector extensions of GCC or Clang; without them upparam uses numpy"
+#endif
+
+#define CHUNK 16
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+#define ROWS 4
+#define LANES 4
+#define SET portable
+#define NAME(x) JOIN(x, portable)
+#define TARGET
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define FMAD(a, b, c) ((a) * (b) + (c))
+#include "tile_kernels.h"
+#undef ROWS
+#undef LANES
+#undef NAME
+#undef TARGET
+#undef FMA
+#undef FMAD
+
+#ifdef X86
+#define ROWS 6
+#define LANES 8
+#define NAME(x) JOIN(x, avx2)
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define FMA(a, b, c) ((VF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FMAD(a, b, c) ((VD)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
+#define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
+#define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
+#include "tile_kernels.h"
+#undef ROWS
+#undef LANES
+#undef NAME
+#undef TARGET
+#undef FMA
+#undef FMAD
+#undef HALF_UP
+#undef HALF_DOWN
+
+#define ROWS 6
+#define LANES 16
+#define NAME(x) JOIN(x, avx512)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define FMA(a, b, c) ((VF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FMAD(a, b, c) ((VD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
+#define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
+#define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
+#include "tile_kernels.h"
+#undef HALF_UP
+#undef HALF_DOWN
+#endif
+
+typedef long (*tile16_function)(uint16_t *, long, long, const float *, const float *, long, const float *, const float *, int, int, uint32_t *, long *);
+typedef long (*tile32_function)(float *, long, long, const double *, const double *, long, const float *, const float *, int, int, uint32_t *, long *);
+
+typedef struct {
+    const char *name;
+    int lanes;
+    tile16_function tile16;
+    tile32_function tile32;
+} InstructionSet;
+
+static InstructionSet sets[3];
+static int set_count;
+
+static void find_sets(void)
+{
+    set_count = 0;
+#ifdef X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        sets[set_count++] = (InstructionSet){"avx512", 16, tile16_avx512, tile32_avx512};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        sets[set_count++] = (InstructionSet){"avx2", 8, tile16_avx2, tile32_avx2};
+#endif
+    sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable};
+}
+
+/* merge_tile(stored, rows, columns, up, panels, rank, row_bound, column_norm, kind, exact, doubtful, set) -> (doubtful, changed)
+ *
+ * kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size; `doubtful` (uint32) has room for every element. The
+ * answer is how many entries of `doubtful` were filled and how many of the other elements changed. */
+static PyObject *merge_tile(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer stored, up, panels, bounds, norms, doubtful;
+    Py_ssize_t rows, columns, rank;
+    int kind, exact, set;
+    PyObject *answer = NULL;
+    if (!PyArg_ParseTuple(
+            args, "w*nny*y*ny*y*iiw*i", &stored, &rows, &columns, &up, &panels, &rank, &bounds, &norms, &kind, &exact, &doubtful, &set))
+        return NULL;
+    if (set < 0 || set >= set_count || kind < 0 || kind > 2 || rows < 0 || columns < 0 || rank < 0) {
+        PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
+        goto done;
+    }
+    Py_ssize_t element = kind == 2 ? 4 : 2, factor = kind == 2 ? 8 : 4;
+    Py_ssize_t width = kind == 2 ? sets[set].lanes : 2 * sets[set].lanes;
+    Py_ssize_t padded = (columns + width - 1) / width * width;
+    if (stored.len < rows * columns * element || up.len < rows * rank * factor || panels.len < padded * rank * factor
+        || bounds.len < rows * 4 || norms.len < padded * 4 || doubtful.len < rows * columns * 4) {
+        PyErr_SetString(PyExc_ValueError, "merge_tile: a buffer is too small");
+        goto done;
+    }
+    long found, changed = 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (kind == 2)
+        found = sets[set].tile32(stored.buf, rows, columns, up.buf, panels.buf, rank, bounds.buf, norms.buf, 0, exact, doubtful.buf, &changed);
+    else
+        found = sets[set].tile16(stored.buf, rows, columns, up.buf, panels.buf, rank, bounds.buf, norms.buf, kind == 1, exact, doubtful.buf, &changed);
+    Py_END_ALLOW_THREADS
+    answer = Py_BuildValue("ll", found, changed);
+done:
+    PyBuffer_Release(&stored);
+    PyBuffer_Release(&up);
+    PyBuffer_Release(&panels);
+    PyBuffer_Release(&bounds);
+    PyBuffer_Release(&norms);
+    PyBuffer_Release(&doubtful);
+    return answer;
+}
+
+/* settle(sums, flat, columns, up, down, rank): sums[n] = sum_k up[row, k] * down[column, k] in float64 for the elements flat[n] of a tile.
+ *
+ * The order is fixed, and the numpy path uses the same: eight running sums over k = 0, 8, 16 ...; 1, 9, 17 ... and so on, then
+ * ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)). This file is compiled without contraction, so no product is fused. */
+static PyObject *settle(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer sums, flat, up, down;
+    Py_ssize_t count, columns, rank;
+    if (!PyArg_ParseTuple(args, "w*y*nny*y*n", &sums, &flat, &count, &columns, &up, &down, &rank))
+        return NULL;
+    int fits = count >= 0 && columns > 0 && rank >= 0 && rank % 8 == 0 && sums.len >= count * 8 && flat.len >= count * 4;
+    for (Py_ssize_t n = 0; fits && n < count; n++) {
+        Py_ssize_t at = ((const uint32_t *)flat.buf)[n];
+        fits = (at / columns + 1) * rank * 8 <= up.len && (at % columns + 1) * rank * 8 <= down.len;
+    }
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        const double *ups = up.buf, *downs = down.buf;
+        for (Py_ssize_t n = 0; n < count; n++) {
+            uint32_t at = ((const uint32_t *)flat.buf)[n];
+            const double *u = ups + (Py_ssize_t)(at / (uint32_t)columns) * rank, *d = downs + (Py_ssize_t)(at % (uint32_t)columns) * rank;
+            double s[8] = {0};
+            if (n + 4 < count) {
+                const double *soon = downs + (Py_ssize_t)(((const uint32_t *)flat.buf)[n + 4] % (uint32_t)columns) * rank;
+                for (Py_ssize_t k = 0; k < rank; k += 8)
+                    __builtin_prefetch(soon + k);
+            }
+            for (Py_ssize_t k = 0; k < rank; k += 8)
+                for (int lane = 0; lane < 8; lane++)
+                    s[lane] += u[k + lane] * d[k + lane];
+            ((double *)sums.buf)[n] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&sums);
+    PyBuffer_Release(&flat);
+    PyBuffer_Release(&up);
+    PyBuffer_Release(&down);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "settle: a buffer is too small");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* instruction_sets() -> ((name, lanes), ...), the best first. */
+static PyObject *instruction_sets(PyObject *module, PyObject *unused)
+{
+    (void)module;
+    (void)unused;
+    PyObject *found = PyTuple_New(set_count);
+    for (int i = 0; found && i < set_count; i++)
+        PyTuple_SET_ITEM(found, i, Py_BuildValue("si", sets[i].name, sets[i].lanes));
+    return found;
+}
+
+static PyMethodDef methods[] = {
+    {"merge_tile", merge_tile, METH_VARARGS, "Round W + up @ down into a tile in place; see tile.c."},
+    {"settle", settle, METH_VARARGS, "Sums of single elements in float64, in a fixed order; see tile.c."},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets this processor has a kernel for, best first."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "tile", "Tile kernels for merging.", 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_tile(void)
+{
+    find_sets();
+    PyObject *made = PyModule_Create(&definition);
+    if (made && PyModule_AddIntConstant(made, "CHUNK", CHUNK) < 0)
+        Py_CLEAR(made);
+    return made;
+}

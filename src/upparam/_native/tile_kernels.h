@@ -1,0 +1,284 @@
+/* The tile kernels for one instruction set. Included once per set by tile.c with
+ *   NAME(x)   the name of a function for this set
+ *   TARGET    the function attribute that turns the set on
+ *   LANES     floats in one vector
+ *   HALF_UP / HALF_DOWN   fp16 conversion by instruction; when absent by integer arithmetic
+ *
+ *   FMA / FMAD   a * b + c of float and double vectors, fused where the set has it
+ *
+ * Sums run over CHUNK ranks at a time and the partial sums are added up: their error grows with CHUNK + R / CHUNK instead of R.
+ * Vectors are GCC/Clang vector extensions: the compiler maps them to the set that TARGET names.
+ *
+ * A block is ROWS rows by 2 * LANES columns. `down` comes packed in panels of 2 * LANES columns, so that the R values a block needs
+ * lie together and never fight for the same cache sets.
+ */
+
+#define WIDE (2 * LANES)
+
+typedef float NAME(vf) __attribute__((vector_size(LANES * 4)));
+typedef uint32_t NAME(vu) __attribute__((vector_size(LANES * 4)));
+typedef int32_t NAME(vi) __attribute__((vector_size(LANES * 4)));
+typedef uint16_t NAME(vh) __attribute__((vector_size(LANES * 2)));
+typedef double NAME(vd) __attribute__((vector_size(LANES * 4)));
+typedef uint64_t NAME(vul) __attribute__((vector_size(LANES * 4)));
+typedef int64_t NAME(vil) __attribute__((vector_size(LANES * 4)));
+typedef float NAME(vfs) __attribute__((vector_size(LANES * 2)));
+typedef uint32_t NAME(vus) __attribute__((vector_size(LANES * 2)));
+
+#define VF NAME(vf)
+#define VU NAME(vu)
+#define VI NAME(vi)
+#define VH NAME(vh)
+#define VD NAME(vd)
+#define VUL NAME(vul)
+#define VIL NAME(vil)
+#define VFS NAME(vfs)
+#define VUS NAME(vus)
+
+/* Codes of fp16 values of magnitude a (sign removed), rounded to nearest even. Normal results by rounding the mantissa in place,
+ * subnormal ones by adding 0.5, whose unit in the last place is the spacing of fp16 subnormals. */
+TARGET static inline VU NAME(half_code)(VF a)
+{
+#ifdef HALF_DOWN
+    return HALF_DOWN(a);
+#else
+    VU bits = (VU)a;
+    VU normal = (bits + 0xFFFu + ((bits >> 13) & 1u) - (112u << 23)) >> 13;
+    VF shifted = a + 0.5f;
+    VU small = (VU)shifted - 0x3F000000u;
+    VU is_small = (VU)(a < 6.103515625e-05f);
+    return (normal & ~is_small) | (small & is_small);
+#endif
+}
+
+TARGET static inline VF NAME(half_value)(VU code)
+{
+#ifdef HALF_UP
+    return HALF_UP(code);
+#else
+    VU magnitude = (code & 0x7FFFu) << 13;
+    VF value = (VF)magnitude * 5.192296858534828e+33f; /* 2^112: moves the exponent, subnormals included */
+    return (VF)((VU)value | ((code & 0x8000u) << 16));
+#endif
+}
+
+/* One block of 16-bit weights: w = round(w + up . panel) where that is certain. Doubtful elements keep their old code and are marked. */
+TARGET static inline __attribute__((always_inline)) int NAME(block16)(
+    uint16_t *const *w, const float *const *up, const float *panel, long rank, const float *row_bound, const float *column_norm,
+    int half, int exact, VU *changed, uint32_t (*marks)[WIDE])
+{
+    VF sum[ROWS][2], part[ROWS][2];
+    for (int i = 0; i < ROWS; i++)
+        sum[i][0] = sum[i][1] = (VF){0};
+    for (long from = 0; from < rank; from += CHUNK) {
+        long to = from + CHUNK < rank ? from + CHUNK : rank;
+        for (int i = 0; i < ROWS; i++)
+            part[i][0] = part[i][1] = (VF){0};
+        for (long k = from; k < to; k++) {
+            VF d0, d1;
+            memcpy(&d0, panel + k * WIDE, sizeof d0);
+            memcpy(&d1, panel + k * WIDE + LANES, sizeof d1);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
+                VF u = (VF){0} + up[i][k];
+                part[i][0] = FMA(u, d0, part[i][0]);
+                part[i][1] = FMA(u, d1, part[i][1]);
+            }
+        }
+        for (int i = 0; i < ROWS; i++) {
+            sum[i][0] += part[i][0];
+            sum[i][1] += part[i][1];
+        }
+    }
+    const float limit = half ? 65472.0f : 3.36e38f;
+    VU any = {0};
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < 2; j++) {
+            VH stored;
+            memcpy(&stored, w[i] + j * LANES, sizeof stored);
+            VU old = __builtin_convertvector(stored, VU);
+            VF value = half ? NAME(half_value)(old) : (VF)(old << 16);
+            value += sum[i][j];
+            VU bits = (VU)value;
+            VU sign = bits & 0x80000000u;
+            VF a = (VF)(bits ^ sign);
+            VU code;
+            VU doubt = (VU)(a <= limit) ^ 0xFFFFFFFFu; /* also true for NaN */
+            VF mid, near;
+            if (half) {
+                code = NAME(half_code)(a);
+                VU small = (VU)(a < 6.103515625e-05f);
+                near = (VF)((VU)(a + 1.220703125e-04f) & small) + (VF)((VU)a & ~small);
+                VU below = (0x1FFFu & ~small) | (0xFFFu & small);
+                mid = (VF)(((VU)near & ~below) | ((below + 1u) >> 1));
+            } else {
+                code = (((VU)a) + 0x7FFFu + (((VU)a >> 16) & 1u)) >> 16;
+                near = a;
+                mid = (VF)(((VU)a & 0xFFFF0000u) | 0x8000u);
+            }
+            code |= sign >> 16;
+            if (exact) {
+                VF norm;
+                memcpy(&norm, column_norm + j * LANES, sizeof norm);
+                /* the bound of the sum, the rounding of the addition (2^-24, doubled), and of `near` where fp16 is subnormal (2^-36) */
+                VF bound = norm * row_bound[i] + a * 1.1920929e-07f + 2e-37f;
+                if (half)
+                    bound += 1.4551915228366852e-11f;
+                VF off = near - mid;
+                off = (VF)((VU)off & 0x7FFFFFFFu);
+                doubt |= (VU)(off <= bound);
+                /* a bound that reaches into the next binade, whose neighbours lie closer: a quarter of the spacing is enough to tell */
+                doubt |= (VU)(bound >= a * (half ? 1.220703125e-04f : 9.765625e-04f));
+            }
+            code = (code & ~doubt) | (old & doubt);
+            *changed -= (VU)(code != old);
+            any |= doubt;
+            memcpy(&marks[i][j * LANES], &doubt, sizeof doubt);
+            VH out = __builtin_convertvector(code, VH);
+            memcpy(w[i] + j * LANES, &out, sizeof out);
+        }
+    uint32_t lanes[LANES], some = 0;
+    memcpy(lanes, &any, sizeof any);
+    for (int i = 0; i < LANES; i++)
+        some |= lanes[i];
+    return some != 0;
+}
+
+/* The same for float32 weights with sums in float64. */
+TARGET static inline __attribute__((always_inline)) int NAME(block32)(
+    float *const *w, const double *const *up, const double *panel, long rank, const float *row_bound, const float *column_norm,
+    int half, int exact, VU *changed, uint32_t (*marks)[WIDE])
+{
+    (void)half;
+    VD sum[ROWS][2], part[ROWS][2];
+    for (int i = 0; i < ROWS; i++)
+        sum[i][0] = sum[i][1] = (VD){0};
+    for (long from = 0; from < rank; from += CHUNK) {
+        long to = from + CHUNK < rank ? from + CHUNK : rank;
+        for (int i = 0; i < ROWS; i++)
+            part[i][0] = part[i][1] = (VD){0};
+        for (long k = from; k < to; k++) {
+            VD d0, d1;
+            memcpy(&d0, panel + k * LANES, sizeof d0);
+            memcpy(&d1, panel + k * LANES + LANES / 2, sizeof d1);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
+                VD u = (VD){0} + up[i][k];
+                part[i][0] = FMAD(u, d0, part[i][0]);
+                part[i][1] = FMAD(u, d1, part[i][1]);
+            }
+        }
+        for (int i = 0; i < ROWS; i++) {
+            sum[i][0] += part[i][0];
+            sum[i][1] += part[i][1];
+        }
+    }
+    VUS any = {0};
+    uint64_t count = 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < 2; j++) {
+            VFS stored, norm;
+            memcpy(&stored, w[i] + j * (LANES / 2), sizeof stored);
+            VUS old = (VUS)stored;
+            VD value = __builtin_convertvector(stored, VD) + sum[i][j];
+            VUL bits = (VUL)value & 0x7FFFFFFFFFFFFFFFu;
+            VD a = (VD)bits;
+            VFS rounded = __builtin_convertvector(value, VFS);
+            VUL unsure = (VUL)((a <= 3.4028e38) & (a >= 1.1754943508222875e-38)) ^ 0xFFFFFFFFFFFFFFFFu;
+            if (exact) {
+                memcpy(&norm, column_norm + j * (LANES / 2), sizeof norm);
+                VD mid = (VD)((bits & ~0x1FFFFFFFull) | 0x10000000ull);
+                VD bound = __builtin_convertvector(norm, VD) * (row_bound[i] * 3.725290298461914e-09) + a * 4.44e-16;
+                VD off = (VD)((VUL)(a - mid) & 0x7FFFFFFFFFFFFFFFu);
+                unsure |= (VUL)(off <= bound) | (VUL)(bound >= a * 1.4901161193847656e-08); /* 2^-26: a quarter of the spacing */
+            }
+            VUS doubt = __builtin_convertvector(unsure, VUS);
+            VUS code = ((VUS)rounded & ~doubt) | (old & doubt);
+            any |= doubt;
+            VUS differs = (VUS)(code != old);
+            uint32_t lanes[LANES / 2];
+            memcpy(lanes, &differs, sizeof differs);
+            for (int lane = 0; lane < LANES / 2; lane++)
+                count += lanes[lane] & 1u;
+            memcpy(&marks[i][j * (LANES / 2)], &doubt, sizeof doubt);
+            memcpy(w[i] + j * (LANES / 2), &code, sizeof code);
+        }
+    (*changed)[0] += (uint32_t)count;
+    uint32_t lanes[LANES / 2], some = 0;
+    memcpy(lanes, &any, sizeof any);
+    for (int i = 0; i < LANES / 2; i++)
+        some |= lanes[i];
+    return some != 0;
+}
+
+#define TILE(function, block, element, factor, width)                                                                                   \
+    TARGET static long NAME(function)(                                                                                                  \
+        element *stored, long rows, long columns, const factor *up, const factor *panels, long rank, const float *row_bound,            \
+        const float *column_norm, int half, int exact, uint32_t *doubtful, long *changed_out)                                           \
+    {                                                                                                                                   \
+        long found = 0, changed = 0;                                                                                                    \
+        uint32_t marks[ROWS][WIDE];                                                                                                     \
+        element edge[ROWS][width];                                                                                                      \
+        element *w[ROWS];                                                                                                               \
+        const factor *u[ROWS];                                                                                                          \
+        float bound[ROWS];                                                                                                              \
+        for (long j = 0; j < columns; j += width) {                                                                                     \
+            const factor *panel = panels + j * rank;                                                                                    \
+            long wide = columns - j < width ? columns - j : width;                                                                      \
+            VU count = {0};                                                                                                             \
+            for (long i = 0; i < rows; i += ROWS) {                                                                                     \
+                long high = rows - i < ROWS ? rows - i : ROWS;                                                                          \
+                int whole = high == ROWS && wide == width;                                                                              \
+                if (!whole)                                                                                                             \
+                    memset(edge, 0, sizeof edge);                                                                                       \
+                for (long r = 0; r < ROWS; r++) {                                                                                       \
+                    long row = i + (r < high ? r : 0);                                                                                  \
+                    u[r] = up + row * rank;                                                                                             \
+                    bound[r] = row_bound[row];                                                                                          \
+                    w[r] = whole ? stored + row * columns + j : edge[r];                                                                \
+                    if (!whole && r < high)                                                                                             \
+                        memcpy(edge[r], stored + row * columns + j, (size_t)wide * sizeof(element));                                    \
+                }                                                                                                                       \
+                VU before = count;                                                                                                      \
+                int some = half   ? exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 1, &count, marks)                 \
+                                          : NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 0, &count, marks)                 \
+                           : exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 1, &count, marks)                        \
+                                   : NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 0, &count, marks);                       \
+                if (!whole) {                                                                                                           \
+                    count = before; /* padding must not count */                                                                        \
+                    for (long r = 0; r < high; r++)                                                                                     \
+                        for (long c = 0; c < wide; c++) {                                                                               \
+                            element *place = stored + (i + r) * columns + j + c;                                                        \
+                            changed += memcmp(place, &edge[r][c], sizeof(element)) != 0;                                                \
+                            *place = edge[r][c];                                                                                        \
+                        }                                                                                                               \
+                }                                                                                                                       \
+                if (some)                                                                                                               \
+                    for (long r = 0; r < high; r++)                                                                                     \
+                        for (long c = 0; c < wide; c++)                                                                                 \
+                            if (marks[r][c])                                                                                            \
+                                doubtful[found++] = (uint32_t)((i + r) * columns + j + c);                                      \
+            }                                                                                                                           \
+            for (int lane = 0; lane < LANES; lane++)                                                                                    \
+                changed += count[lane];                                                                                                 \
+        }                                                                                                                               \
+        *changed_out = changed;                                                                                                         \
+        return found;                                                                                                                   \
+    }
+
+TILE(tile16, block16, uint16_t, float, WIDE)
+TILE(tile32, block32, float, double, LANES)
+
+#undef TILE
+#undef WIDE
+#undef VF
+#undef VU
+#undef VI
+#undef VH
+#undef VD
+#undef VUL
+#undef VIL
+#undef VFS
+#undef VUS
