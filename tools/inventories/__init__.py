@@ -35,7 +35,7 @@ class Entry:
 
 
 def trace(model: Any, prefix: str = "") -> list[Row]:
-    """The weighted modules of a torch module in named_modules() order."""
+    """The weighted modules of a torch module in named_modules() order; embeddings that scale their output count as Embedding."""
     import torch
 
     rows = []
@@ -43,7 +43,9 @@ def trace(model: Any, prefix: str = "") -> list[Row]:
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor):
             has_bias = isinstance(getattr(module, "bias", None), torch.Tensor)
-            rows.append(Row(prefix + path, type(module).__name__, tuple(weight.shape), has_bias))
+            kind = type(module).__name__
+            kind = "Embedding" if kind.endswith("ScaledWordEmbedding") else kind
+            rows.append(Row(prefix + path, kind, tuple(weight.shape), has_bias))
     return rows
 
 

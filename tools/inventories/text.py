@@ -217,7 +217,7 @@ def _gemma() -> None:
             key: value for key, value in _decoder("", hidden, ffn, layers, heads, kv, 262208, head_dim=head).items() if key != "model_type"
         }
         seen = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896,
-                "patch_size": 14}  # fmt: skip
+                "patch_size": 14, "vision_use_head": False}  # fmt: skip
         config = {"model_type": "gemma3", "text_config": text, "vision_config": seen}
         ids = tuple(f"{owner}/gemma-3-{size}-{kind}" for owner in ("google", "unsloth") for kind in ("pt", "it"))
         title = f"Gemma 3 {size.upper()} (text and vision)"
@@ -336,6 +336,17 @@ def neox_names(rows: list[Row]) -> list[Row]:
     return [row._replace(path="embed_out") if row.path == "lm_head" else row for row in rows]
 
 
+def roberta_order(rows: list[Row]) -> list[Row]:
+    """The order of transformers 4: word, position, token type embeddings, then the layers, the head last (5 builds some of them elsewhere)."""
+    names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
+    def place(row: Row) -> tuple[bool, int]:
+        tail = row.path.rsplit(".", 1)[-1]
+        return row.path.startswith("lm_head"), names.index(tail) if tail in names else len(names)
+
+    return sorted(rows, key=place)
+
+
 def _encoders() -> None:
     base = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -355,7 +366,15 @@ def _encoders() -> None:
         ("xlm-roberta-base", "XLM-RoBERTa base", "xlm-roberta", "XLMRobertaForMaskedLM", base, 250002, "FacebookAI/xlm-roberta-base"),
         ("xlm-roberta-large", "XLM-RoBERTa large", "xlm-roberta", "XLMRobertaForMaskedLM", large, 250002, "FacebookAI/xlm-roberta-large"),
     ):
-        add(str(name), "roberta", str(title), str(cls), {"model_type": model, "vocab_size": vocab, **sizes, **roberta}, *map(str, ids))
+        add(
+            str(name),
+            "roberta",
+            str(title),
+            str(cls),
+            {"model_type": model, "vocab_size": vocab, **sizes, **roberta},
+            *map(str, ids),
+            rows=roberta_order,
+        )
     distil = {"model_type": "distilbert", "dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12}
     add("distilbert-base-uncased", "distilbert", "DistilBERT base uncased", "DistilBertForMaskedLM", distil | {"vocab_size": 30522},
         "distilbert/distilbert-base-uncased", "distilbert-base-uncased-finetuned-sst-2-english",

@@ -1,7 +1,8 @@
 """The shipped inventories: which bases upparam knows, under which names, and their modules in traversal order.
 
 `data/<family>.json` holds one program per base: a leaf is [path, kind, shape] (and a 1 when the module has a bias), a block is
-[prefix, start, stop, program] and stands for the program once per index, under `prefix<index>.`. `data/_index.json` holds the names.
+[prefix, start, stop, program] and stands for the program once per index, under `prefix<index>.`. A base that differs from another of its
+family in a few shapes is written as ["=", the other's name, {path: shape}]. `data/_index.json` holds the names.
 `tools/make_inventories.py` writes both; see there for where the values come from.
 """
 
@@ -59,7 +60,17 @@ def load(name: str) -> Base:
     if resolved is None:
         raise UsageError("no inventory of that name", found=name, remedy="'upparam bases' lists the names")
     family = known()[resolved].family
-    return Base(resolved, tuple(expand(data(f"{family}.json")[resolved])), family, (f"inventory {resolved}",))
+    return Base(resolved, tuple(_modules(data(f"{family}.json"), resolved)), family, ("a shipped inventory",))
+
+
+def _modules(programs: dict[str, Any], name: str) -> Iterator[Module]:
+    program = programs[name]
+    if program[0] != "=":
+        yield from expand(program)
+        return
+    shapes = program[2]
+    for module in _modules(programs, program[1]):
+        yield module._replace(shape=tuple(shapes[module.path])) if module.path in shapes else module
 
 
 def expand(program: list[Any], prefix: str = "") -> Iterator[Module]:
