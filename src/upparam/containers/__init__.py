@@ -77,10 +77,12 @@ def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorF
         return []
     if len(wrapping) >= MAX_ARCHIVE_NESTING:
         raise LimitError("archives nested deeper than any real download", file=path, expected=f"<= {MAX_ARCHIVE_NESTING}")
-    kind, members = archive.members(source, path)
+    contents = archive.contents(source, path)
     found: list[TensorFile] = []
-    for name, member in members:
-        found += _open(member, path / name, (*wrapping, kind))
+    for name, member in contents.members:
+        found += _open(member, path / name, (*wrapping, contents.kind))
+    for file in found:
+        file.findings += contents.findings
     return found
 
 

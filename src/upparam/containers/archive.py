@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -44,12 +45,6 @@ class Contents:
 def sniff(head: Head) -> bool:
     """A zip, tar, gzip, bzip2 or xz by its magic number (tar: by its first header's checksum)."""
     return head.data[:4] in (b"PK\x03\x04", b"PK\x05\x06") or _packing(head.data) is not None or tars.sniff(head)
-
-
-def members(source: Source, path: Path) -> tuple[str, list[tuple[str, Source]]]:
-    """(kind, members) of an outer archive; see `contents`."""
-    found = contents(source, path)
-    return found.kind, found.members
 
 
 def contents(source: Source, path: Path) -> Contents:
@@ -94,17 +89,17 @@ def _packing(data: bytes) -> str | None:
     return next((kind for magic, kind in _PACKED.items() if data.startswith(magic)), None)
 
 
-def _engine(kind: str) -> Any:
-    """A fresh decompressor. bz2 and lzma are imported when a file needs them: `identify` of other files never pays for it."""
+def _decoder(kind: str) -> tuple[Callable[[], Any], type[Exception]]:
+    """(maker of decompressors, the error they raise). bz2 and lzma are imported only when a file needs them."""
     if kind == "gz":
-        return zlib.decompressobj(31)
+        return lambda: zlib.decompressobj(31), zlib.error
     if kind == "bz2":
         import bz2
 
-        return bz2.BZ2Decompressor()
+        return bz2.BZ2Decompressor, OSError
     import lzma
 
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY), lzma.LZMAError
 
 
 class SpooledSource:
@@ -126,62 +121,53 @@ class SpooledSource:
 
 
 def _unpack(source: Source, path: Path, kind: str) -> Source:
-    """The unpacked bytes, spooled: their size is known only at the end of the stream. Several streams in a row are one file."""
+    """The unpacked bytes, spooled: their size is known only at the end of the stream."""
     import tempfile
 
     stream: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=MAX_UNPACKED_IN_MEMORY)  # noqa: SIM115 - lives as long as the source
     limit = min(MAX_INFLATED, source.size * MAX_INFLATE_RATIO + _CHUNK)
-    eaten = size = streams = 0
-    ready = b""
-    engine = _engine(kind)
-    try:
-        while True:
-            if not ready and eaten < source.size and getattr(engine, "needs_input", True):
-                ready = source.read(eaten, min(_CHUNK, source.size - eaten))
-                eaten += len(ready)
-            part, ready, ended = _step(engine, ready)
-            size += len(part)
-            if size > limit:
-                raise LimitError(
-                    f"the {kind} data inflates beyond any honest ratio",
-                    file=path,
-                    expected=f"<= {limit} bytes",
-                    found=f"more, from {source.size}",
-                )
+    size = 0
+    for part in _parts(source, path, kind):
+        size += len(part)
+        if size > limit:
+            raise LimitError(
+                f"the {kind} data inflates beyond any honest ratio", file=path, expected=f"<= {limit} bytes from {source.size}", found="more"
+            )  # fmt: skip
+        try:
             stream.write(part)
-            if ended:
-                rest = ready or source.read(eaten, min(_CHUNK, source.size - eaten))
-                eaten = eaten if ready else eaten + len(rest)
-                if not rest.strip(b"\0") and eaten >= source.size:
-                    break
-                if _packing(rest) is None:
-                    raise MalformedError(f"something follows the {kind} data", file=path, found=f"{rest[:8].hex()} before byte {eaten}")
-                engine, ready, streams = _engine(kind), rest, streams + 1
-                if streams > 1000 + eaten // 1024:
-                    raise LimitError(f"more {kind} streams in a row than any real file", file=path, found=streams)
-            elif not part and not ready and eaten >= source.size:
-                raise MalformedError(f"the {kind} data ends early", file=path, found=f"{size} bytes unpacked", remedy="fetch it again")
-    except (zlib.error, OSError, EOFError, ValueError, *_xz_errors(kind)) as problem:
-        if isinstance(problem, OSError) and problem.errno is not None:
+        except OSError as problem:
             raise UnreadableError(f"no room to unpack it: {problem.strerror}", file=path) from problem
-        raise MalformedError(f"the {kind} data is broken: {problem}", file=path) from problem
     return SpooledSource(stream, size, f"{source.name}/{path.stem}")
 
 
-def _xz_errors(kind: str) -> tuple[type[Exception], ...]:
-    if kind != "xz":
-        return ()
-    import lzma
-
-    return (lzma.LZMAError,)
-
-
-def _step(engine: Any, data: bytes) -> tuple[bytes, bytes, bool]:
-    """(at most a chunk of unpacked bytes, the input not yet taken, whether the stream ended) of one decompression step."""
-    part = engine.decompress(data, _CHUNK)
-    if engine.eof:
-        return part, engine.unused_data, True
-    if hasattr(engine, "unconsumed_tail"):
-        return part, engine.unconsumed_tail, False
-    # bz2 and lzma keep what they did not take themselves, and want to be called with nothing until they need more.
-    return part, b"", False
+def _parts(source: Source, path: Path, kind: str) -> Iterator[bytes]:
+    """The unpacked bytes in pieces of at most a chunk. Several streams in a row are one file; zeros may follow the last."""
+    make, broken = _decoder(kind)
+    engine, ready, eaten, streams = make(), b"", 0, 1
+    while True:
+        if not ready and eaten < source.size and getattr(engine, "needs_input", True):
+            ready = source.read(eaten, min(_CHUNK, source.size - eaten))
+            eaten += len(ready)
+        try:
+            part = engine.decompress(ready, _CHUNK)
+        except (broken, EOFError, ValueError) as problem:
+            raise MalformedError(f"the {kind} data is broken: {problem}", file=path) from problem
+        # zlib hands back what it did not take; bz2 and lzma keep it and ask for no more until they need it.
+        ready = getattr(engine, "unconsumed_tail", b"")
+        yield part
+        if engine.eof:
+            ready = engine.unused_data
+            if not ready:
+                ready = source.read(eaten, min(_CHUNK, source.size - eaten))
+                eaten += len(ready)
+            if not ready.strip(b"\0") and eaten >= source.size:
+                return
+            if _packing(ready) is None:
+                raise MalformedError(
+                    f"something that is no {kind} data follows it", file=path, found=f"{ready[:8].hex()} before byte {eaten}"
+                )
+            engine, streams = make(), streams + 1
+            if streams > 1000 + eaten // 1024:
+                raise LimitError(f"more {kind} streams in a row than any real file", file=path, found=streams)
+        elif not part and not ready and eaten >= source.size:
+            raise MalformedError(f"the {kind} data ends early", file=path, remedy="the download is truncated; fetch it again")
