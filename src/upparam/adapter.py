@@ -81,6 +81,8 @@ class Adapter:
     layout: str = "reference"
     transposed_base: bool | None = None
     """True when the base stores these weights as (in, out) (GPT-2's Conv1D), as the file says; None when it does not say."""
+    spelling: dict[str, str] = field(default_factory=dict)
+    """Free choices of the source's writer (prefix, layout, dtype of alpha, ...) that a rewrite in the same dialect repeats."""
     files: tuple[str, ...] = ()
     leftovers: dict[str, Tensor] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

@@ -6,6 +6,7 @@ numpy is imported only by the functions that hand out arrays, so reading headers
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,10 @@ _TABLE = (
     ("bool", 1, "BOOL"), ("complex64", 8, "C64"), ("complex128", 16, "C128"),
 )  # fmt: skip
 DTYPES: dict[str, DType] = {name: DType(name, itemsize, code) for name, itemsize, code in _TABLE}
+_STRUCT_CODES = {
+    "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
+    "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "?",
+}  # fmt: skip
 BY_CODE: dict[str, DType] = {dtype.code: dtype for dtype in DTYPES.values()}
 
 
@@ -302,6 +307,20 @@ class Tensor:
             steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
             array = np.lib.stride_tricks.as_strided(flat, self.shape, steps).copy() if self.numel else np.empty(self.shape, dtype)
         return array.astype(self.dtype.numpy) if self.big_endian else array
+
+    def scalar(self) -> float:
+        """The only element, read without numpy (alphas are read while identifying). Raises MalformedError when there is not exactly one."""
+        if self.numel != 1:
+            raise MalformedError("a tensor of one element was expected here", file=self.source.name, found=self.shape)
+        data = self.source.read(self.offset, self.dtype.itemsize)
+        if self.dtype.name == "bfloat16":
+            data, code = (data + b"\0\0" if self.big_endian else b"\0\0" + data), "f"
+        else:
+            code = _STRUCT_CODES.get(self.dtype.name, "")
+        if not code:
+            return float(self.read().reshape(-1)[0])
+        (value,) = struct.unpack((">" if self.big_endian else "<") + code, data)
+        return float(value)
 
     def raw(self) -> bytes:
         """The elements as little-endian C-order bytes, exactly as safetensors would store them."""

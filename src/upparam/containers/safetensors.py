@@ -144,8 +144,18 @@ def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
 
 
 def layout_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The order safetensors' own writer uses: widest dtype first, then by name, so that every tensor is aligned."""
-    return dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    """The order safetensors' own writer uses: by its list of dtypes (widest first, so that every tensor is aligned), then by name."""
+    return dict(sorted(tensors.items(), key=lambda item: (_RANK[item[1].dtype.name], item[0])))
+
+
+_RANK = {
+    name: rank
+    for rank, name in enumerate(
+        ("complex128", "uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16", "float16", "uint16", "int16",
+         "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu", "float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool")
+    )
+}  # fmt: skip
+"""The writer's order of dtypes, last declared first. Source: huggingface/safetensors safetensors/src/tensor.rs (enum Dtype, serialize)."""
 
 
 def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

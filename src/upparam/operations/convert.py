@@ -81,7 +81,8 @@ def write_adapter(
             found=shown,
             remedy="give them up with --drop leftovers",
         )
-    package = member.write(adapter, {**(options or {}), "drop": frozenset(drop)})
+    given = {"base": read.base} if read is not None and read.base is not None else {}
+    package = member.write(adapter, {**given, **(options or {}), "drop": frozenset(drop)})
     proofs: list[str] = []
     if package.folder:
         with atomic_folder(out, force=force) as temporary:

@@ -44,13 +44,15 @@ class Order:
         parts = {"swap": 2, "rope": 2 * self.heads, "groups": self.heads * (self.per_group + 2)}[self.kind]
         if not parts or rows % parts:
             raise MalformedError(f"rows that cannot be rearranged by '{self.kind}'", expected=f"a multiple of {parts}", found=rows)
+        found: NDArray[np.int64]
         if self.kind == "swap":
-            rolled: NDArray[np.int64] = np.roll(index, rows // 2)
-            return rolled
-        if self.kind == "rope":
-            return index.reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
-        blocks = index.reshape(self.heads, self.per_group + 2, -1)
-        return np.concatenate([blocks[:, : self.per_group].reshape(-1), blocks[:, self.per_group].reshape(-1), blocks[:, -1].reshape(-1)])
+            found = np.roll(index, rows // 2)
+        elif self.kind == "rope":
+            found = index.reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
+        else:
+            blocks = index.reshape(self.heads, self.per_group + 2, -1)
+            found = np.concatenate([part.reshape(-1) for part in (blocks[:, : self.per_group], blocks[:, -2], blocks[:, -1])])
+        return found
 
     def reference_rows(self, rows: int) -> NDArray[np.int64]:
         """For each row of the reference weight, the foreign row it is: the inverse of `foreign_rows`."""

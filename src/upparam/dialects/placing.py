@@ -1,0 +1,181 @@
+"""Between a file's names and the reference: which base and layout the names are of, deltas cut into reference targets, and joined again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from upparam.adapter import Adapter, BaseHint, Target
+from upparam.algorithms.base import Delta
+from upparam.bases import inventory
+from upparam.bases.base import Base
+from upparam.bases.layouts import LayoutMap, find
+from upparam.bases.recognise import recognise, recognise_underscored
+from upparam.errors import RefusedError
+
+Shape = tuple[int, ...]
+
+_ENOUGH = 0.5
+"""Share of the names that a base's layout must explain before the names are taken to be of that base."""
+
+_MARKS: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
+    (re.compile(pattern), bases)
+    for pattern, bases in (
+        (r"(double_blocks_\d+_(img|txt)_(attn_(qkv|proj)|mlp_[02]|mod_lin)|single_blocks_\d+_(linear[12]|modulation_lin))$",
+         ("flux.1-dev", "flux.2-dev", "chroma", "flux.1-control-dev", "flux.1-fill-dev", "hunyuan-video")),
+        (r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)$|single_blocks_\d+_modulation_linear$", ("hunyuan-video",)),
+        (r"joint_blocks_\d+_(x|context)_block_", ("sd3-medium", "sd3.5-medium", "sd3.5-large")),
+        (r"blocks_\d+_((self|cross)_attn_([qkvo]|[kv]_img)|ffn_[02])$",
+         ("wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b")),
+        (r"layers_\d+_attention_(qkv|out)$", ("z-image", "lumina2")),
+        (r"blocks_\d+_attn_(w[qkvo]|gate)$", ("krea-2",)),
+        (r"((input|output)_blocks_\d+_\d+|middle_block_\d+)_", ("sdxl", "sd1.5", "sd2", "sdxl-refiner")),
+    )
+)  # fmt: skip
+"""What underscored names of the authors' own layouts look like, and the bases they may be of, likeliest first."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Names explained: the layout they are of, and what is known about the base."""
+
+    layout: LayoutMap
+    hint: BaseHint
+    unknown: tuple[str, ...]
+    """Names that this layout does not have, or has with another shape."""
+
+
+def resolve(
+    shapes: Mapping[str, Shape],
+    layouts: Sequence[str],
+    base: Base | None = None,
+    *,
+    stated: str | None = None,
+    underscored: bool = False,
+) -> Resolved | None:
+    """The base and the first of `layouts` that explain most of these names and delta shapes; None when none explains enough.
+
+    `base` is the one the user named; without it the recogniser and the marks of known layouts suggest some. `underscored` names have
+    lost their dots. The hint's confidence is the recogniser's, asked again with the reference names once they are known.
+    """
+    best: tuple[int, LayoutMap] | None = None
+    for candidate in [base] if base is not None else _suggested(shapes, stated, underscored):
+        for name in layouts:
+            one = find(candidate, name)
+            hits = 0 if one is None else sum(1 for foreign, shape in shapes.items() if _explains(one, foreign, shape))
+            if one is not None and hits and (best is None or hits > best[0]):
+                best = (hits, one)
+        if best is not None and best[0] == len(shapes):
+            break
+    if best is None or best[0] < _ENOUGH * len(shapes):
+        return None
+    one = best[1]
+    unknown = tuple(foreign for foreign, shape in shapes.items() if not _explains(one, foreign, shape))
+    known = {part.module: part.shape for foreign in shapes if foreign not in unknown for part in one.to_reference(foreign)}
+    return Resolved(one, _hint(one.base, known, stated, named=base is not None), unknown)
+
+
+def _suggested(shapes: Mapping[str, Shape], stated: str | None, underscored: bool) -> Iterable[Base]:
+    seen: set[str] = set()
+    hints = (recognise_underscored if underscored else recognise)(shapes, stated=stated)
+    marked = [name for mark, names in _MARKS if any(mark.search(path if underscored else path.replace(".", "_")) for path in shapes) for name in names]
+    for name in [*(hint.name for hint in hints[:3]), *marked]:
+        resolved = inventory.resolve(name)
+        if resolved is not None and resolved not in seen:
+            seen.add(resolved)
+            yield inventory.load(resolved)
+
+
+def _hint(base: Base, known: Mapping[str, Shape], stated: str | None, named: bool) -> BaseHint:
+    if named:
+        return BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+    hints = recognise(known, stated=stated)
+    mine = next((hint for hint in hints if hint.name == base.name), None)
+    if mine is not None and mine.confidence >= hints[0].confidence:
+        return mine
+    return hints[0] if hints else BaseHint(base.name, 0.5, (f"{len(known)} targets have its names and shapes",))
+
+
+def _explains(one: LayoutMap, foreign: str, shape: Shape) -> bool:
+    parts = one.to_reference(foreign)
+    return bool(parts) and alike(shape, (one.rows(foreign), *parts[0].shape[1:]))
+
+
+def alike(one: Shape, other: Shape) -> bool:
+    """True when two weight shapes are the same but for kernel axes of size 1 (a 1x1 convolution and a Linear)."""
+    return _bare(one) == _bare(other)
+
+
+def _bare(shape: Shape) -> Shape:
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def to_targets(one: LayoutMap, foreign: str, delta: Delta) -> dict[Target, Delta]:
+    """The reference targets a delta of a foreign module changes: cut where the foreign weight stacks several, rows in reference order."""
+    from upparam.algorithms.slicing import cut, reorder
+
+    found: dict[Target, Delta] = {}
+    for part in one.to_reference(foreign):
+        piece = cut(delta, *part.span) if part.span else delta
+        if not part.order.plain:
+            piece = reorder(piece, part.order.reference_rows(piece.shape[0]))
+        found[Target(part.module)] = piece
+    return found
+
+
+def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[str, Delta]:
+    """The foreign modules that these reference targets change, in the order of first appearance; parts of a stacked weight joined.
+
+    Raises RefusedError listing targets that the layout has no name for, and where parts cannot be joined exactly.
+    """
+    from upparam.algorithms.slicing import join, reorder
+
+    missing = [str(target) for target in deltas if one.to_foreign(target.module) is None]
+    if missing:
+        raise RefusedError(
+            f"{len(missing)} targets have no name in the {one.name} layout of {one.base.name}",
+            tensor=missing[0],
+            found=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+        )
+    pieces: dict[str, list[tuple[int, Delta]]] = {}
+    for target, delta in deltas.items():
+        foreign, part = one.places[target.module]
+        if not part.order.plain:
+            if target.rows is not None:
+                raise RefusedError("a slice of a weight whose rows lie in another order cannot be placed", tensor=str(target))
+            delta = reorder(delta, part.order.foreign_rows(delta.shape[0]))
+        start = (part.span[0] if part.span else 0) + (target.rows[0] if target.rows else 0)
+        pieces.setdefault(foreign, []).append((start, delta))
+    found: dict[str, Delta] = {}
+    for foreign, members in pieces.items():
+        try:
+            found[foreign] = join(_with_gaps(members, one.rows(foreign)))
+        except RefusedError as problem:
+            raise RefusedError(problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy) from None
+    return found
+
+
+def _with_gaps(members: list[tuple[int, Delta]], rows: int) -> list[Delta | int]:
+    found: list[Delta | int] = []
+    at = 0
+    for start, delta in sorted(members, key=lambda member: member[0]):
+        if start > at:
+            found.append(start - at)
+        found.append(delta)
+        at = start + delta.shape[0]
+    return [*found, rows - at] if at < rows else found
+
+
+def base_of(adapter: Adapter, options: Mapping[str, object]) -> Base | None:
+    """The base to write for: the one in the write options, else the inventory the adapter's hint names; None when neither is known."""
+    given = options.get("base")
+    if isinstance(given, Base):
+        return given
+    name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
+    return None if name is None else inventory.load(name)
+
+
+Renamer = Callable[[str], str]
