@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "src")]
 
 from inventories import Entry, Row, entries  # noqa: E402
-from upparam.bases.base import Module  # noqa: E402
+from upparam.bases.base import Base, Module  # noqa: E402
 from upparam.bases.inventory import load  # noqa: E402
+from upparam.bases.layouts import find  # noqa: E402
 
 DATA = ROOT / "src" / "upparam" / "bases" / "data"
 
@@ -70,7 +71,7 @@ def expanded(entry: Entry) -> list[Module]:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
-def fingerprints(bases: dict[str, list[Module]]) -> dict[str, list[Any]]:
+def fingerprints(bases: dict[str, Iterable[tuple[str, tuple[int, ...]]]]) -> dict[str, list[Any]]:
     """What the recogniser looks up: path with numbers as '#' -> [shape as (out, in, *kernel), how many, largest numbers, bases]...
 
     Bases are positions in `_index.json`. Modules that no adapter changes by a delta (norms) are left out.
@@ -78,14 +79,26 @@ def fingerprints(bases: dict[str, list[Module]]) -> dict[str, list[Any]]:
     found: dict[str, dict[str, list[Any]]] = {}
     for position, modules in enumerate(bases.values()):
         mine: dict[tuple[str, tuple[int, ...]], list[list[int]]] = {}
-        for module in modules:
-            if len(module.shape) > 1:
-                template = _NUMBER.sub("#", module.path)
-                mine.setdefault((template, module.canonical), []).append([int(word) for word in _NUMBER.findall(module.path)])
+        for path, shape in modules:
+            if len(shape) > 1:
+                mine.setdefault((_NUMBER.sub("#", path), shape), []).append([int(word) for word in _NUMBER.findall(path)])
         for (template, shape), numbers in mine.items():
             key = [list(shape), len(numbers), [max(column) for column in zip(*numbers, strict=True)]]
             found.setdefault(template, {}).setdefault(json.dumps(key), [*key, []])[3].append(position)
     return {template: list(shapes.values()) for template, shapes in found.items()}
+
+
+def originals(base: Base) -> list[tuple[str, tuple[int, ...]]]:
+    """The denoiser's modules under the names its authors gave it (layout `original`), the component in front; only names that differ."""
+    layout = find(base, "original")
+    if layout is None:
+        return []
+    component = base.modules[0].path.split(".", 1)[0]
+    return [
+        (f"{component}.{foreign}", (layout.rows(foreign), *parts[0].shape[1:]))
+        for foreign, parts in layout.foreign.items()
+        if f"{component}.{foreign}" not in base.by_path
+    ]
 
 
 def main() -> int:
@@ -134,7 +147,15 @@ def build(chosen: Sequence[Entry]) -> dict[Path, str]:
     }
     configs = {entry.name: entry.config for entry in chosen if entry.config}
     files = {DATA / f"{family}.json": lines(members) for family, members in families.items()}
-    files |= {DATA / "_index.json": lines(index), DATA / "_configs.json": lines(configs), DATA / "_shapes.json": lines(fingerprints(bases))}
+    files |= {
+        DATA / "_index.json": lines(index),
+        DATA / "_configs.json": lines(configs),
+        DATA / "_shapes.json": lines(
+            fingerprints({name: [(module.path, module.canonical) for module in modules] for name, modules in bases.items()})
+        ),
+    }
+    by_authors = {name: originals(Base(name, tuple(modules))) for name, modules in bases.items()}
+    files |= {DATA / "_original.json": lines(fingerprints(by_authors))}
     return files | {ROOT / "docs" / "bases.md": document(chosen, bases, sum(map(len, files.values())))}
 
 

@@ -35,16 +35,18 @@ class Entry:
 
 
 def trace(model: Any, prefix: str = "") -> list[Row]:
-    """The weighted modules of a torch module in named_modules() order; embeddings that scale their output count as Embedding."""
+    """The weighted modules of a torch module in named_modules() order; a subclass of torch's Linear, Embedding or Conv goes by its name."""
     import torch
+    from torch import nn
+
+    plain = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     rows = []
     for path, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor):
             has_bias = isinstance(getattr(module, "bias", None), torch.Tensor)
-            kind = type(module).__name__
-            kind = "Embedding" if kind.endswith("ScaledWordEmbedding") else kind
+            kind = next((cls for cls in plain if isinstance(module, cls)), type(module)).__name__
             rows.append(Row(prefix + path, kind, tuple(weight.shape), has_bias))
     return rows
 

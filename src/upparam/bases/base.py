@@ -18,8 +18,10 @@ class Module(NamedTuple):
 
     @property
     def canonical(self) -> tuple[int, ...]:
-        """The weight shape as (out, in, *kernel): a Conv1D (GPT-2) is stored as (in, out), everything else this way round already."""
-        return self.shape[::-1] if self.kind == "Conv1D" else self.shape
+        """The weight shape as (out, in, *kernel). A Conv1D (GPT-2) and transposed convolutions are stored with the first two swapped."""
+        if self.kind == "Conv1D" or self.kind.startswith("ConvTranspose"):
+            return (self.shape[1], self.shape[0], *self.shape[2:])
+        return self.shape
 
 
 @dataclass(frozen=True)

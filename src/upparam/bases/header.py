@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upparam.bases import inventory
 from upparam.bases.base import Base, Module
 from upparam.bases.recognise import recognise
 from upparam.errors import AmbiguousError, UnreadableError
+
+if TYPE_CHECKING:
+    from upparam.bases.layouts import LayoutMap
 
 _TRANSPOSED_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 """model_type values whose attention and mlp weights are Conv1D, stored as (in, out)."""
@@ -57,7 +61,7 @@ def base_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, config: Mapping[s
     evidence = [f"{len(found)} weights in the header of {name}" if name else f"{len(found)} weights"]
     if packed:
         evidence.append(f"{len(packed)} weights are stored quantised, so their shapes do not show")
-    known = _same_as_inventory(found, packed)
+    known = _same_as_inventory(found, packed) or _in_a_layout(shapes, found)
     if known is not None:
         return Base(known.name, known.modules, known.family, (*evidence, *known.evidence))
     if packed and not found:
@@ -172,6 +176,37 @@ def _same_as_inventory(modules: list[Module], packed: set[str]) -> Base | None:
             if aligned is not None and (best is None or aligned[0] < best[0]):
                 best = aligned
     return best[1] if best else None
+
+
+def _in_a_layout(shapes: Mapping[str, tuple[int, ...]], modules: list[Module]) -> Base | None:
+    """The inventory whose other naming (`bases.layouts`) these tensors follow, under its reference names."""
+    from upparam.bases import layouts
+
+    inside = [module for module in modules if module.path.startswith("model.diffusion_model.")] or modules
+    best: tuple[int, str, Base] | None = None
+    for hint in recognise({module.path: module.canonical for module in inside if len(module.shape) > 1}):
+        for base in (inventory.load(hint.name), *map(inventory.load, hint.lookalikes)):
+            for name in layouts.available(base)[1:]:
+                there = _fitting(layouts.layout(base, name), shapes)
+                if there and (best is None or there > best[0]):
+                    best = (there, name, base)
+    if best is None:
+        return None
+    _, name, base = best
+    facts = (f"names and shapes are those of {base.name} in layout {name}: its reference names, order and classes are used",)
+    return Base(base.name, base.modules, base.family, facts)
+
+
+def _fitting(layout: LayoutMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many weights of a layout are among the tensors with the right number of elements; 0 when one differs or most are missing."""
+    found = 0
+    for foreign, parts in layout.foreign.items():
+        shape = shapes.get(layout.tensor_name(foreign))
+        if shape is not None:
+            if prod(shape) != sum(prod(part.shape) for part in parts):
+                return 0
+            found += 1
+    return found if found >= 0.3 * len(layout.foreign) else 0
 
 
 def _align(base: Base, modules: list[Module], prefix: str, packed: set[str]) -> tuple[int, Base] | None:

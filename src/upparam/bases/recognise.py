@@ -1,7 +1,7 @@
 """From names and shapes to the base an adapter is for: hints with a confidence, the facts that decided, and look-alikes named.
 
 Nothing here loads an inventory: `data/_shapes.json` says for every module path, with numbers as '#', which shapes which bases have there
-and how many. An adapter's targets are grouped the same way and looked up, so a thousand targets cost as much as thirty.
+and how many; `data/_original.json` the same for the names that a denoiser's authors use (layout `original`). An adapter's targets are grouped the same way and looked up, so a thousand targets cost as much as thirty.
 
 Confidence is shared by bases that fit equally well. It is not a measured frequency but follows fixed rules: how many kinds of module
 agree, whether every layer of the base is covered, whether names had to be completed, and how many bases are left.
@@ -10,13 +10,13 @@ agree, whether every layer of the base is covered, whether names had to be compl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
 from upparam.adapter import BaseHint
-from upparam.bases import inventory, traversal
+from upparam.bases import inventory
 
 Shape = tuple[int, ...]
 
@@ -75,22 +75,27 @@ class Index(NamedTuple):
     entries: dict[str, list[Entry]]
     by_tail: dict[str, list[tuple[str, str]]]
     names: list[str]
+    original: frozenset[str]
+    """Path patterns that are the authors' names of some base."""
 
 
 @cache
 def _index(underscored: bool) -> Index:
-    entries = {
-        template: [
-            Entry(tuple(shape), count, _places(template, largest) if underscored else tuple(largest), frozenset(bases))
-            for shape, count, largest, bases in found
-        ]
-        for template, found in inventory.data("_shapes.json").items()
-    }
+    entries: dict[str, list[Entry]] = {}
+    original: set[str] = set()
+    for file in ("_shapes.json", "_original.json"):
+        for template, found in inventory.data(file).items():
+            entries.setdefault(template, []).extend(
+                Entry(tuple(shape), count, _places(template, largest) if underscored else tuple(largest), frozenset(bases))
+                for shape, count, largest, bases in found
+            )
+            if file == "_original.json":
+                original.add(template)
     by_tail: dict[str, list[tuple[str, str]]] = {}
     for template in entries:
         form = _UNDERSCORED_NUMBER.sub("#", template.replace(".", "_")) if underscored else template
         by_tail.setdefault(_tail(form, underscored), []).append((form, template))
-    return Index(entries, by_tail, inventory.names())
+    return Index(entries, by_tail, inventory.names(), frozenset(original))
 
 
 def _places(template: str, largest: Sequence[int]) -> tuple[int, ...]:
@@ -100,95 +105,44 @@ def _places(template: str, largest: Sequence[int]) -> tuple[int, ...]:
 
 
 def _tail(form: str, underscored: bool) -> str:
-    return "_".join(form.rsplit("_", 2)[-2:]) if underscored else form.rsplit(".", 1)[-1]
+    """How a pattern ends, enough to find the few it may be the end of."""
+    if not underscored:
+        return form.rsplit(".", 1)[-1]
+    last = form.rsplit("_", 1)[-1]
+    return "_".join(form.rsplit("_", 2)[-2:]) if last in ("#", "proj") else last
 
 
 def recognise(shapes: Mapping[str, Shape], *, stated: str | None = None) -> list[BaseHint]:
     """The bases that targets of these module paths and delta shapes (out, in, *kernel) fit, best first; empty when none does.
 
     Paths are the base's reference names as far as the file gives them: a component (`unet.`) or wrapper (`transformer.`) in front may be
-    missing or added. `stated` is the base that the file itself names; it is listed first as stated, with what the shapes say about it.
+    missing or added; a denoiser may go by its authors' names (`diffusion_model.double_blocks.0.img_attn.qkv`). `stated` is the base that the file itself names; it is listed first as stated, with what the shapes say about it.
     """
-    return _recognise(_groups(shapes, _NUMBER, lambda name: (None, name)), False, stated)
+    return _recognise(_groups(shapes, _NUMBER, lambda name: (None, _WRAPPER.sub("", name))), False, stated)
 
 
+_WRAPPER = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.)?")
+"""What PEFT and ComfyUI put in front of a module path."""
 _COMPONENT = re.compile(r"^lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)_")
 _COMPONENTS = {
     "unet": ("unet.", "transformer."), "transformer": ("transformer.",), "prior_unet": ("unet.",), "te": ("text_encoder.",),
-    "te1": ("text_encoder.",), "te2": ("text_encoder_2.",), "te3": ("text_encoder_3.",), "text_encoder": ("text_encoder.",),
+    "te1": ("text_encoder.",), "te2": ("text_encoder_2.",), "te3": ("text_encoder_3.", "text_encoder_2."), "text_encoder": ("text_encoder.",),
     "text_encoder_2": ("text_encoder_2.",),
 }  # fmt: skip
-_SGM = re.compile(r"^(input_blocks|output_blocks)_\d+_\d+_|^middle_block_\d+_")
 
 
 def recognise_underscored(names: Mapping[str, Shape], *, stated: str | None = None) -> list[BaseHint]:
-    """The same for names whose segments are joined by underscores, as sd-scripts writes them, with or without its `lora_unet_` in front.
+    """The same for names whose segments are joined by underscores, as sd-scripts writes them, with or without its `lora_unet_` in front:
 
-    SGM block names (`input_blocks_4_1_transformer_blocks_0_...`) are compared from the transformer block on.
+    diffusers' names (`down_blocks_0_attentions_0_...`) or the authors' (`input_blocks_4_1_...`, `double_blocks_0_img_attn_qkv`).
     """
 
     def parts(name: str) -> tuple[str | None, str]:
         found = _COMPONENT.match(name)
         rest = name[found.end() :] if found else name
-        return (found.group(1) if found else None), _SGM.sub("", rest)
+        return (found.group(1) if found else None), rest
 
     return _recognise(_groups(names, _UNDERSCORED_NUMBER, parts), True, stated)
-
-
-def recognise_shapes_only(shapes: Sequence[Shape], rule: str | None = None) -> list[BaseHint]:
-    """The bases whose modules, in the order of a rule of `traversal.RULES` (every rule when None), have these delta shapes.
-
-    For dialects that number their targets. The evidence of each hint names the rule that fits.
-    """
-    hints = []
-    wanted = [tuple(shape) for shape in shapes]
-    index = _index(False)
-    for number, (name, fact) in enumerate(inventory.known().items()):
-        rules = [item for item in traversal.RULES.items() if fact.family in _NUMBERED[item[0]] and rule in (None, item[0])]
-        if rules and _holds(index, number, set(wanted)):
-            for rule_name, order in rules:
-                found = [item.shape for item in order(inventory.load(name))]
-                if wanted and found[: len(wanted)] == wanted:
-                    hints.append((name, rule_name, len(found)))
-    return _share_by_order(hints, len(wanted))
-
-
-def _holds(index: Index, base: int, wanted: set[Shape]) -> bool:
-    """True when the base has modules of all these shapes, or with as many columns and more rows (slices of a fused weight)."""
-    have = {entry.shape for entries in index.entries.values() for entry in entries if base in entry.bases}
-    return all(shape in have or any(other[1:] == shape[1:] and other[0] > shape[0] for other in have) for shape in wanted)
-
-
-_NUMBERED = {
-    "cloneofsimo-unet": ("sd",), "cloneofsimo-unet-late": ("sd",), "cloneofsimo-text": ("sd",), "qkv-slices": ("sam",), "split-qv": ("vit",),
-}  # fmt: skip
-"""Families each numbering rule has been used with."""
-
-
-def _share_by_order(found: Sequence[tuple[str, str, int]], count: int) -> list[BaseHint]:
-    whole = [item for item in found if item[2] == count]
-    fits = whole or list(found)
-    main = [item for item in fits if inventory.known()[item[0]].variant_of is None]
-    bases = {name for name, _, _ in main}
-    hints = []
-    for name, rule, total in main:
-        variants = [other for other, _, _ in fits if inventory.known()[other].variant_of == name]
-        others = tuple(dict.fromkeys(other for other, _, _ in main if other != name))
-        covered = (
-            f"all {total} targets of order {rule} have these shapes"
-            if total == count
-            else f"the first {count} of {total} targets of order {rule}"
-        )
-        sure = (0.95 if total == count else 0.5) / max(len(bases), 1)
-        hints.append(BaseHint(name, round(sure, 3), (covered,), lookalikes=(*others, *dict.fromkeys(variants))))
-    return _unique(hints)
-
-
-def _unique(hints: Iterable[BaseHint]) -> list[BaseHint]:
-    found: dict[str, BaseHint] = {}
-    for hint in hints:
-        found.setdefault(hint.name, hint)
-    return sorted(found.values(), key=lambda hint: -hint.confidence)
 
 
 def _groups(shapes: Mapping[str, Shape], number: re.Pattern[str], parts: Callable[[str], tuple[str | None, str]]) -> list[Group]:
@@ -271,7 +225,9 @@ def _same(group: Group, entry: Entry, template: str, *, counted: bool) -> bool:
 
 
 def _excused(shape: Shape, theirs: Shape, template: str) -> bool:
-    """Embedding deltas may come transposed, and deltas of a fused weight as some of its rows."""
+    """Embedding deltas may come transposed, those of a 1x1 convolution without its kernel, those of a fused weight as some of its rows."""
+    if (*shape, 1, 1) == theirs:
+        return True
     if _VOCABULARY.search(template) and shape == theirs[::-1]:
         return True
     return bool(_FUSED.search(template)) and shape[1:] == theirs[1:] and shape[0] < theirs[0]
@@ -291,8 +247,9 @@ def _weigh(fit: Fit, groups: Sequence[Group], index: Index) -> None:
 
 def _quality(fit: Fit) -> float:
     """How far one fit alone can be trusted: several kinds of module agreeing, and every layer covered."""
-    kinds = {1: 0.85, 2: 0.93}.get(len(fit.matched), 0.98)
-    return kinds * fit.agreement * (1.0 if fit.coverage == 1.0 else 0.6)
+    kinds = len(fit.matched)
+    partial = 1.0 if fit.coverage == 1.0 else 0.6 if kinds < 3 else 0.75 if kinds < 9 else 0.9
+    return {1: 0.85, 2: 0.93}.get(kinds, 0.98) * fit.agreement * partial
 
 
 def _hints(fits: Sequence[Fit], groups: Sequence[Group], index: Index) -> list[BaseHint]:
@@ -315,6 +272,8 @@ def _hints(fits: Sequence[Fit], groups: Sequence[Group], index: Index) -> list[B
             break
         alike = [other for other, its in main if other != name and its.weight >= 0.5 * fit.weight]
         evidence = [_agreement(fit, groups), *_dimensions(fit, groups)]
+        if index.original & set(fit.matched.values()):
+            evidence.append("named as its authors do")
         if not hints:
             evidence += [*_coverage(fit, groups, index), *_excluded(fit, groups, index, set(by_name)), *_open(fit, alike, index, groups)]
         evidence += [f"{other}, which differs from {name} in a few channels only, fits as well" for other in variants.get(name, ())]
