@@ -37,6 +37,8 @@
 #undef TARGET
 #undef FMA
 #undef FMAD
+#undef LANE_BITS
+#undef NARROW
 
 #ifdef X86
 #define ROWS 6
@@ -45,6 +47,8 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define FMA(a, b, c) ((VF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define FMAD(a, b, c) ((VD)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
+#define LANE_BITS(mask) ((uint32_t)_mm256_movemask_ps((__m256)(mask)))
+#define NARROW(codes) __builtin_convertvector(codes, VH)
 #define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
 #define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
 #include "tile_kernels.h"
@@ -54,6 +58,8 @@
 #undef TARGET
 #undef FMA
 #undef FMAD
+#undef LANE_BITS
+#undef NARROW
 #undef HALF_UP
 #undef HALF_DOWN
 
@@ -63,6 +69,8 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define FMA(a, b, c) ((VF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FMAD(a, b, c) ((VD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
+#define LANE_BITS(mask) ((uint32_t)_mm512_movepi32_mask((__m512i)(mask)))
+#define NARROW(codes) ((VH)_mm512_cvtepi32_epi16((__m512i)(codes)))
 #define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
 #define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
 #include "tile_kernels.h"
@@ -140,42 +148,104 @@ done:
     return answer;
 }
 
-/* settle(sums, flat, columns, up, down, rank): sums[n] = sum_k up[row, k] * down[column, k] in float64 for the elements flat[n] of a tile.
+/* Rounding of one double to nearest even in a 16-bit type: to odd in float first, which keeps on which side of a tie it lies. */
+static uint16_t rounded16(double value, int half)
+{
+    float nearest = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &nearest, sizeof bits);
+    uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7FFFFFFFu;
+    double magnitude = sign ? -value : value, back = sign ? -(double)nearest : (double)nearest;
+    if (bits < 0x7F800000u && back != magnitude)
+        bits = (bits - (back > magnitude)) | 1u;
+    if (!half)
+        return (uint16_t)(sign | (bits >= 0x7F800000u ? 0x7F80u : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16));
+    if (bits >= 0x47800000u) /* 65536 and up */
+        return (uint16_t)(sign | 0x7C00u);
+    if (bits < 0x38800000u) { /* below 2^-14: adding 0.5 rounds to the spacing of fp16 subnormals */
+        float small, sum;
+        memcpy(&small, &bits, sizeof small);
+        sum = small + 0.5f;
+        memcpy(&bits, &sum, sizeof bits);
+        return (uint16_t)(sign | (bits - 0x3F000000u));
+    }
+    return (uint16_t)(sign | (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13);
+}
+
+static double stored16(uint16_t code, int half)
+{
+    uint32_t bits = (uint32_t)code << 16;
+    float value;
+    if (half) {
+        uint32_t magnitude = (uint32_t)(code & 0x7FFFu) << 13;
+        memcpy(&value, &magnitude, sizeof value);
+        double wide = (double)value * 5.192296858534828e+33; /* 2^112 */
+        if ((code & 0x7C00u) == 0x7C00u)
+            wide = (code & 0x3FFu) ? __builtin_nan("") : __builtin_inf();
+        return code & 0x8000u ? -wide : wide;
+    }
+    memcpy(&value, &bits, sizeof value);
+    return (double)value;
+}
+
+/* settle(stored, flat, count, columns, up, down, rank, kind) -> (changed, infinite)
  *
- * The order is fixed, and the numpy path uses the same: eight running sums over k = 0, 8, 16 ...; 1, 9, 17 ... and so on, then
- * ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)). This file is compiled without contraction, so no product is fused. */
+ * The elements flat[n] of a tile become round(W + sum_k up[row, k] * down[column, k]), summed in float64. The order is fixed, and the
+ * numpy path uses the same: eight running sums over k = 0, 8, 16 ...; 1, 9, 17 ... and so on, then ((0 + 4) + (2 + 6)) + ((1 + 5) +
+ * (3 + 7)). This file is compiled without contraction, so no product is fused. NaN in the weight stays as it is. */
 static PyObject *settle(PyObject *module, PyObject *args)
 {
     (void)module;
-    Py_buffer sums, flat, up, down;
+    Py_buffer stored, flat, up, down;
     Py_ssize_t count, columns, rank;
-    if (!PyArg_ParseTuple(args, "w*y*nny*y*n", &sums, &flat, &count, &columns, &up, &down, &rank))
+    int kind;
+    if (!PyArg_ParseTuple(args, "w*y*nny*y*ni", &stored, &flat, &count, &columns, &up, &down, &rank, &kind))
         return NULL;
-    int fits = count >= 0 && columns > 0 && rank >= 0 && rank % 8 == 0 && sums.len >= count * 8 && flat.len >= count * 4;
+    int fits = count >= 0 && columns > 0 && rank >= 0 && rank % 8 == 0 && kind >= 0 && kind <= 2 && flat.len >= count * 4;
+    const uint32_t *places = flat.buf;
     for (Py_ssize_t n = 0; fits && n < count; n++) {
-        Py_ssize_t at = ((const uint32_t *)flat.buf)[n];
-        fits = (at / columns + 1) * rank * 8 <= up.len && (at % columns + 1) * rank * 8 <= down.len;
+        Py_ssize_t at = places[n];
+        fits = (at / columns + 1) * rank * 8 <= up.len && (at % columns + 1) * rank * 8 <= down.len && (at + 1) * (kind == 2 ? 4 : 2) <= stored.len;
     }
+    long changed = 0, infinite = 0;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
         const double *ups = up.buf, *downs = down.buf;
+        uint32_t wide = (uint32_t)columns;
         for (Py_ssize_t n = 0; n < count; n++) {
-            uint32_t at = ((const uint32_t *)flat.buf)[n];
-            const double *u = ups + (Py_ssize_t)(at / (uint32_t)columns) * rank, *d = downs + (Py_ssize_t)(at % (uint32_t)columns) * rank;
+            const double *u = ups + (Py_ssize_t)(places[n] / wide) * rank, *d = downs + (Py_ssize_t)(places[n] % wide) * rank;
             double s[8] = {0};
             if (n + 4 < count) {
-                const double *soon = downs + (Py_ssize_t)(((const uint32_t *)flat.buf)[n + 4] % (uint32_t)columns) * rank;
+                const double *soon = downs + (Py_ssize_t)(places[n + 4] % wide) * rank;
                 for (Py_ssize_t k = 0; k < rank; k += 8)
                     __builtin_prefetch(soon + k);
             }
             for (Py_ssize_t k = 0; k < rank; k += 8)
                 for (int lane = 0; lane < 8; lane++)
                     s[lane] += u[k + lane] * d[k + lane];
-            ((double *)sums.buf)[n] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+            double sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+            if (kind == 2) {
+                float *place = (float *)stored.buf + places[n], before = *place, after = (float)((double)before + sum);
+                if (before == before) {
+                    changed += memcmp(&before, &after, sizeof before) != 0;
+                    infinite += __builtin_isinf(after) && !__builtin_isinf(before);
+                    *place = after;
+                }
+            } else {
+                uint16_t *place = (uint16_t *)stored.buf + places[n], before = *place;
+                double value = stored16(before, kind == 1);
+                if (value == value) {
+                    uint16_t after = rounded16(value + sum, kind == 1), top = kind == 1 ? 0x7C00u : 0x7F80u;
+                    changed += before != after;
+                    infinite += (after & 0x7FFFu) == top && (before & 0x7FFFu) != top;
+                    *place = after;
+                }
+            }
         }
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&sums);
+    PyBuffer_Release(&stored);
     PyBuffer_Release(&flat);
     PyBuffer_Release(&up);
     PyBuffer_Release(&down);
@@ -183,7 +253,7 @@ static PyObject *settle(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "settle: a buffer is too small");
         return NULL;
     }
-    Py_RETURN_NONE;
+    return Py_BuildValue("ll", changed, infinite);
 }
 
 /* instruction_sets() -> ((name, lanes), ...), the best first. */
@@ -199,7 +269,7 @@ static PyObject *instruction_sets(PyObject *module, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"merge_tile", merge_tile, METH_VARARGS, "Round W + up @ down into a tile in place; see tile.c."},
-    {"settle", settle, METH_VARARGS, "Sums of single elements in float64, in a fixed order; see tile.c."},
+    {"settle", settle, METH_VARARGS, "Decide single elements of a tile in float64; see tile.c."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets this processor has a kernel for, best first."},
     {NULL, NULL, 0, NULL},
 };

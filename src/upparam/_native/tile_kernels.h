@@ -2,6 +2,7 @@
  *   NAME(x)   the name of a function for this set
  *   TARGET    the function attribute that turns the set on
  *   LANES     floats in one vector
+ *   LANE_BITS(mask)   one bit for each lane of a comparison, NARROW(codes) 32-bit codes as 16-bit ones
  *   HALF_UP / HALF_DOWN   fp16 conversion by instruction; when absent by integer arithmetic
  *
  *   FMA / FMAD   a * b + c of float and double vectors, fused where the set has it
@@ -35,6 +36,19 @@ typedef uint32_t NAME(vus) __attribute__((vector_size(LANES * 2)));
 #define VFS NAME(vfs)
 #define VUS NAME(vus)
 
+#ifndef LANE_BITS
+#define LANE_BITS(mask) NAME(lane_bits)(mask)
+#define NARROW(codes) __builtin_convertvector(codes, VH)
+TARGET static inline uint32_t NAME(lane_bits)(VU mask)
+{
+    uint32_t lanes[LANES], bits = 0;
+    memcpy(lanes, &mask, sizeof mask);
+    for (int lane = 0; lane < LANES; lane++)
+        bits |= (lanes[lane] & 1u) << lane;
+    return bits;
+}
+#endif
+
 /* Codes of fp16 values of magnitude a (sign removed), rounded to nearest even. Normal results by rounding the mantissa in place,
  * subnormal ones by adding 0.5, whose unit in the last place is the spacing of fp16 subnormals. */
 TARGET static inline VU NAME(half_code)(VF a)
@@ -65,7 +79,7 @@ TARGET static inline VF NAME(half_value)(VU code)
 /* One block of 16-bit weights: w = round(w + up . panel) where that is certain. Doubtful elements keep their old code and are marked. */
 TARGET static inline __attribute__((always_inline)) int NAME(block16)(
     uint16_t *const *w, const float *const *up, const float *panel, long rank, const float *row_bound, const float *column_norm,
-    int half, int exact, VU *changed, uint32_t (*marks)[WIDE])
+    int half, int exact, long *changed, uint32_t *marks)
 {
     VF sum[ROWS][2], part[ROWS][2];
     for (int i = 0; i < ROWS; i++)
@@ -80,7 +94,7 @@ TARGET static inline __attribute__((always_inline)) int NAME(block16)(
             memcpy(&d1, panel + k * WIDE + LANES, sizeof d1);
 #pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++) {
-                VF u = (VF){0} + up[i][k];
+                VF u = up[i][k] - (VF){0};
                 part[i][0] = FMA(u, d0, part[i][0]);
                 part[i][1] = FMA(u, d1, part[i][1]);
             }
@@ -91,9 +105,11 @@ TARGET static inline __attribute__((always_inline)) int NAME(block16)(
         }
     }
     const float limit = half ? 65472.0f : 3.36e38f;
-    VU any = {0};
+    uint32_t any = 0;
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < ROWS; i++) {
+        uint32_t mark = 0;
+#pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             VH stored;
             memcpy(&stored, w[i] + j * LANES, sizeof stored);
@@ -132,23 +148,21 @@ TARGET static inline __attribute__((always_inline)) int NAME(block16)(
                 doubt |= (VU)(bound >= a * (half ? 1.220703125e-04f : 9.765625e-04f));
             }
             code = (code & ~doubt) | (old & doubt);
-            *changed -= (VU)(code != old);
-            any |= doubt;
-            memcpy(&marks[i][j * LANES], &doubt, sizeof doubt);
-            VH out = __builtin_convertvector(code, VH);
+            *changed += __builtin_popcount(LANE_BITS((VU)(code != old)));
+            mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
+            VH out = NARROW(code);
             memcpy(w[i] + j * LANES, &out, sizeof out);
         }
-    uint32_t lanes[LANES], some = 0;
-    memcpy(lanes, &any, sizeof any);
-    for (int i = 0; i < LANES; i++)
-        some |= lanes[i];
-    return some != 0;
+        marks[i] = mark;
+        any |= mark;
+    }
+    return any != 0;
 }
 
 /* The same for float32 weights with sums in float64. */
 TARGET static inline __attribute__((always_inline)) int NAME(block32)(
     float *const *w, const double *const *up, const double *panel, long rank, const float *row_bound, const float *column_norm,
-    int half, int exact, VU *changed, uint32_t (*marks)[WIDE])
+    int half, int exact, long *changed, uint32_t *marks)
 {
     (void)half;
     VD sum[ROWS][2], part[ROWS][2];
@@ -164,7 +178,7 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
             memcpy(&d1, panel + k * LANES + LANES / 2, sizeof d1);
 #pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++) {
-                VD u = (VD){0} + up[i][k];
+                VD u = up[i][k] - (VD){0};
                 part[i][0] = FMAD(u, d0, part[i][0]);
                 part[i][1] = FMAD(u, d1, part[i][1]);
             }
@@ -174,10 +188,11 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
             sum[i][1] += part[i][1];
         }
     }
-    VUS any = {0};
-    uint64_t count = 0;
+    uint32_t any = 0;
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < ROWS; i++) {
+        uint32_t mark = 0;
+#pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             VFS stored, norm;
             memcpy(&stored, w[i] + j * (LANES / 2), sizeof stored);
@@ -196,21 +211,20 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
             }
             VUS doubt = __builtin_convertvector(unsure, VUS);
             VUS code = ((VUS)rounded & ~doubt) | (old & doubt);
-            any |= doubt;
+            uint32_t lanes[LANES / 2], doubts[LANES / 2];
             VUS differs = (VUS)(code != old);
-            uint32_t lanes[LANES / 2];
             memcpy(lanes, &differs, sizeof differs);
-            for (int lane = 0; lane < LANES / 2; lane++)
-                count += lanes[lane] & 1u;
-            memcpy(&marks[i][j * (LANES / 2)], &doubt, sizeof doubt);
+            memcpy(doubts, &doubt, sizeof doubt);
+            for (int lane = 0; lane < LANES / 2; lane++) {
+                *changed += lanes[lane] & 1u;
+                mark |= (doubts[lane] & 1u) << (j * (LANES / 2) + lane);
+            }
             memcpy(w[i] + j * (LANES / 2), &code, sizeof code);
         }
-    (*changed)[0] += (uint32_t)count;
-    uint32_t lanes[LANES / 2], some = 0;
-    memcpy(lanes, &any, sizeof any);
-    for (int i = 0; i < LANES / 2; i++)
-        some |= lanes[i];
-    return some != 0;
+        marks[i] = mark;
+        any |= mark;
+    }
+    return any != 0;
 }
 
 #define TILE(function, block, element, factor, width)                                                                                   \
@@ -219,7 +233,7 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
         const float *column_norm, int half, int exact, uint32_t *doubtful, long *changed_out)                                           \
     {                                                                                                                                   \
         long found = 0, changed = 0;                                                                                                    \
-        uint32_t marks[ROWS][WIDE];                                                                                                     \
+        uint32_t marks[ROWS];                                                                                           \
         element edge[ROWS][width];                                                                                                      \
         element *w[ROWS];                                                                                                               \
         const factor *u[ROWS];                                                                                                          \
@@ -227,7 +241,6 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
         for (long j = 0; j < columns; j += width) {                                                                                     \
             const factor *panel = panels + j * rank;                                                                                    \
             long wide = columns - j < width ? columns - j : width;                                                                      \
-            VU count = {0};                                                                                                             \
             for (long i = 0; i < rows; i += ROWS) {                                                                                     \
                 long high = rows - i < ROWS ? rows - i : ROWS;                                                                          \
                 int whole = high == ROWS && wide == width;                                                                              \
@@ -241,13 +254,13 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
                     if (!whole && r < high)                                                                                             \
                         memcpy(edge[r], stored + row * columns + j, (size_t)wide * sizeof(element));                                    \
                 }                                                                                                                       \
-                VU before = count;                                                                                                      \
-                int some = half   ? exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 1, &count, marks)                 \
-                                          : NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 0, &count, marks)                 \
-                           : exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 1, &count, marks)                        \
-                                   : NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 0, &count, marks);                       \
+                long before = changed;                                                                                        \
+                int some = half   ? exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 1, &changed, marks)                 \
+                                          : NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 0, &changed, marks)                 \
+                           : exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 1, &changed, marks)                        \
+                                   : NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 0, &changed, marks);                       \
                 if (!whole) {                                                                                                           \
-                    count = before; /* padding must not count */                                                                        \
+                    changed = before; /* padding must not count */                                                                        \
                     for (long r = 0; r < high; r++)                                                                                     \
                         for (long c = 0; c < wide; c++) {                                                                               \
                             element *place = stored + (i + r) * columns + j + c;                                                        \
@@ -257,12 +270,12 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
                 }                                                                                                                       \
                 if (some)                                                                                                               \
                     for (long r = 0; r < high; r++)                                                                                     \
-                        for (long c = 0; c < wide; c++)                                                                                 \
-                            if (marks[r][c])                                                                                            \
-                                doubtful[found++] = (uint32_t)((i + r) * columns + j + c);                                      \
+                        for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {                                                        \
+                            long c = __builtin_ctz(mark);                                                                               \
+                            if (c < wide)                                                                                               \
+                                doubtful[found++] = (uint32_t)((i + r) * columns + j + c);                                  \
+                        }                                                                                                               \
             }                                                                                                                           \
-            for (int lane = 0; lane < LANES; lane++)                                                                                    \
-                changed += count[lane];                                                                                                 \
         }                                                                                                                               \
         *changed_out = changed;                                                                                                         \
         return found;                                                                                                                   \

@@ -62,6 +62,14 @@ def best_route() -> Route:
     return found.get(os.environ.get("UPPARAM_KERNEL", "")) or next(iter(found.values()))
 
 
+def aligned(count: int, dtype: Any) -> NDArray[Any]:
+    """An uninitialised array whose first element lies on a cache line: vectors that straddle two lines cost twice."""
+    size = count * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype)
+
+
 class LowRank:
     """up (rows, R) with every scale in it, down (R, columns), for a range of rows of one stored weight; all that a tile needs.
 
@@ -103,10 +111,13 @@ class LowRank:
 
         def make() -> NDArray[Any]:
             rank, columns = self.down64.shape
-            count = -(-columns // width)
-            padded = np.zeros((rank, count * width), dtype)
-            padded[:, :columns] = self.down64
-            return np.ascontiguousarray(padded.reshape(rank, count, width).transpose(1, 0, 2))
+            count, whole = -(-columns // width), columns // width
+            panels = aligned(count * rank * width, dtype).reshape(count, rank, width)
+            panels[:whole] = self.down64[:, : whole * width].reshape(rank, whole, width).transpose(1, 0, 2)
+            if whole < count:
+                panels[whole, :, : columns - whole * width] = self.down64[:, whole * width :]
+                panels[whole, :, columns - whole * width :] = 0
+            return panels
 
         return self._keep(f"{width}{dtype}", make)
 
@@ -120,15 +131,11 @@ class LowRank:
         """down as (columns, R), its ranks padded to a multiple of 8, for `elements`."""
         return self._keep("downs", lambda: np.ascontiguousarray(np.pad(self.down64, ((0, -len(self.down64) % 8), (0, 0))).T))
 
-    def elements(self, flat: NDArray[np.uint32], start: int, columns: int, route: Route) -> NDArray[np.float64]:
+    def elements(self, flat: NDArray[np.intp], start: int, columns: int) -> NDArray[np.float64]:
         """up @ down in float64 at the places `flat` of a tile that begins at row `start`.
 
-        Summed in one order whatever the route: eight running sums over every eighth rank, then pairs of them.
+        Summed in the order that the compiled kernel uses too: eight running sums over every eighth rank, then pairs of them.
         """
-        if route.module is not None:
-            sums = np.empty(len(flat))
-            route.module.settle(sums, flat, len(flat), columns, self.ups[start:], self.downs, self.ups.shape[1])
-            return sums
         row, column = np.divmod(flat, columns)
         products = self.ups[row + start]
         products *= self.downs[column]
@@ -188,12 +195,10 @@ def _add_compiled(stored: NDArray[Any], dtype: DType, factors: LowRank, start: i
     )  # fmt: skip
     if not found:
         return changed, 0
-    flat = scratch.doubtful[:found]
-    before = stored.reshape(-1)[flat]
-    after = _settled(before, dtype, factors, start, flat, columns, route)
-    stored.reshape(-1)[flat] = after
-    code = codes.dtype
-    return changed + int(np.count_nonzero(before.view(code) != after.view(code))), _count_overflow(after, before)
+    more, infinite = route.module.settle(
+        codes, scratch.doubtful, found, columns, factors.ups[start:], factors.downs, factors.ups.shape[1], kind
+    )
+    return changed + more, infinite
 
 
 def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, exact: bool) -> tuple[int, int]:
@@ -220,10 +225,12 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
             np.add(weight, bound, out=delta)
             high.view(dtype.numpy)[...] = delta
             np.not_equal(low, high, out=differs)
-            doubtful = np.flatnonzero(differs).astype(np.uint32)
+            doubtful = np.flatnonzero(differs)
+            if doubtful.size > stored.size // 100:
+                return _add_in_float64(stored, dtype, factors, start)
             if doubtful.size:
                 before = stored.reshape(-1)[doubtful]
-                low.reshape(-1)[doubtful] = _settled(before, dtype, factors, start, doubtful, shape[1], scratch.route).view(np.uint16)
+                low.reshape(-1)[doubtful] = _settled(before, dtype, factors, start, doubtful, shape[1]).view(np.uint16)
     infinite = 0 if largest < _largest(dtype) else _count_overflow(low.view(dtype.numpy), stored)
     codes = stored.view(np.uint16)
     np.not_equal(codes, low, out=differs)
@@ -231,15 +238,14 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
     return int(np.count_nonzero(differs)), infinite
 
 
-def _settled(
-    before: NDArray[Any], dtype: DType, factors: LowRank, start: int, flat: NDArray[np.uint32], columns: int, route: Route
-) -> NDArray[Any]:
+def _settled(before: NDArray[Any], dtype: DType, factors: LowRank, start: int, flat: NDArray[np.intp], columns: int) -> NDArray[Any]:
     """The doubtful elements `flat` of a tile, whose stored values are `before`, decided in float64."""
     result = np.empty_like(before)
     step = max(64, (1 << 16) // factors.ups.shape[1])
     for at in range(0, len(flat), step):
         part = slice(at, at + step)
-        result[part] = narrow(widen(before[part]) + factors.elements(flat[part], start, columns, route), dtype)
+        true = widen(before[part]) + factors.elements(flat[part], start, columns)
+        result[part] = _rounded(before[part], true, dtype)
     return result
 
 
@@ -257,7 +263,7 @@ def _add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
         bound = bound + np.abs(true) * 2.0**-51 + 1e-300 * (rank + 1)
         doubtful = np.flatnonzero(narrow(true - bound, dtype) != narrow(true + bound, dtype))
         if doubtful.size:
-            sums = factors.elements(doubtful.astype(np.uint32), first, stored.shape[1], _NUMPY)
+            sums = factors.elements(doubtful, first, stored.shape[1])
             true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + sums
         more, over = store(part, true, dtype)
         changed, infinite = changed + more, infinite + over
@@ -266,12 +272,21 @@ def _add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
 
 def store(stored: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> tuple[int, int]:
     """Round float64 values into `stored` (same shape). Returns (elements whose bits changed, elements that became infinite)."""
-    rounded = narrow(true, dtype)
+    rounded = _rounded(stored, true, dtype)
     infinite = _count_overflow(rounded, stored) if true.size and not np.abs(true).max() < _largest(dtype) else 0
     code = np.dtype(f"u{dtype.itemsize}")
     changed = int(np.count_nonzero(stored.view(code) != rounded.view(code)))
     stored[...] = rounded
     return changed, infinite
+
+
+def _rounded(before: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
+    """`true` rounded once; a NaN of the base stays bit for bit as it was."""
+    result = narrow(true, dtype)
+    nan = np.isnan(true)
+    if nan.any():
+        result[nan] = before[nan]
+    return result
 
 
 def _largest(dtype: DType) -> float:

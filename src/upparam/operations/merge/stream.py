@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ class Buffers:
     """One thread's memory: raw bytes for reading and copying, and the kernel's tiles."""
 
     def __init__(self, elements: int) -> None:
-        self.raw = bytearray(max(COPY_CHUNK, elements * 8))
+        self.raw = mmap.mmap(-1, max(COPY_CHUNK, elements * 8))  # whole pages: aligned for copies and for the kernel
         self.scratch = Scratch(elements)
 
 
@@ -178,6 +179,30 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     while len(data):
         count = os.pwrite(fd, data, offset)
         data, offset = data[count:], offset + count
+
+
+class Flusher:
+    """Sends what is written to the disk while the work goes on, so that the sync at the end finds little left to do."""
+
+    def __init__(self, descriptors: Sequence[int], every: float = 0.1) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(list(descriptors), every), daemon=True)
+
+    def _work(self, descriptors: list[int], every: float) -> None:
+        while not self._stop.wait(every):
+            for fd in descriptors:
+                try:
+                    os.fdatasync(fd)
+                except OSError:
+                    return  # the sync at the end reports it
+
+    def __enter__(self) -> Flusher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Progress) -> None:

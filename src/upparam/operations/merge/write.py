@@ -20,7 +20,19 @@ from upparam.errors import RefusedError, UnreadableError, VerificationError
 from upparam.findings import Finding, info
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples, check_untouched
-from upparam.operations.merge.stream import COPY_CHUNK, TASK_BYTES, Change, Convert, Copy, Shared, Task, chunks_of, run_tasks, write_all
+from upparam.operations.merge.stream import (
+    COPY_CHUNK,
+    TASK_BYTES,
+    Change,
+    Convert,
+    Copy,
+    Flusher,
+    Shared,
+    Task,
+    chunks_of,
+    run_tasks,
+    write_all,
+)
 from upparam.progress import Progress
 from upparam.tensors import DType, FileSource, Tensor
 
@@ -169,7 +181,8 @@ def _write_files(
         widest = max((max(1, _columns(work)) for work in plan.works.values()), default=1)
         from upparam.operations.merge.kernel import TILE_ELEMENTS
 
-        run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
+        with Flusher(descriptors):
+            run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
         text = note(plan, hashes.found)
         for file, fd in zip(files, descriptors, strict=True):
             write_all(fd, memoryview(file.header(text)), 0)
