@@ -12,6 +12,7 @@ from upparam.errors import UsageError
 
 DIALECTS: dict[str, str] = {
     "peft": "upparam.dialects.peft",
+    "kohya": "upparam.dialects.kohya",
     "triad": "upparam.dialects.triad",
 }
 """Dialect name to the module that holds `dialect`, a Dialect. Order decides between equal matches."""

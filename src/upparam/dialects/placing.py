@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from upparam.adapter import Adapter, BaseHint, Target
@@ -38,12 +38,14 @@ _MARKS: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
 
 @dataclass(frozen=True)
 class Resolved:
-    """Names explained: the layout they are of, and what is known about the base."""
+    """Names explained: the layout they are of, the layout's own name for each, and what is known about the base.
+
+    Names that the layout does not have, or has with another shape, are not in `names`.
+    """
 
     layout: LayoutMap
+    names: Mapping[str, str]
     hint: BaseHint
-    unknown: tuple[str, ...]
-    """Names that this layout does not have, or has with another shape."""
 
 
 def resolve(
@@ -53,27 +55,28 @@ def resolve(
     *,
     stated: str | None = None,
     underscored: bool = False,
+    aliases: Sequence[tuple[str, str]] = (),
 ) -> Resolved | None:
     """The base and the first of `layouts` that explain most of these names and delta shapes; None when none explains enough.
 
     `base` is the one the user named; without it the recogniser and the marks of known layouts suggest some. `underscored` names have
-    lost their dots. The hint's confidence is the recogniser's, asked again with the reference names once they are known.
+    lost their dots. `aliases` are prefixes some writers use, and the layout's own in their place. The hint's confidence is the
+    recogniser's, asked again with the reference names once they are known.
     """
-    best: tuple[int, LayoutMap] | None = None
+    best: tuple[LayoutMap, dict[str, str]] | None = None
     for candidate in [base] if base is not None else _suggested(shapes, stated, underscored):
         for name in layouts:
             one = find(candidate, name)
-            hits = 0 if one is None else sum(1 for foreign, shape in shapes.items() if _explains(one, foreign, shape))
-            if one is not None and hits and (best is None or hits > best[0]):
-                best = (hits, one)
-        if best is not None and best[0] == len(shapes):
+            names = {} if one is None else _explained(one, shapes, aliases)
+            if one is not None and names and (best is None or len(names) > len(best[1])):
+                best = (one, names)
+        if best is not None and len(best[1]) == len(shapes):
             break
-    if best is None or best[0] < _ENOUGH * len(shapes):
+    if best is None or len(best[1]) < _ENOUGH * len(shapes):
         return None
-    one = best[1]
-    unknown = tuple(foreign for foreign, shape in shapes.items() if not _explains(one, foreign, shape))
-    known = {part.module: part.shape for foreign in shapes if foreign not in unknown for part in one.to_reference(foreign)}
-    return Resolved(one, _hint(one.base, known, stated, named=base is not None), unknown)
+    one, names = best
+    known = {part.module: part.shape for foreign in names.values() for part in one.to_reference(foreign)}
+    return Resolved(one, names, _hint(one.base, known, stated, named=base is not None))
 
 
 def _suggested(shapes: Mapping[str, Shape], stated: str | None, underscored: bool) -> Iterable[Base]:
@@ -97,9 +100,16 @@ def _hint(base: Base, known: Mapping[str, Shape], stated: str | None, named: boo
     return hints[0] if hints else BaseHint(base.name, 0.5, (f"{len(known)} targets have its names and shapes",))
 
 
-def _explains(one: LayoutMap, foreign: str, shape: Shape) -> bool:
-    parts = one.to_reference(foreign)
-    return bool(parts) and alike(shape, (one.rows(foreign), *parts[0].shape[1:]))
+def _explained(one: LayoutMap, shapes: Mapping[str, Shape], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for given, shape in shapes.items():
+        others = (own + given[len(alias) :] for alias, own in aliases if given.startswith(alias))
+        for foreign in (given, *others):
+            parts = one.to_reference(foreign)
+            if parts and alike(shape, (one.rows(foreign), *parts[0].shape[1:])):
+                found[given] = foreign
+                break
+    return found
 
 
 def alike(one: Shape, other: Shape) -> bool:
@@ -177,5 +187,3 @@ def base_of(adapter: Adapter, options: Mapping[str, object]) -> Base | None:
     name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
     return None if name is None else inventory.load(name)
 
-
-Renamer = Callable[[str], str]

@@ -35,11 +35,10 @@ def test_every_name_maps_there_and_back(name: str) -> None:
         assert len(weights) == len(one.foreign) and weights.items() <= one.tensor_names.items()
 
 
-def test_pipelines_have_kohya_names_and_language_models_do_not() -> None:
-    assert "kohya" in available(inventory.load("flux.1-dev"))
-    assert available(inventory.load("gpt2"))[0] == "reference" and "kohya" not in available(inventory.load("gpt2"))
-    with pytest.raises(UsageError, match="no kohya names"):
-        layout(inventory.load("gpt2"), "kohya")
+def test_a_layout_the_base_does_not_have_is_refused() -> None:
+    assert "ldm" in available(inventory.load("sd1.5")) and "ldm" not in available(inventory.load("gpt2"))
+    with pytest.raises(UsageError, match="no ldm names"):
+        layout(inventory.load("gpt2"), "ldm")
     with pytest.raises(UsageError, match="no such layout"):
         find(inventory.load("gpt2"), "klingon")
 
@@ -69,6 +68,7 @@ def test_orders_are_permutations_with_their_inverse(order: Order) -> None:
         ("sdxl", "kohya", "lora_te2_text_model_encoder_layers_0_mlp_fc1", 1),
         ("sdxl", "sgm", "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj", 3),
         ("sd2", "ldm", "cond_stage_model.model.transformer.resblocks.22.attn.in_proj", 3),
+        ("gpt2", "kohya", "lycoris_transformer_h_0_attn_c_attn", 1),
         ("sd1.5", "ldm", "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1", 1),
         ("flux.1-dev", "original", "single_blocks.37.linear1", 4),
         ("flux.1-dev", "kohya", "lora_unet_double_blocks_0_img_attn_qkv", 3),

@@ -35,10 +35,13 @@ def underscored(path: str) -> str:
     return path.replace(".", "_")
 
 
-def kohya(base: Base) -> LayoutMap | None:
-    """What sd-scripts writes: diffusers names for SD 1 and 2, the authors' names for everything later."""
+def kohya(base: Base) -> LayoutMap:
+    """What sd-scripts writes: diffusers names for SD 1 and 2, the authors' names for everything later.
+
+    It knows pipelines only; other bases get the prefix LyCORIS gives any module (lycoris/wrapper.py LORA_PREFIX).
+    """
     if component(base) is None:
-        return None
+        return assemble("kohya", base, [Component("", under("lycoris_", same))], rename=underscored)
     if has(base, "unet.") and not has(base, "text_encoder_2."):
         return build(base, same, "kohya")
     return build(base, original(base) or same, "kohya")

@@ -1,0 +1,206 @@
+"""kohya: what sd-scripts and the web UIs exchange. One file, `lora_unet_down_blocks_0_...to_q.lora_up.weight`, alpha per module.
+
+Sources: kohya-ss/sd-scripts networks/lora.py, networks/lora_flux.py, networks/lora_sd3.py; scale alpha / rank, absent alpha = rank.
+SD 1 and 2 use diffusers' block names, later models those of their authors; both, and the prefixes other trainers use, are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import Delta
+from upparam.containers.base import TensorFile
+from upparam.dialects import kohya_metadata, words
+from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.placing import Resolved, base_of, resolve, to_foreign, to_targets
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.findings import Finding, error, warning
+from upparam.tensors import DTYPES, Tensor
+
+_MODULE = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")
+_LAYOUTS = ("kohya", "kohya-diffusers", "kohya-original")
+_ALIASES = (
+    ("lora_te1_", "lora_te_"),
+    ("lora_te_", "lora_te1_"),
+    ("lora_te2_", "lora_te3_"),
+    ("lora_transformer_", "lora_unet_"),
+    ("lora_prior_unet_", "lora_unet_"),
+    ("lora_text_encoder_2_", "lora_te2_"),
+    ("lora_text_encoder_", "lora_te_"),
+    ("lora_text_encoder_", "lora_te1_"),
+)
+"""Prefixes other writers use, and sd-scripts' own in their place."""
+
+
+class Kohya:
+    """The dialect; `LyCORIS` widens its words."""
+
+    name = "kohya"
+    title = "kohya / sd-scripts"
+    writable = True
+    module = "networks.lora"
+    """What `ss_network_module` says of a file we complete."""
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Words that end a tensor's name."""
+        return words.WORDS
+
+    def build(self, group: words.Words) -> dict[str, Delta] | None:
+        """Deltas by base parameter that a module's words spell; None when a factor is missing."""
+        delta = words.lora_of(group)
+        return None if delta is None else {"weight": delta}
+
+    def spell(self, delta: Delta) -> dict[str, Tensor]:
+        """The words of a delta, without alpha. Raises RefusedError where there are none."""
+        return words.words_of(delta)
+
+    def match(self, file: TensorFile) -> Match | None:
+        """The share of names that are a known prefix, underscores, and one of the words."""
+        hits = sum(1 for name in file.tensors if (part := words.split(name, self.vocabulary())) and _MODULE.fullmatch(part[0]))
+        if not hits or not any(name.endswith(words.LORA[:2]) for name in file.tensors):
+            return None
+        evidence = [f"{hits} of {len(file.tensors)} names are lora_<component>_<module>.<{'|'.join(self.own_words(file))}>"]
+        if "ss_network_module" in file.metadata:
+            evidence.append(f"metadata ss_network_module = {file.metadata['ss_network_module']}")
+        return Match(self.name, round(0.97 * hits / len(file.tensors), 3), tuple(evidence))
+
+    def own_words(self, file: TensorFile) -> list[str]:
+        """The words that occur, shortest spelling."""
+        found = {part[1].removesuffix(".weight") for name in file.tensors if (part := words.split(name, self.vocabulary()))}
+        return sorted(found)
+
+    def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
+        """One file is one adapter."""
+        return [file]
+
+    def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
+        """The adapter; modules in reference names when a base explains them, else as the file names them (layout 'kohya')."""
+        file = bundle.main
+        groups, leftovers = words.grouped(file.tensors, self.vocabulary())
+        deltas: dict[str, dict[str, Delta]] = {}
+        findings: list[Finding] = list(file.findings)
+        for module, group in groups.items():
+            try:
+                built = self.build(group)
+            except MalformedError as problem:
+                raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from problem
+            if built is None:
+                leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
+                findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", ", ".join(group)))
+            else:
+                deltas[module] = built
+        if not deltas:
+            raise DeadAdapterError(
+                "no module has both its up and its down factor", file=file.path, found=", ".join(list(file.tensors)[:3])
+            )
+        shapes = {module: next(iter(built.values())).shape for module, built in deltas.items()}
+        stated = kohya_metadata.stated_base(file.metadata)
+        found = resolve(shapes, _LAYOUTS, options.base, stated=stated, underscored=True, aliases=_ALIASES)
+        adapter = Adapter(
+            {}, self.name, metadata=dict(file.metadata), spelling=_spelling(groups, found), files=(str(file.path),), leftovers=leftovers,
+            findings=findings, layout="kohya" if found is None else "reference", base=None if found is None else found.hint,
+        )  # fmt: skip
+        for module, built in deltas.items():
+            _settle(adapter, module, built, groups[module], found)
+        return adapter
+
+    def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
+        """One safetensors file. Raises RefusedError for extras, for deltas without words here, and where the base is not known."""
+        base = base_of(adapter, options)
+        named = self.names(adapter, base, options)
+        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
+        tensors: dict[str, Tensor] = {}
+        for (module, parameter), delta in named.items():
+            try:
+                spelled = self.spell_parameter(parameter, delta)
+                alpha = words.alpha_for(delta)
+            except RefusedError as problem:
+                problems.append(f"{module}: {problem.message}")
+                continue
+            tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
+            if alpha is not None:
+                tensors[f"{module}.alpha"] = _alpha(adapter, self.name, module, alpha, next(iter(spelled.values())))
+        if problems:
+            raise RefusedError(
+                f"{len(problems)} things that {self.name} cannot hold", tensor=problems[0].split(": ")[0],
+                found="; ".join(problems[:8]) + (" ..." if len(problems) > 8 else ""), remedy="give up extras with --drop KIND",
+            )  # fmt: skip
+        metadata = kohya_metadata.written(adapter, tensors, base, self.module)
+        return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
+
+    def spell_parameter(self, parameter: str, delta: Delta) -> dict[str, Tensor]:
+        """The words of a delta of one parameter of a module."""
+        if parameter != "weight":
+            raise RefusedError(f"a delta of the {parameter} has no form in {self.name}")
+        return self.spell(delta)
+
+    def names(self, adapter: Adapter, base: Any, options: Mapping[str, Any]) -> dict[tuple[str, str], Delta]:
+        """(module as this dialect names it, parameter) -> delta."""
+        if adapter.layout == "kohya":
+            return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
+        if adapter.layout != "reference" or base is None:
+            raise RefusedError(
+                "kohya's names follow from the base, and which base this adapter is for is not known",
+                file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
+            )  # fmt: skip
+        from upparam.bases.layouts import layout
+
+        spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
+        one = layout(base, str(options.get("layout") or spelling.get("layout", "kohya")))
+        found: dict[tuple[str, str], Delta] = {}
+        for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):
+            deltas = {target: delta for target, delta in adapter.deltas.items() if target.parameter == parameter}
+            for foreign, delta in to_foreign(one, deltas).items():
+                found[_respelled(foreign, spelling), parameter] = delta
+        return found
+
+
+def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: words.Words, found: Resolved | None) -> None:
+    """Put a module's deltas under their targets; a module the base does not have goes to the leftovers, with a finding."""
+    if found is None:
+        adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in built.items()}
+    elif module not in found.names:
+        adapter.leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
+        shape = next(iter(built.values())).shape
+        adapter.findings.append(warning("unknown-module", module, f"{found.layout.base.name} has no such module of this shape", f"{shape}"))
+    else:
+        for parameter, delta in built.items():
+            for target, piece in to_targets(found.layout, found.names[module], delta).items():
+                adapter.deltas[target._replace(parameter=parameter)] = piece
+
+
+def _spelling(groups: Mapping[str, words.Words], found: Resolved | None) -> dict[str, str]:
+    """Layout, prefixes and the form of alphas, so that the same file can be written again."""
+    spelling: dict[str, str] = {}
+    if found is not None:
+        spelling["layout"] = found.layout.name
+        for given, own in found.names.items():
+            for alias, prefix in _ALIASES:
+                if given != own and given.startswith(alias) and own == prefix + given[len(alias) :]:
+                    spelling[f"prefix {prefix}"] = alias
+    alphas = [(module, group["alpha"]) for module, group in groups.items() if "alpha" in group]
+    for module, alpha in alphas:
+        form = f"{alpha.dtype} {len(alpha.shape)}"
+        if spelling.setdefault("alpha", form) != form:
+            spelling[f"alpha {module}"] = form
+    return spelling
+
+
+def _respelled(name: str, spelling: Mapping[str, str]) -> str:
+    for key, alias in spelling.items():
+        if key.startswith("prefix ") and name.startswith(key[7:]):
+            return alias + name[len(key) - 7 :]
+    return name
+
+
+def _alpha(adapter: Adapter, dialect: str, module: str, value: float, like: Tensor) -> Tensor:
+    spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
+    form = spelling.get(f"alpha {module}", spelling.get("alpha"))
+    dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
+    return words.alpha_tensor(value, dtype, like.dtype, dims)
+
+
+dialect = Kohya()

@@ -1,0 +1,123 @@
+"""The metadata sd-scripts writes beside its tensors: `ss_*` training facts, `sshs_*` hashes, Stability's `modelspec.*`.
+
+Sources: kohya-ss/sd-scripts library/train_util.py (precalculate_safetensors_hashes, build_minimum_network_metadata),
+library/sai_model_spec.py (determine_architecture, determine_implementation, determine_resolution).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from upparam.adapter import Adapter
+from upparam.bases.base import Base
+from upparam.containers.safetensors import chunks, header_bytes, layout_order
+from upparam.tensors import Tensor
+
+_LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000
+"""The old hash covers these bytes of the file and no others."""
+
+
+class Model(NamedTuple):
+    """What sd-scripts calls a base: `ss_base_model_version`, modelspec architecture, implementation and resolution."""
+
+    version: str
+    architecture: str
+    implementation: str
+    resolution: str
+
+
+_STABILITY = "https://github.com/Stability-AI/generative-models"
+_FLUX = "https://github.com/black-forest-labs/flux"
+_MODELS: Mapping[str, Model] = {
+    "sd1.5": Model("sd_v1", "stable-diffusion-v1", "diffusers", "512x512"),
+    "sd2": Model("sd_v2", "stable-diffusion-v2-512", "diffusers", "512x512"),
+    "sdxl": Model("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", _STABILITY, "1024x1024"),
+    "sd3-medium": Model("sd3m", "stable-diffusion-3-medium", "diffusers", "1024x1024"),
+    "sd3.5-medium": Model("sd3.5-medium", "stable-diffusion-3-5-medium", "diffusers", "1024x1024"),
+    "sd3.5-large": Model("sd3.5-large", "stable-diffusion-3-5-large", "diffusers", "1024x1024"),
+    "flux.1-dev": Model("flux1", "flux-1-dev", _FLUX, "1024x1024"),
+    "flux.1-schnell": Model("flux1", "flux-1-schnell", _FLUX, "1024x1024"),
+    "chroma": Model("chroma", "chroma", "https://huggingface.co/lodestones/Chroma", "1024x1024"),
+    "lumina2": Model("lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0", "1024x1024"),
+}
+STATED = ("ss_base_model_version", "modelspec.architecture")
+"""Metadata keys in which a file names its base, surest first."""
+
+
+def stated_base(metadata: Mapping[str, str]) -> str | None:
+    """The base a file's metadata names, as an inventory's name; None when it names none that is known."""
+    version = metadata.get("ss_base_model_version")
+    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
+    for name, model in _MODELS.items():
+        if architecture == model.architecture:
+            return name
+    # `sd_v2_v` is SD2 trained for v-prediction; flux1 does not tell dev from schnell.
+    return next((name for name, model in _MODELS.items() if version is not None and version.removesuffix("_v") == model.version), None)
+
+
+def written(adapter: Adapter, tensors: Mapping[str, Tensor], base: Base | None, module: str) -> dict[str, str]:
+    """The metadata for these tensors: what the adapter brought, completed with what is known, hashes computed anew.
+
+    A kohya file without training metadata is left without: nothing was lost that must be filled in.
+    """
+    metadata = dict(adapter.metadata)
+    own = adapter.dialect in ("kohya", "lycoris")
+    if not own:
+        metadata = {**_filled(adapter, base, module), **metadata}
+    if not own or "sshs_model_hash" in metadata:
+        metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = hashes(tensors, metadata)
+    return metadata
+
+
+def _filled(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:
+    ranks = adapter.ranks()
+    alphas = {delta.alpha for delta in adapter.deltas.values()}
+    found = {
+        "ss_network_module": module,
+        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(next(iter(alphas))) if len(alphas) == 1 and None not in alphas else "Dynamic",
+    }
+    model = _MODELS.get(base.name) if base is not None else None
+    if model is None:
+        return found
+    return found | {
+        "ss_base_model_version": model.version,
+        "ss_v2": str(base is not None and base.name == "sd2"),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{model.architecture}/lora",
+        "modelspec.implementation": model.implementation,
+        "modelspec.title": "LoRA",
+        "modelspec.resolution": model.resolution,
+    }
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """(sshs_model_hash, sshs_legacy_hash): sha256 of the tensor data, and eight digits of that of 64 KiB from 1 MiB into the file.
+
+    The file that is meant holds the `ss_` part of the metadata alone, as sd-scripts hashes before adding the rest.
+    """
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    ordered = layout_order(tensors)
+    model, legacy = hashlib.sha256(), hashlib.sha256()
+    header = header_bytes(ordered, kept)
+    # safetensors writes an empty __metadata__ that our own header leaves out.
+    at = len(header) if kept else len(_with_empty_metadata(header))
+    start = b"" if at <= _LEGACY_START else (header if kept else _with_empty_metadata(header))[_LEGACY_START : _LEGACY_START + _LEGACY_SIZE]
+    legacy.update(start)
+    for tensor in ordered.values():
+        for chunk in chunks(tensor):
+            model.update(chunk)
+            low, high = max(_LEGACY_START - at, 0), _LEGACY_START + _LEGACY_SIZE - at
+            if high > 0:
+                legacy.update(chunk[low:high])
+            at += len(chunk)
+    return model.hexdigest(), legacy.hexdigest()[:8]
+
+
+def _with_empty_metadata(header: bytes) -> bytes:
+    text = header[8:].rstrip(b" ")
+    text = b'{"__metadata__":{}' + (b"," if len(text) > 2 else b"") + text[1:]
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,90 @@
+"""The words kohya's and LyCORIS' files use for factors, and the deltas they spell: `<module>.lora_up.weight`, `<module>.alpha`, ...
+
+Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/modules/*.py (`weight_list` of each module).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.errors import MalformedError, RefusedError
+from upparam.tensors import DTYPES, DType, Tensor
+
+LORA = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
+WORDS = (*LORA, "alpha", "dora_scale")
+"""Every word, without the dot before it."""
+
+
+def split(name: str, words: tuple[str, ...] = WORDS) -> tuple[str, str] | None:
+    """(module, word) of a tensor name; None when it ends in none of the words."""
+    for word in words:
+        if name.endswith("." + word):
+            return name[: -len(word) - 1], word
+    return None
+
+
+Words = Mapping[str, Tensor]
+"""The tensors of one module by word."""
+
+
+def grouped(tensors: Mapping[str, Tensor], words: tuple[str, ...] = WORDS) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """(tensors by module and word, tensors that end in none of the words)."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = split(name, words)
+        if found is None:
+            rest[name] = tensor
+        else:
+            groups.setdefault(found[0], {})[found[1]] = tensor
+    return groups, rest
+
+
+def scaling_of(words: Words) -> Scaling:
+    """alpha / rank with alpha as stored; absent alpha means alpha = rank."""
+    alpha = words.get("alpha")
+    return Scaling(ScaleRule.ALPHA_OVER_RANK, None if alpha is None else alpha.scalar())
+
+
+def lora_of(words: Words) -> Delta | None:
+    """The LoRA or LoCon these words spell; None when a factor is missing."""
+    up, down = words.get("lora_up.weight"), words.get("lora_down.weight")
+    if up is None or down is None:
+        return None
+    return LoRA(up, down, scaling_of(words), words.get("lora_mid.weight"))
+
+
+def words_of(delta: Delta) -> dict[str, Tensor]:
+    """The factors of a LoRA by word, without alpha."""
+    if type(delta) is not LoRA or delta.embedding:
+        raise RefusedError(f"a {delta.algorithm} delta has no form in this dialect")
+    mid = {} if delta.mid is None else {"lora_mid.weight": delta.mid}
+    return {"lora_up.weight": delta.up, "lora_down.weight": delta.down, **mid}
+
+
+def alpha_for(delta: Delta) -> float | None:
+    """The alpha that gives the delta's effective scale under alpha / rank: as stored where that rule is its own, None for absent.
+
+    Raises RefusedError when the scale is unknown.
+    """
+    scaling = delta.scaling
+    if scaling.rule is ScaleRule.ALPHA_OVER_RANK and scaling.divisor in (None, delta.rank):
+        return scaling.alpha
+    if scaling.rule is ScaleRule.BAKED:
+        return None
+    return delta.known_scale() * (delta.rank or 1)
+
+
+def alpha_tensor(value: float, dtype: DType | None, like: DType, dims: int = 0) -> Tensor:
+    """Alpha as a tensor: of `dtype` where given, else of the factors' dtype when that holds it exactly, else float32."""
+    import numpy as np
+
+    for kind in (dtype, like, DTYPES["float32"]):
+        if kind is None:
+            continue
+        array = np.array(value, dtype=np.float64).astype(kind.numpy)
+        if float(array) == value or kind.name == "float32":
+            return Tensor.of(array.reshape((1,) * dims))
+    raise MalformedError("alpha cannot be stored", found=value)
