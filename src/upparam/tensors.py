@@ -129,7 +129,7 @@ class FileSource:
         parts: list[bytes] = []
         at, left = self.start + offset, size
         while left:
-            part = os.pread(self.fileno(), left, at)
+            part = self._attempt(os.pread, left, at)
             if not part:
                 raise MalformedError(
                     "the file ends early", file=self.path, expected=f"{size} bytes at {self.start + offset}", found=f"{size - left}"
@@ -143,12 +143,18 @@ class FileSource:
         self._check(offset, len(buffer))
         at, view = self.start + offset, buffer
         while view:
-            count = os.preadv(self.fileno(), [view], at)
+            count = self._attempt(os.preadv, [view], at)
             if not count:
                 raise MalformedError(
                     "the file ends early", file=self.path, expected=f"{len(buffer)} bytes", found=f"{len(buffer) - len(view)}"
                 )
             at, view = at + count, view[count:]
+
+    def _attempt(self, call: Callable[..., Any], what: Any, at: int) -> Any:
+        try:
+            return call(self.fileno(), what, at)
+        except OSError as problem:
+            raise UnreadableError(problem.strerror or str(problem), file=self.path) from problem
 
     def _check(self, offset: int, size: int) -> None:
         if offset < 0 or size < 0 or offset + size > self.size:
@@ -178,11 +184,15 @@ class MemorySource:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`."""
-        if offset < 0 or size < 0 or offset + size > self.size:
-            raise MalformedError(
-                "a read reaches outside the data", file=self.name, expected=f"within {self.size} bytes", found=f"{offset}+{size}"
-            )
+        _within(self, offset, size)
         return bytes(self.data[offset : offset + size])
+
+
+def _within(source: Source, offset: int, size: int) -> None:
+    if offset < 0 or size < 0 or offset + size > source.size:
+        raise MalformedError(
+            "a read reaches outside the data", file=source.name, expected=f"within {source.size} bytes", found=f"{offset}+{size}"
+        )
 
 
 class ComputedSource:
@@ -195,6 +205,7 @@ class ComputedSource:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`."""
+        _within(self, offset, size)
         data = self._produce()
         if len(data) != self.size:
             raise MalformedError("a computed tensor has the wrong length", file=self.name, expected=self.size, found=len(data))
@@ -211,12 +222,13 @@ class JoinedSource:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`."""
+        _within(self, offset, size)
         found: list[bytes] = []
         start, stop, at = offset, offset + size, 0
         for part in self.parts:
             low, high = max(start, at), min(stop, at + part.nbytes)
             if low < high:
-                found.append(part.raw()[low - at : high - at])
+                found.append(part.raw_range(low - at, high - at))
             at += part.nbytes
         return b"".join(found)
 
@@ -284,6 +296,8 @@ class Tensor:
             raise MalformedError(
                 "strides and shape differ in length", file=self.source.name, tensor=name, found=f"{self.shape} {self.strides}"
             )
+        if prod(max(size, 1) for size in self.shape) * self.dtype.itemsize >= 1 << 63:
+            raise MalformedError("a shape no machine can address", file=self.source.name, tensor=name, found=self.shape)
         if self.offset + self.span > self.source.size:
             raise MalformedError(
                 "the data ends before the tensor does", file=self.source.name, tensor=name,
@@ -292,21 +306,26 @@ class Tensor:
             )  # fmt: skip
 
     def read(self) -> NDArray[Any]:
-        """The elements as a fresh, writable, C-contiguous, native-endian numpy array."""
+        """The elements as a fresh, writable, C-contiguous, native-endian numpy array. Raises MalformedError like `check()`."""
         import numpy as np
 
-        dtype = self.dtype.numpy
-        if self.big_endian:
-            dtype = dtype.newbyteorder(">")
-        data = bytearray(self.source.read(self.offset, self.span))
+        self.check()
+        data = np.empty(self.span, np.uint8)
+        if hasattr(self.source, "readinto"):
+            self.source.readinto(self.offset, data.data)
+        elif self.span:
+            data[:] = np.frombuffer(self.source.read(self.offset, self.span), np.uint8)
         if self.is_contiguous:
-            array = np.frombuffer(data, dtype=dtype, count=self.numel).reshape(self.shape)
+            array = data.view(self.dtype.numpy).reshape(self.shape)
         else:
             assert self.strides is not None
-            flat = np.frombuffer(data, dtype=dtype)
             steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
-            array = np.lib.stride_tricks.as_strided(flat, self.shape, steps).copy() if self.numel else np.empty(self.shape, dtype)
-        return array.astype(self.dtype.numpy) if self.big_endian else array
+            array = np.ndarray(self.shape, self.dtype.numpy, data.data, strides=steps).copy()
+        if self.big_endian:
+            # Swapped as whole numbers, so that no NaN loses its payload; a complex number is two of them.
+            part = self.dtype.itemsize // (2 if self.dtype.name.startswith("complex") else 1)
+            array.reshape(-1).view(f"u{part}").byteswap(inplace=True)
+        return array
 
     def scalar(self) -> float:
         """The only element, read without numpy (alphas are read while identifying). Raises MalformedError when there is not exactly one."""
@@ -328,6 +347,12 @@ class Tensor:
             return self.source.read(self.offset, self.nbytes)
         return self.read().tobytes()
 
+    def raw_range(self, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of `raw()`, reading no others where the elements lie as they are wanted."""
+        if self.is_contiguous and not self.big_endian:
+            return self.source.read(self.offset + start, stop - start)
+        return self.raw()[start:stop]
+
     @property
     def T(self) -> Tensor:  # noqa: N802 - numpy's and torch's name for it
         """The transposed view (axes reversed)."""
@@ -338,8 +363,10 @@ class Tensor:
         """The view of `self[start:stop]` along the first axis."""
         if not self.shape or not 0 <= start <= stop <= self.shape[0]:
             raise MalformedError("rows outside the tensor", file=self.source.name, expected=f"within {self.shape}", found=f"{start}:{stop}")
-        step = (self.strides or contiguous_strides(self.shape))[0]
-        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + start * step * self.dtype.itemsize)
+        shape = (stop - start, *self.shape[1:])
+        # A view of nothing stays where it is: it must not point behind the source.
+        step = (self.strides or contiguous_strides(self.shape))[0] if prod(shape) else 0
+        return replace(self, shape=shape, offset=self.offset + start * step * self.dtype.itemsize)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """The view of `self[:, start:stop]` of a matrix."""
@@ -348,7 +375,7 @@ class Tensor:
     def reshape(self, shape: Sequence[int]) -> Tensor:
         """The view with another shape of as many elements. Free when contiguous, or when only axes of size 1 come or go; else computed when read."""
         shape = tuple(shape)
-        if prod(shape) != self.numel:
+        if prod(shape) != self.numel or any(size < 0 for size in shape):
             raise MalformedError("a reshape changes the number of elements", file=self.source.name, expected=self.shape, found=shape)
         if self.is_contiguous:
             return replace(self, shape=shape, strides=None)
@@ -366,8 +393,9 @@ class Tensor:
         array = np.ascontiguousarray(array).reshape(array.shape)
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("="))
+        dtype = dtype_of(array)
         data = array.reshape(-1).view(np.uint8).data if array.size else b""
-        return Tensor(dtype_of(array), tuple(array.shape), MemorySource(data, name))
+        return Tensor(dtype, tuple(array.shape), MemorySource(data, name))
 
     @staticmethod
     def computed(dtype: DType, shape: Sequence[int], produce: Callable[[], NDArray[Any]], name: str = "computed") -> Tensor:
@@ -386,7 +414,9 @@ class Tensor:
 
     @staticmethod
     def stack(parts: Sequence[Tensor]) -> Tensor:
-        """`parts` joined along the first axis, lazily. They must agree in dtype and in every other axis."""
+        """`parts` joined along the first axis, lazily. They must agree in dtype and in every other axis, and there must be one."""
+        if not parts or not all(part.shape for part in parts):
+            raise MalformedError("nothing to stack, or tensors without a first axis", found=[part.shape for part in parts])
         first = parts[0]
         for part in parts[1:]:
             if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:

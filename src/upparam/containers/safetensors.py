@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from upparam.containers.base import Head, TensorFile
-from upparam.errors import LimitError, MalformedError
+from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Finding, warning
 from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER, MAX_TENSORS
 from upparam.tensors import BY_CODE, Source, Tensor
@@ -57,7 +57,8 @@ def read(source: Source, path: Path) -> TensorFile:
             remedy="the download is truncated; fetch it again",
         )
     try:
-        header = json.loads(source.read(8, length), object_pairs_hook=_unique)
+        text = source.read(8, length).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as problem:
         raise MalformedError(f"the header is not valid JSON: {problem}", file=path) from problem
     except MalformedError as problem:
@@ -65,9 +66,12 @@ def read(source: Source, path: Path) -> TensorFile:
         raise type(problem)(problem.message, file=path, tensor=problem.tensor, remedy=problem.remedy) from None
     if not isinstance(header, dict):
         raise MalformedError("the header is not a JSON object", file=path, found=type(header).__name__)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise MalformedError("__metadata__ must map strings to strings", file=path)
+    if "\\u" in text:
+        _check_surrogates(path, header, metadata)
     if len(header) > MAX_TENSORS:
         raise LimitError("more tensors than any real file", file=path, expected=f"<= {MAX_TENSORS}", found=len(header))
     data = 8 + length
@@ -81,10 +85,19 @@ def read(source: Source, path: Path) -> TensorFile:
     return TensorFile(path, name, tensors, metadata, findings=findings, data_start=data)
 
 
+def _check_surrogates(path: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """JSON can escape half a surrogate pair; no file system, terminal or other reader takes such a string."""
+    for text in (*header, *metadata, *metadata.values()):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise MalformedError("a name or value is not Unicode text", file=path, found=ascii(text)[:80]) from None
+
+
 def _tensor(source: Source, path: Path, key: str, entry: Any, data: int) -> tuple[Tensor, int, int]:
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        integers = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        integers = type(shape) is list and all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
         integers, code, shape, start, stop = False, None, (), 0, 0
     if not integers or start > stop:
@@ -104,7 +117,10 @@ def _tensor(source: Source, path: Path, key: str, entry: Any, data: int) -> tupl
             expected=f"{prod(shape) * dtype.itemsize} bytes for {code} {shape}",
             found=stop - start,
         )
-    return Tensor(dtype, tuple(shape), source, data + start), start, stop
+    tensor = Tensor(dtype, tuple(shape), source, data + start)
+    if start == stop:
+        tensor.check(key)
+    return tensor, start, stop
 
 
 def _check_ranges(path: Path, ranges: list[tuple[int, int, str]], available: int) -> list[Finding]:
@@ -133,6 +149,8 @@ def _check_ranges(path: Path, ranges: list[tuple[int, int, str]], available: int
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """The length prefix and JSON header for these tensors laid out in the given order, padded so that data starts on 8 bytes."""
+    if "__metadata__" in tensors:
+        raise RefusedError("safetensors keeps this name for its metadata", tensor="__metadata__", remedy="rename the tensor")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for key, tensor in tensors.items():
