@@ -55,3 +55,10 @@ def round_once(values: NDArray[np.float64], dtype: str) -> NDArray[Any]:
     ulp = np.ldexp(1.0, exponent - info.nmant)
     scaled = values / ulp  # exact: division by a power of two
     return (np.rint(scaled) * ulp).astype(np.float32).astype(kind)
+
+
+def ordered_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.int64]:
+    """How many representable values apart two arrays of one dtype are, element by element."""
+    from upparam.operations.merge.rounding import ordered
+
+    return np.abs(ordered(one) - ordered(other))

@@ -20,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "dialects": "list the dialects upparam reads and writes",
     "bases": "list the base models upparam knows, or tell about one",
     "merge": "bake adapters into a base model",
+    "unmerge": "take a merged adapter out of a model again",
+    "undo": "take an in-place merge back, bit for bit",
 }
 """Name and one-line help of every command; `upparam.cli.NAME` (dashes as underscores) holds add_arguments(parser) and run(args) -> exit code."""
 

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_merging(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-o", "--out", type=Path, metavar="OUT", help="the merged model to write; it appears whole or not at all")
+    where.add_argument("--in-place", action="store_true", help="change BASE itself, with an undo journal beside it (see 'upparam undo')")
     where.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
@@ -66,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
         emit(args, plan.facts(), lambda: plan_text(plan))
         return 0
-    if args.out is None:
-        raise UsageError("nowhere to write", remedy="give -o OUT or --dry-run")
+    if args.out is None and not args.in_place:
+        raise UsageError("nowhere to write", remedy="give -o OUT, --in-place or --dry-run")
     receipt = merge(
-        args.base, adapters, args.out, force=args.force, verify=args.verify, exact=args.exact,
+        args.base, adapters, args.out, in_place=args.in_place, force=args.force, verify=args.verify, exact=args.exact,
         threads=args.threads, progress=progress_for(args), **choice,
     )  # fmt: skip
     return emit_receipt(args, receipt)

@@ -20,15 +20,16 @@ from upparam.progress import Progress, silent
 if TYPE_CHECKING:
     from upparam.operations.merge.plan import BlockWeight, Ingredient, Plan
 
-Scaled = Adapter | str | Path | tuple[Adapter | str | Path, float]
-"""An adapter (opened, or a path), alone or with a multiplier on top of its own scale."""
+    Scaled = Adapter | str | Path | tuple[Adapter | str | Path, float] | Ingredient
+    """An adapter (opened, or a path), alone or with a multiplier on top of its own scale."""
 
 
 def merge(
     base: Path | str,
     adapters: Scaled | Sequence[Scaled],
-    out: Path | str,
+    out: Path | str | None = None,
     *,
+    in_place: bool = False,
     force: bool = False,
     verify: bool = True,
     exact: bool = True,
@@ -47,24 +48,35 @@ def merge(
     names kinds of extras that may be left out; `block_weight` gives each target another multiplier. `exact=False` leaves out the
     float64 check of near-ties (about 1 element in 10^5 is then off by one unit in the last place).
 
+    With `in_place` and no `out` the base's own files are changed, with an undo journal beside them (see `inplace`).
+
     Raises MismatchError (before anything is written) when targets are missing or shapes differ, RefusedError when the result would
     equal the base or something would be lost, OutputExistsError, and VerificationError when what was written reads back wrong.
     """
     begun = time.monotonic()
-    out = Path(out)
-    refuse_existing(out, force)
+    if (out is None) is not in_place:
+        raise UsageError("nowhere to write, or two places", remedy="give an output, or ask for in place")
+    if out is not None:
+        refuse_existing(Path(out), force)
     pin_blas()
     plan = prepare(base, adapters, dtype=dtype, only=only, skip=skip, drop=drop, block_weight=block_weight)
-    from upparam.operations.merge.write import write
+    threads = threads or default_threads()
+    if out is None:
+        from upparam.operations.merge.inplace import merge_in_place
 
-    outcome = write(plan, out, force=force, verify=verify, exact=exact, threads=threads or default_threads(), progress=progress)
+        outcome = merge_in_place(plan, verify=verify, exact=exact, threads=threads, progress=progress)
+    else:
+        from upparam.operations.merge.write import write
+
+        outcome = write(plan, Path(out), force=force, verify=verify, exact=exact, threads=threads, progress=progress)
+    place = str(base if out is None else out)
     findings = [finding for item in plan.ingredients for finding in item.adapter.findings if finding.severity]
     if not exact:
-        findings.append(warning("not-exact", str(out), "near-ties were not checked: about 1 element in 100,000 may be off by one ulp"))
+        findings.append(warning("not-exact", place, "near-ties were not checked: about 1 element in 100,000 may be off by one ulp"))
     return Receipt(
         "merge",
         [str(base), *(str(item.path or item.adapter.dialect) for item in plan.ingredients)],
-        [str(out)],
+        [place],
         {
             "adapters": len(plan.ingredients),
             "tensors_changed": outcome.tensors,
@@ -98,8 +110,7 @@ def prepare(
     except KeyError:
         raise UsageError("no dtype to merge into", expected="float32, float16, bfloat16, float64 or an fp8 type", found=dtype) from None
     checkpoint = Checkpoint.open(base)
-    items: list[Scaled] = list(adapters) if isinstance(adapters, Sequence) and not isinstance(adapters, (str, tuple)) else [adapters]
-    ingredients = [_ingredient(item, checkpoint, block_weight) for item in items]
+    ingredients = open_ingredients(checkpoint, adapters, block_weight)
     if not ingredients:
         raise UsageError("no adapter to merge")
     for ingredient in ingredients:
@@ -107,10 +118,21 @@ def prepare(
     return make_plan(checkpoint, ingredients, dtype=wanted, only=only, skip=skip, drop=drop)
 
 
-def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight | None) -> Ingredient:
+def open_ingredients(
+    base: Checkpoint | Path | str, adapters: Scaled | Sequence[Scaled], block_weight: BlockWeight | None = None
+) -> list[Ingredient]:
+    """The adapters opened against the base, each with its multiplier."""
+    items: list[Scaled] = list(adapters) if isinstance(adapters, Sequence) and not isinstance(adapters, (str, tuple)) else [adapters]
+    path = base.path if isinstance(base, Checkpoint) else Path(base)
+    return [_ingredient(item, path, block_weight) for item in items]
+
+
+def _ingredient(item: Scaled, base: Path, block_weight: BlockWeight | None) -> Ingredient:
     from upparam.operations.merge.plan import Ingredient
 
     source, multiplier = item if isinstance(item, tuple) else (item, 1.0)
+    if isinstance(source, Ingredient):
+        return source
     if isinstance(source, Adapter):
         return Ingredient(source, float(multiplier), None, block_weight)
     from upparam.bases.header import base_from_path
@@ -118,7 +140,7 @@ def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight 
     from upparam.operations.opening import open_adapter
 
     path = Path(source)
-    adapter = open_adapter(path, options=ReadOptions(base=base_from_path(checkpoint.path)))
+    adapter = open_adapter(path, options=ReadOptions(base=base_from_path(base)))
     return Ingredient(adapter, float(multiplier), path, block_weight)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ class Ingredient:
     multiplier: float = 1.0
     path: Path | None = None
     block_weight: BlockWeight | None = None
+
+    def scaled(self, factor: float) -> Ingredient:
+        """The same adapter with another multiplier on top."""
+        return replace(self, multiplier=self.multiplier * factor)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from upparam.findings import Finding, info
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples, check_untouched
 from upparam.operations.merge.stream import (
-    COPY_CHUNK,
     TASK_BYTES,
     Change,
     Convert,
@@ -189,7 +188,7 @@ def _write_files(
     finally:
         for fd in descriptors:
             os.close(fd)
-    outcome = _summary(plan, shares)
+    outcome = summary(plan, shares)
     outcome.bytes = sum(place.stat().st_size for place in places)
     if samples is not None:
         outcome.proofs = _prove(plan, files, places, samples)
@@ -222,14 +221,15 @@ def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared],
             shares.append(shared)
             tasks += [Change(shared, low, high, fd, at, exact, samples.observe if samples else None) for low, high in chunks]
         elif tensor.dtype == base.dtype and base.is_contiguous and not base.big_endian and isinstance(base.source, FileSource):
-            _append_copy(tasks, base.source, base.offset, fd, at, base.nbytes)
+            append_copy(tasks, base.source, base.offset, fd, at, base.nbytes)
         elif tensor.nbytes:
             tasks.append(Convert(base, tensor.dtype, fd, at, tensor.nbytes))
         at += tensor.nbytes
     return tasks
 
 
-def _append_copy(tasks: list[Task], source: FileSource, start: int, fd: int, offset: int, size: int) -> None:
+def append_copy(tasks: list[Task], source: FileSource, start: int, fd: int, offset: int, size: int) -> None:
+    """Add a copy of bytes to the tasks, as part of the last one where both ranges follow on, in tasks of at most TASK_BYTES."""
     last = tasks[-1] if tasks else None
     while size:
         if (
@@ -245,7 +245,8 @@ def _append_copy(tasks: list[Task], source: FileSource, start: int, fd: int, off
         start, offset, size = start + more, offset + more, size - more
 
 
-def _summary(plan: Plan, shares: list[Shared]) -> Outcome:
+def summary(plan: Plan, shares: list[Shared]) -> Outcome:
+    """What the tasks counted, as an outcome. Raises RefusedError when no element changed."""
     outcome = Outcome(elements=sum(shared.elements for shared in shares), tensors=sum(1 for shared in shares if shared.elements))
     if not outcome.elements and not plan.added:
         raise RefusedError(
@@ -322,6 +323,3 @@ def _stale(plan: Plan) -> list[Finding]:
     if not gone:
         return []
     return [info("stale-metadata", plan.checkpoint.path.name, "metadata that stated a hash of the base's data was left out", *gone)]
-
-
-__all__ = ["COPY_CHUNK", "NOTE_KEY", "Outcome", "write"]

@@ -1,0 +1,22 @@
+"""upparam undo BASE: take an in-place merge back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from upparam.cli.common import add_common, emit_receipt
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """BASE and --discard."""
+    parser.add_argument("base", type=Path, metavar="BASE", help="the weight file or model folder that was merged in place")
+    parser.add_argument("--discard", action="store_true", help="make the merge final instead: remove the journal")
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Undo (or discard) and print the receipt."""
+    from upparam.operations.merge.inplace import undo
+
+    return emit_receipt(args, undo(args.base, discard=args.discard))

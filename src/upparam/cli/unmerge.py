@@ -1,0 +1,30 @@
+"""upparam unmerge MERGED ADAPTER[@SCALE]... -o OUT."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from upparam.cli.common import add_common, add_output, emit_receipt, progress_for
+from upparam.cli.merge import add_merging, scaled
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MERGED, ADAPTER[@SCALE]..., -o."""
+    parser.add_argument("merged", type=Path, metavar="MERGED", help="a weight file or model folder the adapters were merged into")
+    add_merging(parser)
+    add_output(parser, "model")
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Unmerge and print the receipt."""
+    from upparam.operations.merge import pin_blas
+    from upparam.operations.unmerge import unmerge
+
+    pin_blas()
+    receipt = unmerge(
+        args.merged, [scaled(text) for text in args.adapters], args.out, force=args.force, verify=args.verify, exact=args.exact,
+        only=args.only, skip=args.skip, drop=args.drop, threads=args.threads, progress=progress_for(args),
+    )  # fmt: skip
+    return emit_receipt(args, receipt)

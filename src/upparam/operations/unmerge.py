@@ -1,0 +1,47 @@
+"""Unmerge: take an adapter out of a model it was merged into, by merging its negative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upparam.adapter import Adapter
+from upparam.errors import RefusedError
+from upparam.findings import info
+from upparam.operations.merge import merge, open_ingredients
+from upparam.operations.receipt import Receipt
+
+if TYPE_CHECKING:
+    from upparam.operations.merge import Scaled
+
+
+def unmerge(merged: Path | str, adapters: Scaled | Sequence[Scaled], out: Path | str, **options: Any) -> Receipt:
+    """Write `merged` without `adapters` to `out`: round(W - sum of multiplier * scale * dW). Options as for `merge`.
+
+    What the merge's own rounding lost cannot be known: an element differs from the original base by at most one unit in the last
+    place of the larger of the two values. Raises RefusedError for what a subtraction cannot take back: deltas that are not additive
+    (DoRA, IA3, OFT) and saved modules that replaced the base's weights.
+    """
+    negative: list[Scaled] = []
+    for ingredient in open_ingredients(merged, adapters):
+        _refuse_lossy(ingredient.adapter, ingredient.path)
+        negative.append(ingredient.scaled(-1.0))
+    receipt = merge(merged, negative, out, **options)
+    receipt.operation = "unmerge"
+    receipt.findings.append(
+        info(
+            "unmerge-rounding", str(out), "bits that the merge rounded away are not restored; elements may be one ulp off the original base"
+        )
+    )
+    return receipt
+
+
+def _refuse_lossy(adapter: Adapter, path: Path | None) -> None:
+    fixed = [f"{target} ({delta.algorithm})" for target, delta in adapter.deltas.items() if not delta.additive]
+    replaced = [extra.name for extra in adapter.extras]
+    if fixed or replaced:
+        raise RefusedError(
+            "the base's own weights cannot be recovered from the merged ones", file=path,
+            found=", ".join([*fixed, *replaced][:5]), remedy="keep the base, or merge in place and use 'upparam undo'",
+        )  # fmt: skip

@@ -1,0 +1,137 @@
+"""In place and back: only touched ranges change, undo restores every bit, and what cannot be done in place is refused untouched."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from operations.merging import NUMPY, adapter, load, lora, ordered_distance, save
+
+from upparam.adapter import Adapter
+from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
+from upparam.operations.merge import merge, stream
+from upparam.operations.merge.inplace import Journal, journal_path, undo
+from upparam.operations.unmerge import unmerge
+
+RNG = np.random.default_rng(3)
+
+
+def model(folder: Path) -> tuple[Path, Adapter]:
+    folder.mkdir()
+    names = [f"layers.{layer}.{part}" for layer in range(3) for part in ("q", "k", "v")]
+    for shard in range(3):
+        part = {f"{name}.weight": (RNG.standard_normal((40, 48)) * 0.05).astype(NUMPY["bfloat16"]) for name in names[shard * 3 : shard * 3 + 3]}
+        save(folder / f"model-{shard + 1:05}-of-00003.safetensors", part)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    deltas = {
+        name: lora(RNG.standard_normal((40, 4)).astype(np.float32) * 0.1, RNG.standard_normal((4, 48)).astype(np.float32) * 0.1)
+        for name in names
+        if not name.endswith("k")
+    }
+    return folder, adapter(deltas)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path) -> None:
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+    merge(base, item, tmp_path / "out")
+    receipt = merge(base, item, in_place=True)
+    assert "0 wrongly rounded" in receipt.proofs[0] and receipt.counts["tensors_changed"] == 6
+    for path in sorted(base.glob("*.safetensors")):
+        here, there = load(path), load(tmp_path / "out" / path.name)
+        assert all(np.array_equal(here[name].view(np.uint16), there[name].view(np.uint16)) for name in there)
+    assert Journal.read(base).state == b"applied "
+    with pytest.raises(OutputExistsError, match="undo journal"):
+        merge(base, item, in_place=True)
+    assert undo(base).counts["ranges_restored"] == 6
+    assert digests(base) == before
+    with pytest.raises(UnreadableError, match="no undo journal"):
+        undo(base)
+
+
+def test_discard_makes_it_final(tmp_path: Path) -> None:
+    base, item = model(tmp_path / "base")
+    merge(base, item, in_place=True)
+    after = digests(base)
+    undo(base, discard=True)
+    del after[".upparam-undo"]
+    assert digests(base) == after
+
+
+def test_a_failure_half_way_puts_the_old_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+    real, calls = stream.Change.run, []
+
+    def fails(self: stream.Change, buffers: stream.Buffers) -> None:
+        calls.append(self)
+        if len(calls) == 4:
+            raise RuntimeError("the power went out")
+        real(self, buffers)
+
+    monkeypatch.setattr(stream.Change, "run", fails)
+    with pytest.raises(RuntimeError, match="power"):
+        merge(base, item, in_place=True, threads=1)
+    assert digests(base) == before
+
+
+def test_a_damaged_or_unfinished_journal(tmp_path: Path) -> None:
+    base, item = model(tmp_path / "base")
+    merge(base, item, in_place=True)
+    path = journal_path(base)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(MalformedError, match="damaged"):
+        undo(base)
+    path.write_bytes(whole[:16] + b"complete" + whole[24:])
+    with pytest.raises(RefusedError, match="interrupted"):
+        undo(base, discard=True)
+    merged = digests(base)
+    path.write_bytes(whole[:16] + b"partial " + whole[24:])
+    assert undo(base).counts["ranges_restored"] == 0
+    del merged[path.name]
+    assert digests(base) == merged
+
+
+def test_what_cannot_be_done_in_place(tmp_path: Path) -> None:
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+    with pytest.raises(RefusedError, match="dtype cannot change"):
+        merge(base, item, in_place=True, dtype="float16")
+    shard = next(base.glob("*.safetensors"))
+    real = tmp_path / "blob"
+    shard.rename(real)
+    shard.symlink_to(real)
+    with pytest.raises(RefusedError, match="symbolic link"):
+        merge(base, item, in_place=True)
+    shard.unlink()
+    real.rename(shard)
+    assert digests(base) == before
+
+
+def test_unmerge_comes_back_to_within_one_rounding(tmp_path: Path) -> None:
+    base, item = model(tmp_path / "base")
+    merge(base, (item, 0.7), tmp_path / "merged")
+    unmerge(tmp_path / "merged", (item, 0.7), tmp_path / "back")
+    for path in sorted(base.glob("*.safetensors")):
+        original, merged, back = load(path), load(tmp_path / "merged" / path.name), load(tmp_path / "back" / path.name)
+        for name in original:
+            spacing = 2.0**-8 * np.maximum(np.abs(original[name].astype(np.float64)), np.abs(merged[name].astype(np.float64))) * 2
+            assert (np.abs(back[name].astype(np.float64) - original[name].astype(np.float64)) <= spacing).all()
+            assert (ordered_distance(back[name], original[name]) == 0).mean() > 0.8
+
+
+def test_unmerge_refuses_what_subtraction_cannot_restore(tmp_path: Path) -> None:
+    from upparam.adapter import Extra, ExtraKind
+    from upparam.tensors import Tensor
+
+    base, item = model(tmp_path / "base")
+    item.extras.append(Extra(ExtraKind.SAVED_MODULE, "layers.0.k.weight", Tensor.of(np.zeros((40, 48), np.float32))))
+    with pytest.raises(RefusedError, match=r"layers\.0\.k\.weight"):
+        unmerge(base, item, tmp_path / "back")
