@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from operations.merging import NUMPY, adapter, load, lora, ordered_distance, save
 
+from operations.merging import NUMPY, adapter, load, lora, ordered_distance, save
 from upparam.adapter import Adapter
 from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
 from upparam.operations.merge import merge, stream
@@ -22,7 +22,9 @@ def model(folder: Path) -> tuple[Path, Adapter]:
     folder.mkdir()
     names = [f"layers.{layer}.{part}" for layer in range(3) for part in ("q", "k", "v")]
     for shard in range(3):
-        part = {f"{name}.weight": (RNG.standard_normal((40, 48)) * 0.05).astype(NUMPY["bfloat16"]) for name in names[shard * 3 : shard * 3 + 3]}
+        part = {
+            f"{name}.weight": (RNG.standard_normal((40, 48)) * 0.05).astype(NUMPY["bfloat16"]) for name in names[shard * 3 : shard * 3 + 3]
+        }
         save(folder / f"model-{shard + 1:05}-of-00003.safetensors", part)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     deltas = {
