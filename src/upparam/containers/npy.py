@@ -83,7 +83,8 @@ def read_header(source: Source, path: Path, at: int = 0, name: str | None = None
     wide = 2 if version == (1, 0) else 4
     if source.size - at < 8 + wide:
         raise bad("the file ends inside its header", found=source.size - at)
-    length = int.from_bytes(source.read(at + 8, wide), "little")
+    # Read strictly forwards: an inflated member is then never inflated further than its header.
+    length = int.from_bytes(start[8:10] if wide == 2 else start[8:10] + source.read(at + 10, 2), "little")
     if length > MAX_NPY_HEADER:
         raise LimitError("the header is longer than any real one", file=path, tensor=name, expected=f"<= {MAX_NPY_HEADER}", found=length)
     data_start = at + 8 + wide + length

@@ -29,7 +29,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL32 = 0xFFFFFFFF
 _ENCRYPTED, _STREAMED, _STRONG, _MASKED = 1 << 0, 1 << 3, 1 << 6, 1 << 13
 _KEPT = 64 << 20
-"""Inflated members up to this size are kept once read; larger ones are inflated as a stream."""
+"""Inflated members up to this size are kept once read twice; larger ones are always inflated as a stream."""
 
 
 class SpanSource:
@@ -51,7 +51,8 @@ class SpanSource:
 class InflatedSource:
     """A deflated span, inflated as far as it is asked for; never more than the declared size, and never kept when large.
 
-    Forward reads continue where the last one stopped; a read behind it starts anew.
+    Forward reads continue where the last one stopped, so that a header costs no more than itself; a read behind it starts anew, and
+    keeps a member of up to 64 MiB whole from then on.
     """
 
     def __init__(self, packed: Source, size: int, name: str) -> None:
@@ -72,13 +73,12 @@ class InflatedSource:
                 "a read reaches outside the member", file=self.name, expected=f"within {self.size} bytes", found=f"{offset}+{size}"
             )
         with self._lock:
-            if self.size <= _KEPT:
-                if self._whole is None:
-                    self._restart()
-                    self._whole = self._take(self.size)
-                return self._whole[offset : offset + size]
-            if offset < self._at:
+            if self._whole is None and offset < self._at:
                 self._restart()
+                if self.size <= _KEPT:
+                    self._whole = self._take(self.size)
+            if self._whole is not None:
+                return self._whole[offset : offset + size]
             while self._at < offset:
                 self._take(min(offset - self._at, 1 << 20))
             return self._take(size)
@@ -86,6 +86,8 @@ class InflatedSource:
     def _take(self, size: int) -> bytes:
         parts: list[bytes] = []
         left = size
+        # Until this succeeds, the position is one that no read continues from: an error must not shift what is read next.
+        at, self._at = self._at, self.size + 1
         while left:
             if not self._ready and not self._stream.eof and self._eaten < self.packed.size:
                 self._ready = self.packed.read(self._eaten, min(1 << 18, self.packed.size - self._eaten))
@@ -97,13 +99,13 @@ class InflatedSource:
             self._ready = self._stream.unconsumed_tail
             if not part and not self._ready and (self._stream.eof or self._eaten >= self.packed.size):
                 raise MalformedError(
-                    "the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=self._at + size - left
+                    "the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=at + size - left
                 )
             if not part and self._stream.eof:
-                raise MalformedError("the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=self._at)
+                raise MalformedError("the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=at + size - left)
             parts.append(part)
             left -= len(part)
-        self._at += size
+        self._at = at + size
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
