@@ -13,6 +13,8 @@ from upparam.errors import UsageError
 DIALECTS: dict[str, str] = {
     "peft": "upparam.dialects.peft",
     "kohya": "upparam.dialects.kohya",
+    "diffusers": "upparam.dialects.diffusers",
+    "diffusers-old": "upparam.dialects.diffusers_old",
     "triad": "upparam.dialects.triad",
 }
 """Dialect name to the module that holds `dialect`, a Dialect. Order decides between equal matches."""

@@ -86,16 +86,16 @@ class Kohya:
             try:
                 built = self.build(group)
             except MalformedError as problem:
-                raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from problem
+                raise MalformedError(
+                    problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found
+                ) from problem
             if built is None:
                 leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
                 findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", ", ".join(group)))
             else:
                 deltas[module] = built
         if not deltas:
-            raise DeadAdapterError(
-                "no module has both its up and its down factor", file=file.path, found=", ".join(list(file.tensors)[:3])
-            )
+            raise DeadAdapterError("no module has both its up and its down factor", file=file.path, found=", ".join(list(file.tensors)[:3]))
         shapes = {module: next(iter(built.values())).shape for module, built in deltas.items()}
         stated = kohya_metadata.stated_base(file.metadata)
         found = resolve(shapes, _LAYOUTS, options.base, stated=stated, underscored=True, aliases=_ALIASES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,21 +18,8 @@ Shape = tuple[int, ...]
 _ENOUGH = 0.5
 """Share of the names that a base's layout must explain before the names are taken to be of that base."""
 
-_MARKS: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = tuple(
-    (re.compile(pattern), bases)
-    for pattern, bases in (
-        (r"(double_blocks_\d+_(img|txt)_(attn_(qkv|proj)|mlp_[02]|mod_lin)|single_blocks_\d+_(linear[12]|modulation_lin))$",
-         ("flux.1-dev", "flux.2-dev", "chroma", "flux.1-control-dev", "flux.1-fill-dev", "hunyuan-video")),
-        (r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)$|single_blocks_\d+_modulation_linear$", ("hunyuan-video",)),
-        (r"joint_blocks_\d+_(x|context)_block_", ("sd3-medium", "sd3.5-medium", "sd3.5-large")),
-        (r"blocks_\d+_((self|cross)_attn_([qkvo]|[kv]_img)|ffn_[02])$",
-         ("wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b")),
-        (r"layers_\d+_attention_(qkv|out)$", ("z-image", "lumina2")),
-        (r"blocks_\d+_attn_(w[qkvo]|gate)$", ("krea-2",)),
-        (r"((input|output)_blocks_\d+_\d+|middle_block_\d+)_", ("sdxl", "sd1.5", "sd2", "sdxl-refiner")),
-    )
-)  # fmt: skip
-"""What underscored names of the authors' own layouts look like, and the bases they may be of, likeliest first."""
+_TRIED = 4
+"""Suggested bases that are tried, best first."""
 
 
 @dataclass(frozen=True)
@@ -59,45 +45,30 @@ def resolve(
 ) -> Resolved | None:
     """The base and the first of `layouts` that explain most of these names and delta shapes; None when none explains enough.
 
-    `base` is the one the user named; without it the recogniser and the marks of known layouts suggest some. `underscored` names have
-    lost their dots. `aliases` are prefixes some writers use, and the layout's own in their place. The hint's confidence is the
-    recogniser's, asked again with the reference names once they are known.
+    `base` is the one the user named; without it the recogniser suggests some. `underscored` names have lost their dots. `aliases` are
+    prefixes some writers use, and the layout's own in their place.
     """
-    best: tuple[LayoutMap, dict[str, str]] | None = None
-    for candidate in [base] if base is not None else _suggested(shapes, stated, underscored):
+    hints = _suggested(shapes, base, stated, underscored)
+    best: Resolved | None = None
+    for hint, candidate in hints:
         for name in layouts:
             one = find(candidate, name)
             names = {} if one is None else _explained(one, shapes, aliases)
-            if one is not None and names and (best is None or len(names) > len(best[1])):
-                best = (one, names)
-        if best is not None and len(best[1]) == len(shapes):
+            if one is not None and names and (best is None or len(names) > len(best.names)):
+                best = Resolved(one, names, hint)
+        if best is not None and len(best.names) == len(shapes):
             break
-    if best is None or len(best[1]) < _ENOUGH * len(shapes):
-        return None
-    one, names = best
-    known = {part.module: part.shape for foreign in names.values() for part in one.to_reference(foreign)}
-    return Resolved(one, names, _hint(one.base, known, stated, named=base is not None))
+    return best if best is not None and len(best.names) >= _ENOUGH * len(shapes) else None
 
 
-def _suggested(shapes: Mapping[str, Shape], stated: str | None, underscored: bool) -> Iterable[Base]:
-    seen: set[str] = set()
-    hints = (recognise_underscored if underscored else recognise)(shapes, stated=stated)
-    marked = [name for mark, names in _MARKS if any(mark.search(path if underscored else path.replace(".", "_")) for path in shapes) for name in names]
-    for name in [*(hint.name for hint in hints[:3]), *marked]:
-        resolved = inventory.resolve(name)
-        if resolved is not None and resolved not in seen:
-            seen.add(resolved)
-            yield inventory.load(resolved)
-
-
-def _hint(base: Base, known: Mapping[str, Shape], stated: str | None, named: bool) -> BaseHint:
-    if named:
-        return BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
-    hints = recognise(known, stated=stated)
-    mine = next((hint for hint in hints if hint.name == base.name), None)
-    if mine is not None and mine.confidence >= hints[0].confidence:
-        return mine
-    return hints[0] if hints else BaseHint(base.name, 0.5, (f"{len(known)} targets have its names and shapes",))
+def _suggested(shapes: Mapping[str, Shape], base: Base | None, stated: str | None, underscored: bool) -> Iterable[tuple[BaseHint, Base]]:
+    if base is not None:
+        yield BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True), base
+        return
+    for hint in (recognise_underscored if underscored else recognise)(shapes, stated=stated)[:_TRIED]:
+        name = inventory.resolve(hint.name)
+        if name is not None:
+            yield hint, inventory.load(name)
 
 
 def _explained(one: LayoutMap, shapes: Mapping[str, Shape], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -164,7 +135,9 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[str, Delt
         try:
             found[foreign] = join(_with_gaps(members, one.rows(foreign)))
         except RefusedError as problem:
-            raise RefusedError(problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy) from None
+            raise RefusedError(
+                problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy
+            ) from None
     return found
 
 
@@ -186,4 +159,3 @@ def base_of(adapter: Adapter, options: Mapping[str, object]) -> Base | None:
         return given
     name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
     return None if name is None else inventory.load(name)
-

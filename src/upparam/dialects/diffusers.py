@@ -1,0 +1,366 @@
+"""diffusers: what `save_lora_weights` writes. `unet.<module>.lora_A.weight`, text encoders `<module>.lora_linear_layer.down.weight`.
+
+Sources: huggingface/diffusers src/diffusers/loaders/lora_base.py (save and metadata), utils/state_dict_utils.py (the forms of one factor
+pair over the years), utils/peft_utils.py. Without metadata every scale is 1; `lora_adapter_metadata` in the header holds PEFT's config
+values per component (`transformer.r`, `transformer.lora_alpha`, patterns). Module names are the reference names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.containers.base import TensorFile
+from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.placing import base_of, resolve, to_foreign, to_targets
+from upparam.dialects.words import alpha_for, alpha_tensor
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.findings import error, warning
+from upparam.tensors import DTYPES, Tensor
+
+METADATA_KEY = "lora_adapter_metadata"
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+_BARE = re.compile(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
+
+
+class Form(NamedTuple):
+    """One spelling of a factor pair."""
+
+    down: str
+    up: str
+
+
+FORMS: dict[str, Form] = {
+    "peft": Form("lora_A.weight", "lora_B.weight"),
+    "linear": Form("lora.down.weight", "lora.up.weight"),
+    "text": Form("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    "kohya": Form("lora_down.weight", "lora_up.weight"),
+}
+"""`linear` and `text` until 2023, `peft` since; `kohya` words under diffusers names are what several trainers write."""
+_ENDINGS = {ending: (form, role) for form, pair in FORMS.items() for ending, role in ((pair.down, "down"), (pair.up, "up"))}
+_ENDING = re.compile(r"(.+)\.(" + "|".join(re.escape(ending) for ending in (*_ENDINGS, "alpha")) + ")")
+
+
+class Pair(NamedTuple):
+    """The tensors of one module: its name in the file, the form, and up, down and alpha where they are there."""
+
+    form: str
+    tensors: dict[str, Tensor]
+
+
+def pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    """(factors by module as the file names it, tensors in no form)."""
+    found: dict[str, Pair] = {}
+    rest: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _ENDING.fullmatch(name)
+        if match is None:
+            rest[name] = tensor
+        elif match.group(2) == "alpha":
+            alphas[match.group(1)] = tensor
+        else:
+            form, role = _ENDINGS[match.group(2)]
+            pair = found.setdefault(match.group(1), Pair(form, {}))
+            if pair.form == form:
+                pair.tensors[role] = tensor
+            else:
+                rest[name] = tensor
+    for module, alpha in alphas.items():
+        if module in found:
+            found[module].tensors["alpha"] = alpha
+        else:
+            rest[f"{module}.alpha"] = alpha
+    return found, rest
+
+
+def with_component(module: str) -> tuple[str, str]:
+    """(component, module with the component in front); a name without one is of the UNet or transformer its blocks belong to."""
+    first = module.split(".", 1)[0]
+    if first in COMPONENTS:
+        return first, module
+    component = "unet" if first in ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding") else "transformer"
+    return component, f"{component}.{module}"
+
+
+class Diffusers:
+    """The current dialect and the lora-linear one before it."""
+
+    name = "diffusers"
+    title = "diffusers (save_lora_weights)"
+    writable = True
+
+    def match(self, file: TensorFile) -> Match | None:
+        """The share of names that are a component (or one of its blocks), a dotted path and a factor's ending."""
+        hits = named = 0
+        for name in file.tensors:
+            found = _ENDING.fullmatch(name)
+            if found is None:
+                continue
+            if found.group(1).split(".", 1)[0] in COMPONENTS:
+                named += 1
+                hits += 1
+            elif _BARE.match(name):
+                hits += 1
+        if not hits:
+            return None
+        evidence = [f"{hits} of {len(file.tensors)} names are <component>.<module>.<lora_A|lora.down|lora_linear_layer...>"]
+        if METADATA_KEY in file.metadata:
+            evidence.append(f"metadata {METADATA_KEY}")
+        sure = 0.95 if named else 0.7
+        return Match(self.name, round(sure * hits / len(file.tensors), 3), tuple(evidence))
+
+    def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
+        """One file is one adapter."""
+        return [file]
+
+    def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
+        """The adapter. Raises MalformedError where the header's adapter metadata is not what diffusers writes."""
+        file = bundle.main
+        found, leftovers = pairs(file.tensors)
+        config = adapter_metadata(file)
+        adapter = Adapter(
+            {}, self.name, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings)
+        )
+        deltas: dict[str, Delta] = {}
+        for module, (form, tensors) in found.items():
+            component, path = with_component(module)
+            if "up" not in tensors or "down" not in tensors:
+                give_back(adapter, module, form, tensors)
+                continue
+            deltas[path] = _lora(file, path, tensors, _scaling(path, component, tensors, config))
+            _note(adapter.spelling, module, path, form, tensors)
+        settle(adapter, deltas, file, options)
+        return adapter
+
+    def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
+        """A folder with `pytorch_lora_weights.safetensors`. Raises RefusedError for extras and for deltas diffusers does not load."""
+        deltas = reference_deltas(adapter, options, self.name)
+        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
+        spelling = adapter.spelling if adapter.dialect == self.name else {}
+        tensors: dict[str, Tensor] = {}
+        stored: dict[str, Delta] = {}
+        for target, delta in deltas.items():
+            problem = unloadable(target, delta)
+            if problem is not None:
+                problems.append(f"{target}: {problem}")
+                continue
+            assert isinstance(delta, LoRA)
+            form = _form(spelling, target.module)
+            module = target.module.removeprefix(spelling.get("bare", "\0"))
+            tensors[f"{module}.{FORMS[form].down}"], tensors[f"{module}.{FORMS[form].up}"] = delta.down, delta.up
+            if f"alpha {target.module}" in spelling or "alpha" in spelling:
+                alpha = alpha_for(delta)
+                if alpha is not None:
+                    tensors[f"{module}.alpha"] = _alpha(spelling, target.module, alpha, delta)
+                    continue
+            stored[target.module] = delta
+        refuse(self.name, problems)
+        metadata = {"format": "pt", **adapter.metadata}
+        config = _config_of(stored)
+        if not _says(adapter.metadata.get(METADATA_KEY), stored):
+            metadata.pop(METADATA_KEY, None)
+            if config:
+                metadata[METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
+        return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, metadata)})
+
+
+def _lora(file: TensorFile, module: str, tensors: Mapping[str, Tensor], scaling: Scaling) -> LoRA:
+    try:
+        return LoRA(tensors["up"], tensors["down"], scaling)
+    except MalformedError as problem:
+        raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from None
+
+
+def give_back(adapter: Adapter, module: str, form: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put a module without one of its factors among the leftovers, with a finding."""
+    for role, tensor in tensors.items():
+        ending = "alpha" if role == "alpha" else getattr(FORMS[form], role)
+        adapter.leftovers[f"{module}.{ending}"] = tensor
+    adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", ", ".join(tensors)))
+
+
+def settle(adapter: Adapter, deltas: Mapping[str, Delta], file: TensorFile, options: ReadOptions) -> None:
+    """Name the base and put each delta under its target. Raises DeadAdapterError when no module has both factors."""
+    if not deltas:
+        raise DeadAdapterError("no module has both its up and its down factor", file=file.path, found=", ".join(list(file.tensors)[:3]))
+    found = resolve({path: delta.shape for path, delta in deltas.items()}, ("reference",), options.base)
+    adapter.base = None if found is None else found.hint
+    adapter.layout = "diffusers" if found is None else "reference"
+    for path, delta in deltas.items():
+        if found is None:
+            adapter.deltas[Target(path)] = delta
+        elif path in found.names:
+            adapter.deltas |= to_targets(found.layout, found.names[path], delta)
+        else:
+            # diffusers' names are the reference names: nothing is lost by keeping one that this base does not have.
+            adapter.deltas[Target(path)] = delta
+            adapter.findings.append(
+                warning("unknown-module", path, f"{found.layout.base.name} has no such module of this shape", f"{delta.shape}")
+            )
+
+
+def adapter_metadata(file: TensorFile) -> dict[str, Any]:
+    """The header's `lora_adapter_metadata`, {} when there is none. Raises MalformedError when it is no JSON object."""
+    text = file.metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise MalformedError(f"metadata {METADATA_KEY} is not valid JSON: {problem}", file=file.path) from problem
+    if not isinstance(value, dict):
+        raise MalformedError(f"metadata {METADATA_KEY} is not a JSON object", file=file.path, found=type(value).__name__)
+    return value
+
+
+def _scaling(path: str, component: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Scaling:
+    """What is stored about a module's scale: an alpha tensor, else the component's config, else nothing (scale 1)."""
+    if "alpha" in tensors:
+        return Scaling(ScaleRule.ALPHA_OVER_RANK, tensors["alpha"].scalar())
+    return _configured(config, component, path[len(component) + 1 :], tensors["down"].shape[0])
+
+
+def _configured(config: Mapping[str, Any], component: str, module: str, rank: int) -> Scaling:
+    alpha = _patterned(config.get(f"{component}.alpha_pattern"), module, config.get(f"{component}.lora_alpha"))
+    if not isinstance(alpha, (int, float)):
+        return Scaling()
+    r = _patterned(config.get(f"{component}.rank_pattern"), module, config.get(f"{component}.r"))
+    rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get(f"{component}.use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
+    return Scaling(rule, float(alpha), divisor=float(r) if isinstance(r, (int, float)) and r != rank else None)
+
+
+def _patterned(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the module's path (peft src/peft/utils/other.py get_pattern_key)."""
+    for pattern, value in (patterns or {}).items() if isinstance(patterns, Mapping) else ():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            continue
+    return default
+
+
+def _note(spelling: dict[str, str], module: str, path: str, form: str, tensors: Mapping[str, Tensor]) -> None:
+    """Remember how the module was spelled."""
+    if module != path:
+        spelling["bare"] = path[: len(path) - len(module)]
+    key = _kind(path)
+    if spelling.setdefault(key, form) != form:
+        spelling[f"form {path}"] = form
+    if "alpha" in tensors:
+        shape = f"{tensors['alpha'].dtype} {len(tensors['alpha'].shape)}"
+        if spelling.setdefault("alpha", shape) != shape:
+            spelling[f"alpha {path}"] = shape
+
+
+def _kind(path: str) -> str:
+    """Component and the module's own name without numbers: modules alike in both are spelled alike."""
+    words = [word for word in path.split(".") if not word.isdigit()]
+    return f"form of {words[0]} {words[-1]}"
+
+
+def _form(spelling: Mapping[str, str], path: str) -> str:
+    default = "text" if path.startswith("text_encoder") else "peft"
+    return spelling.get(f"form {path}", spelling.get(_kind(path), default))
+
+
+def _alpha(spelling: Mapping[str, str], path: str, value: float, delta: LoRA) -> Tensor:
+    dtype, dims = spelling.get(f"alpha {path}", spelling.get("alpha", "float32 0")).split()
+    return alpha_tensor(value, DTYPES[dtype], delta.up.dtype, int(dims))
+
+
+def reference_deltas(adapter: Adapter, options: Mapping[str, Any], dialect: str) -> dict[Target, Delta]:
+    """The adapter's deltas under whole reference modules: slices of a fused weight joined. Raises RefusedError where names are others."""
+    if adapter.layout not in ("reference", "diffusers"):
+        raise RefusedError(
+            f"{dialect} needs the module names of the base, and the base is not known",
+            file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
+        )  # fmt: skip
+    if not any(target.rows for target in adapter.deltas):
+        return adapter.deltas
+    from upparam.bases.layouts import layout
+
+    base = base_of(adapter, options)
+    if base is None:
+        raise RefusedError(
+            f"{dialect} has no slices of weights, and the base that says how large they are is not known", remedy="use --base"
+        )
+    return {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), adapter.deltas).items()}
+
+
+def unloadable(target: Target, delta: Delta) -> str | None:
+    """Why diffusers would not load this delta; None when it does."""
+    if target.parameter != "weight":
+        return f"a delta of the {target.parameter}"
+    if type(delta) is not LoRA or delta.embedding:
+        return f"a {delta.algorithm} delta"
+    if delta.mid is not None:
+        return "a Tucker core"
+    if ".SelfAttention." in target.module or ".DenseReluDense." in target.module:
+        return "a T5 encoder, which diffusers loads no LoRA into"
+    return None if target.module.split(".", 1)[0] in COMPONENTS else "not a module of a pipeline's component"
+
+
+def refuse(dialect: str, problems: Sequence[str]) -> None:
+    """Raise RefusedError listing what the dialect cannot hold, if anything."""
+    if problems:
+        raise RefusedError(
+            f"{len(problems)} things that {dialect} cannot hold", tensor=problems[0].split(": ")[0],
+            found="; ".join(problems[:8]) + (" ..." if len(problems) > 8 else ""), remedy="give up extras with --drop KIND",
+        )  # fmt: skip
+
+
+def _config_of(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    """The metadata for these modules, {} when every one has scale 1 and no alpha. PEFT wants whole configs, so all of a component is said."""
+    config: dict[str, Any] = {}
+    for component in dict.fromkeys(module.split(".", 1)[0] for module in deltas):
+        own = {module[len(component) + 1 :]: delta for module, delta in deltas.items() if module.startswith(component + ".")}
+        alphas = {module: alpha_for(delta) for module, delta in own.items()}
+        if all(alpha is None for alpha in alphas.values()):
+            continue
+        ranks = {module: delta.rank or 1 for module, delta in own.items()}
+        settled = {module: _number(ranks[module] if alpha is None else alpha) for module, alpha in alphas.items()}
+        r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(settled.values()).most_common(1)[0][0]
+        values = {
+            "r": r,
+            "lora_alpha": alpha,
+            # '^': the whole path, as diffusers writes it itself, so that `proj_out` does not mean `x.proj_out` too.
+            "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != r},
+            "alpha_pattern": {f"^{module}": value for module, value in settled.items() if value != alpha},
+            "target_modules": sorted(own),
+            "use_dora": False,
+            "lora_bias": False,
+        }
+        config |= {f"{component}.{key}": value for key, value in values.items()}
+    return config
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _says(text: str | None, deltas: Mapping[str, Delta]) -> bool:
+    """True when the adapter metadata brought along gives each of these modules its scale: it is then kept verbatim."""
+    if text is None:
+        return False
+    try:
+        config = json.loads(text)
+    except ValueError:
+        return False
+    if not isinstance(config, dict):
+        return False
+    for module, delta in deltas.items():
+        component, _, path = module.partition(".")
+        if _configured(config, component, path, delta.rank or 1).value(delta.rank) != delta.scale:
+            return False
+    return True
+
+
+dialect = Diffusers()
