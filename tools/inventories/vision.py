@@ -11,9 +11,11 @@ from inventories.text import hf
 ENTRIES: list[Entry] = []
 
 
-def add(name: str, family: str, title: str, build: Callable[[], list[Row]], config: dict[str, Any], *ids: str) -> None:
+def add(
+    name: str, family: str, title: str, build: Callable[[], list[Row]], config: dict[str, Any], *ids: str, variant_of: str | None = None
+) -> None:
     """Register a base."""
-    ENTRIES.append(Entry(name, family, title, build, config, ids))
+    ENTRIES.append(Entry(name, family, title, build, config, ids, variant_of))
 
 
 def vit_layer(prefix: str, width: int, ffn: int) -> list[Row]:
@@ -135,7 +137,7 @@ def _register() -> None:
         def rows(width: int = width, ffn: int = ffn, layers: int = layers, patch: int = patch, classes: int = classes) -> list[Row]:
             return vit(width, ffn, layers, patch, classes)
 
-        add(name, "vit", title, rows, config, *ids)
+        add(name, "vit", title, rows, config, *ids, variant_of=name.removesuffix("-in21k") if name.endswith("-in21k") else None)
     for size, width, layers, heads in (("small", 384, 12, 6), ("base", 768, 12, 12), ("large", 1024, 24, 16), ("giant", 1536, 40, 24)):
         swiglu = size == "giant"
         config = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": 14}

@@ -28,6 +28,10 @@ _TIED = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|decoder|vocab_project
 """Modules whose weight files may leave out because it is another module's."""
 
 
+_PIPELINE = re.compile(r"(vae|vqvae|movq|safety_checker|image_encoder|text_encoder(_[2-4])?|transformer_2|prior|connectors)\.")
+"""Components of pipelines that an inventory may not list: adapters do not change them, or their model is a base of its own."""
+
+
 def base_from_path(path: Path | str) -> Base:
     """The base at `path`: a weight file, a (sharded) model folder, a folder of components, or a config.json without weights.
 
@@ -79,22 +83,23 @@ def base_from_config(config: Mapping[str, Any]) -> Base | None:
     Raises AmbiguousError when several match equally well and their modules differ.
     """
     kind = "_class_name" if "_class_name" in config else "model_type"
-    scored: dict[str, int] = {}
+    scored: dict[str, tuple[int, int]] = {}
     for name, theirs in inventory.data("_configs.json").items():
         if theirs.get(kind) == config.get(kind) is not None:
-            score = _agree(theirs, config)
-            if score:
-                scored[name] = score
+            agreed = _agree(theirs, config)
+            if agreed:
+                scored[name] = agreed, -sum(key not in config for key in theirs)
     if not scored:
         return None
     best = max(scored.values())
     names = [name for name, score in scored.items() if score == best]
+    names = [name for name in names if inventory.known()[name].variant_of not in names]
     stated = inventory.resolve(str(config.get("_name_or_path", "")))
     chosen = inventory.load(stated if stated in names else names[0])
     different = [name for name in names if inventory.load(name).modules != chosen.modules]
     if different and stated not in names:
         raise AmbiguousError("the config fits several bases", found=", ".join(names), remedy="name one of them")
-    facts = [f"{best} values of the config are those of {chosen.name}"]
+    facts = [f"{best[0]} values of the config are those of {chosen.name}"]
     alike = [name for name in names if name != chosen.name and name not in different]
     if alike:
         facts.append(f"{', '.join(alike)} has the same modules")
@@ -105,9 +110,9 @@ def _agree(theirs: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """How many values agree; 0 when one contradicts or fewer than three are there to compare."""
     score = 0
     for key, value in theirs.items():
-        have = config.get(key)
-        if have is None:
+        if key not in config:
             continue
+        have = config[key]
         if isinstance(value, dict):
             inner = _agree(value, have) if isinstance(have, Mapping) else 0
             if not inner:
@@ -215,7 +220,7 @@ def _align(base: Base, modules: list[Module], prefix: str, packed: set[str]) -> 
     quantised = {prefix + path for path in packed}
     components = {module.path.split(".", 1)[0] for module in base.modules}
     strangers = [path for path in mine if path not in base.by_path]
-    unexplained = [path for path in strangers if path.split(".", 1)[0] in components]
+    unexplained = [path for path in strangers if path.split(".", 1)[0] in components or not _PIPELINE.match(path)]
     if any(path in base.by_path and base.by_path[path].shape != module.shape for path, module in mine.items()):
         return None
     if len(unexplained) > 0.05 * len(mine):

@@ -276,7 +276,9 @@ def _hints(fits: Sequence[Fit], groups: Sequence[Group], index: Index) -> list[B
             evidence.append("named as its authors do")
         if not hints:
             evidence += [*_coverage(fit, groups, index), *_excluded(fit, groups, index, set(by_name)), *_open(fit, alike, index, groups)]
-        evidence += [f"{other}, which differs from {name} in a few channels only, fits as well" for other in variants.get(name, ())]
+        evidence += [
+            f"{other}, which differs from {name} in a few inputs or outputs only, fits as well" for other in variants.get(name, ())
+        ]
         sure = _quality(fit) * fit.weight / total
         hints.append(BaseHint(name, round(sure, 3), tuple(evidence), lookalikes=(*alike, *variants.get(name, ()))))
     return hints
