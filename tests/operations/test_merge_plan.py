@@ -190,3 +190,38 @@ def test_convolutions_and_their_kernels(tmp_path: Path) -> None:
     for name, delta in (("conv", conv), ("proj", proj)):
         weight = weights[f"{name}.weight"]
         assert np.array_equal(got[f"{name}.weight"], (weight.astype(np.float64) + dense(delta).reshape(weight.shape)).astype(np.float32))
+
+
+def test_single_file_checkpoints_through_their_layout(tmp_path: Path) -> None:
+    """SD1.5 under LDM names: a reference target finds its tensor; SDXL's fused OpenCLIP qkv gets row slices."""
+    from upparam.bases import inventory
+    from upparam.bases.layouts import layout
+    from upparam.operations.merge.plan import Ingredient
+
+    base = inventory.load(
+        "sdxl-base" if "sdxl-base" in inventory.known() else next(name for name in inventory.known() if name.startswith("sdxl"))
+    )
+    names = layout(base, "sgm")
+    targets = [
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj",
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.v_proj",
+    ]
+    weights: dict[str, Any] = {}
+    for target in targets:
+        there = names.places[target]
+        rows, columns = names.rows(there.foreign), there.part.shape[1]
+        weights.setdefault(
+            names.tensor_name(there.foreign), (np.arange(rows * columns) % 251 / 500).astype(np.float16).reshape(rows, columns)
+        )
+    path = save(tmp_path / "sdxl.safetensors", weights)
+    deltas = {target: rank2(*names.places[target].part.shape) for target in targets}
+    got = merged(path, Ingredient(adapter(deltas), 1.0, None, None, base), tmp_path / "o.safetensors")
+    true = {name: value.astype(np.float64) for name, value in weights.items()}
+    for target, delta in deltas.items():
+        there = names.places[target]
+        start, stop = there.part.span or (0, there.part.shape[0])
+        true[names.tensor_name(there.foreign)][start:stop] += dense(delta)
+    assert any(".in_proj_weight" in name for name in got)
+    for name, value in true.items():
+        assert np.array_equal(got[name], value.astype(np.float16)), name

@@ -123,11 +123,13 @@ def open_ingredients(
 ) -> list[Ingredient]:
     """The adapters opened against the base, each with its multiplier."""
     items: list[Scaled] = list(adapters) if isinstance(adapters, Sequence) and not isinstance(adapters, (str, tuple)) else [adapters]
-    path = base.path if isinstance(base, Checkpoint) else Path(base)
-    return [_ingredient(item, path, block_weight) for item in items]
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    return [_ingredient(item, checkpoint, block_weight) for item in items]
 
 
-def _ingredient(item: Scaled, base: Path, block_weight: BlockWeight | None) -> Ingredient:
+def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight | None) -> Ingredient:
+    """The adapter is first opened by itself; only where its names are not simply the base's is the base recognised and asked."""
+    from upparam.operations.merge.matching import place
     from upparam.operations.merge.plan import Ingredient
 
     source, multiplier = item if isinstance(item, tuple) else (item, 1.0)
@@ -135,13 +137,19 @@ def _ingredient(item: Scaled, base: Path, block_weight: BlockWeight | None) -> I
         return source
     if isinstance(source, Adapter):
         return Ingredient(source, float(multiplier), None, block_weight)
-    from upparam.bases.header import base_from_path
+    from upparam.bases.header import base_from_shapes
     from upparam.dialects.base import ReadOptions
     from upparam.operations.opening import open_adapter
 
     path = Path(source)
-    adapter = open_adapter(path, options=ReadOptions(base=base_from_path(base)))
-    return Ingredient(adapter, float(multiplier), path, block_weight)
+    try:
+        adapter = open_adapter(path)
+        if adapter.deltas and not place(adapter.deltas, checkpoint.shapes, None)[1]:
+            return Ingredient(adapter, float(multiplier), path, block_weight)
+    except UsageError:
+        pass  # names that only the base can settle
+    base = base_from_shapes(checkpoint.shapes, config=checkpoint.config, name=str(checkpoint.path))
+    return Ingredient(open_adapter(path, options=ReadOptions(base=base)), float(multiplier), path, block_weight, base)
 
 
 def _refuse_zero(ingredient: Ingredient) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from upparam.adapter import Target
+from upparam.algorithms.base import Delta
+from upparam.algorithms.slicing import RowSlice, join, reorder
+from upparam.bases.base import Base
+from upparam.bases.layouts import LayoutMap, available, layout
 from upparam.errors import AmbiguousError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior", "decoder")
@@ -88,6 +93,93 @@ def _options(targets: Sequence[Target], names: Mapping[str, tuple[int, ...]], co
                 if option not in seen and not re.search(r"\d", option.add.replace("text_encoder_", "")):
                     seen.add(option)
                     yield option
+
+
+class Spot(NamedTuple):
+    """Where a delta goes in the base's own naming: the base's module and parameter with the rows it changes, and the delta as it lies there.
+
+    `targets` are the adapter's own targets it stands for; `transposed` when the layout says the weight is stored as (in, out).
+    """
+
+    place: Target
+    delta: Delta
+    targets: tuple[Target, ...]
+    transposed: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The base tensor's name."""
+        return f"{self.place.module}.{self.place.parameter}" if self.place.module else self.place.parameter
+
+
+def place(deltas: Mapping[Target, Delta], shapes: Mapping[str, tuple[int, ...]], base: Base | None) -> tuple[list[Spot], list[Target]]:
+    """Where each delta goes, and the targets that have no place: by the adapter's own names, else by the layout that finds most.
+
+    `shapes` are the base's tensors; `base` what it was recognised as, under reference names (None: only prefixes are tried).
+    """
+    found, missing = _placed([Spot(target, delta, (target,)) for target, delta in deltas.items()], shapes)
+    if missing and base is not None:
+        for name in available(base)[1:]:
+            spots, unnamed = through_layout(layout(base, name), deltas)
+            if spots:
+                spots, lost = _placed(spots, shapes)
+                lost = [*unnamed, *lost]
+                if len(lost) < len(missing):
+                    found, missing = spots, lost
+    return found, missing
+
+
+def _placed(spots: Sequence[Spot], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Spot], list[Target]]:
+    found: list[Spot] = []
+    missing: list[Target] = []
+    by_place = {spot.place: spot for spot in spots}
+    for component, places in by_component(by_place).items():
+        change = renaming(places, shapes, component)
+        for target in places:
+            path = change(target.module)
+            spot = by_place[target]
+            moved = None if path is None else spot._replace(place=target._replace(module=path))
+            if moved is not None and moved.name in shapes:
+                found.append(moved)
+            else:
+                missing += spot.targets
+    return found, missing
+
+
+def through_layout(one: LayoutMap, deltas: Mapping[Target, Delta]) -> tuple[list[Spot], list[Target]]:
+    """Deltas of reference modules where this layout puts them, and the targets it has no name for.
+
+    Parts of a stacked weight become row ranges of it. Pieces of one delta that cannot be applied apart are joined again.
+    """
+    spots: list[Spot] = []
+    missing: list[Target] = []
+    cut: dict[str, list[Spot]] = {}
+    for target, delta in deltas.items():
+        there = one.to_foreign(target.module)
+        if there is None:
+            missing.append(target)
+            continue
+        part = there.part
+        if not part.order.plain:
+            delta = reorder(delta, part.order.foreign_rows(delta.shape[0]))
+        rows = target.rows
+        if part.span is not None:
+            start = part.span[0] + (rows[0] if rows else 0)
+            rows = (start, start + delta.shape[0])
+        module, _, parameter = one.tensor_name(there.foreign, target.parameter).rpartition(".")
+        spot = Spot(Target(module, rows, parameter), delta, (target,), part.transposed)
+        if isinstance(delta, RowSlice) and not delta.additive:
+            cut.setdefault(there.foreign, []).append(spot)
+        else:
+            spots.append(spot)
+    for pieces in cut.values():
+        pieces.sort(key=lambda spot: spot.place.rows or (0, 0))
+        whole = join([spot.delta for spot in pieces])
+        first = pieces[0]
+        spots.append(
+            Spot(first.place._replace(rows=None), whole, tuple(target for spot in pieces for target in spot.targets), first.transposed)
+        )
+    return spots, missing
 
 
 def by_component(targets: Iterable[Target]) -> dict[str, list[Target]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
+from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint, CheckpointFile
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
 from upparam.findings import Finding, warning
@@ -29,6 +30,8 @@ class Ingredient:
     multiplier: float = 1.0
     path: Path | None = None
     block_weight: BlockWeight | None = None
+    base: Base | None = None
+    """What the base was recognised as; needed only where its names are not the adapter's."""
 
     def scaled(self, factor: float) -> Ingredient:
         """The same adapter with another multiplier on top."""
@@ -208,40 +211,36 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
             chosen[target] = weight
         else:
             plan.skipped.append(str(target))
-    conv1d = _conv1d(plan.checkpoint)
-    places: list[tuple[Target, str]] = []
-    for component, targets in matching.by_component(chosen).items():
-        change = matching.renaming(targets, plan.checkpoint.shapes, component)
-        for target in targets:
-            path = change(target.module)
-            name = f"{path}.{target.parameter}"
-            if path is None or name not in plan.checkpoint.tensors:
-                problems.append(_missing(plan, target))
-            else:
-                places.append((target, name))
     adapter = ingredient.adapter
-    agreed = _agreed_orientation(plan, adapter, places)
-    for target, name in places:
-        delta = adapter.deltas[target]
-        file, tensor = plan.checkpoint.tensors[name]
-        transposed = _orientation(adapter, target, delta, tensor, conv1d, agreed, plan)
+    deltas = {target: adapter.deltas[target] for target in chosen}
+    spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)
+    problems += [_missing(plan, target) for target in missing]
+    conv1d = _conv1d(plan.checkpoint)
+    agreed = _agreed_orientation(plan, spots)
+    for spot in spots:
+        file, tensor = plan.checkpoint.tensors[spot.name]
+        transposed = _orientation(adapter, spot, tensor, conv1d, agreed, plan)
         if transposed is None:
-            rows = f" rows {target.rows[0]}:{target.rows[1]} of" if target.rows else ""
-            problems.append(f"{target}: shape {delta.shape} against{rows} {name} {tensor.shape}")
+            rows = f" rows {spot.place.rows[0]}:{spot.place.rows[1]} of" if spot.place.rows else ""
+            problems.append(f"{spot.targets[0]}: shape {spot.delta.shape} against{rows} {spot.name} {tensor.shape}")
             continue
         if tensor.dtype.name not in MERGEABLE:
             raise RefusedError(
                 "the base weight is quantised or not a float; a merge would have to invent its rounding",
-                file=file.path, tensor=name, expected="one of " + ", ".join(sorted(MERGEABLE)), found=tensor.dtype,
+                file=file.path, tensor=spot.name, expected="one of " + ", ".join(sorted(MERGEABLE)), found=tensor.dtype,
                 remedy="merge into the unquantised base and quantise the result",
             )  # fmt: skip
-        delta.known_scale()
-        work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
-        if work.replacement is not None:
-            problems.append(f"{target}: {name} is replaced whole by another adapter")
+        spot.delta.known_scale()
+        weights = {chosen[target] for target in spot.targets}
+        if len(weights) > 1:
+            problems.append(f"{spot.targets[0]}: parts of one {spot.delta.algorithm} delta with different block weights")
             continue
-        work.pieces.append(Piece(delta, target, chosen[target], transposed, index))
-        _note_tied(plan, name)
+        work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor)))
+        if work.replacement is not None:
+            problems.append(f"{spot.targets[0]}: {spot.name} is replaced whole by another adapter")
+            continue
+        work.pieces.append(Piece(spot.delta, spot.place, weights.pop(), transposed, index))
+        _note_tied(plan, spot.name)
 
 
 def _missing(plan: Plan, target: Target) -> str:
@@ -291,31 +290,33 @@ def weight_shape(delta: Delta, tensor: Tensor, rows: tuple[int, int] | None, tra
     return have == want
 
 
-def _agreed_orientation(plan: Plan, adapter: Adapter, places: Sequence[tuple[Target, str]]) -> bool | None:
+def _agreed_orientation(plan: Plan, spots: Sequence[matching.Spot]) -> bool | None:
     """How the deltas that are not square lie, when they all lie the same way."""
     seen = set()
-    for target, name in places:
-        delta, tensor = adapter.deltas[target], plan.checkpoint.tensors[name][1]
-        fits = [way for way in (False, True) if weight_shape(delta, tensor, target.rows, way)]
+    for spot in spots:
+        fits = _ways(spot, plan.checkpoint.tensors[spot.name][1])
         if len(fits) == 1:
             seen.add(fits[0])
     return seen.pop() if len(seen) == 1 else None
 
 
-def _orientation(
-    adapter: Adapter, target: Target, delta: Delta, tensor: Tensor, conv1d: str | None, agreed: bool | None, plan: Plan
-) -> bool | None:
+def _ways(spot: matching.Spot, tensor: Tensor) -> list[bool]:
+    return [way for way in (False, True) if weight_shape(spot.delta, tensor, spot.place.rows, way)]
+
+
+def _orientation(adapter: Adapter, spot: matching.Spot, tensor: Tensor, conv1d: str | None, agreed: bool | None, plan: Plan) -> bool | None:
     """Whether the base stores this weight as (in, out); None when the delta fits neither way. Raises AmbiguousError when nothing decides."""
-    fits = [way for way in (False, True) if weight_shape(delta, tensor, target.rows, way)]
+    fits = _ways(spot, tensor)
     if len(fits) < 2:
         return fits[0] if fits else None
-    if len(delta.shape) != 2 or target.parameter != "weight":
+    if spot.transposed is not None:
+        return spot.transposed
+    if len(spot.delta.shape) != 2 or spot.targets[0].parameter != "weight" or getattr(spot.delta, "embedding", False):
         return False
-    if getattr(delta, "embedding", False):
-        return False
-    if conv1d is not None and matching.is_conv1d_name(target.module):
+    conv1d_name = matching.is_conv1d_name(spot.place.module)
+    if conv1d is not None and conv1d_name:
         return True
-    if conv1d is not None or plan.checkpoint.configs or (not matching.is_conv1d_name(target.module) and adapter.transposed_base is False):
+    if conv1d is not None or plan.checkpoint.configs or (adapter.transposed_base is False and not conv1d_name):
         return False
     if adapter.transposed_base is not None:
         return adapter.transposed_base
@@ -325,7 +326,7 @@ def _orientation(
         return False
     raise AmbiguousError(
         "the weight is square and nothing says whether the base stores it as (out, in) or (in, out)",
-        file=plan.checkpoint.path, tensor=str(target), found=tensor.shape,
+        file=plan.checkpoint.path, tensor=str(spot.targets[0]), found=tensor.shape,
         remedy="put the base's config.json beside it, or name the base folder",
     )  # fmt: skip
 
