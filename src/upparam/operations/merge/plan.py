@@ -219,7 +219,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
     agreed = _agreed_orientation(plan, spots)
     for spot in spots:
         file, tensor = plan.checkpoint.tensors[spot.name]
-        transposed = _orientation(adapter, spot, tensor, conv1d, agreed, plan)
+        transposed = _orientation(ingredient, spot, tensor, conv1d, agreed, plan)
         if transposed is None:
             rows = f" rows {spot.place.rows[0]}:{spot.place.rows[1]} of" if spot.place.rows else ""
             problems.append(f"{spot.targets[0]}: shape {spot.delta.shape} against{rows} {spot.name} {tensor.shape}")
@@ -304,8 +304,11 @@ def _ways(spot: matching.Spot, tensor: Tensor) -> list[bool]:
     return [way for way in (False, True) if weight_shape(spot.delta, tensor, spot.place.rows, way)]
 
 
-def _orientation(adapter: Adapter, spot: matching.Spot, tensor: Tensor, conv1d: str | None, agreed: bool | None, plan: Plan) -> bool | None:
+def _orientation(
+    ingredient: Ingredient, spot: matching.Spot, tensor: Tensor, conv1d: str | None, agreed: bool | None, plan: Plan
+) -> bool | None:
     """Whether the base stores this weight as (in, out); None when the delta fits neither way. Raises AmbiguousError when nothing decides."""
+    adapter = ingredient.adapter
     fits = _ways(spot, tensor)
     if len(fits) < 2:
         return fits[0] if fits else None
@@ -313,6 +316,9 @@ def _orientation(adapter: Adapter, spot: matching.Spot, tensor: Tensor, conv1d: 
         return spot.transposed
     if len(spot.delta.shape) != 2 or spot.targets[0].parameter != "weight" or getattr(spot.delta, "embedding", False):
         return False
+    known = ingredient.base.by_path.get(spot.targets[0].module) if ingredient.base is not None else None
+    if known is not None and known.kind:
+        return known.kind == "Conv1D"
     conv1d_name = matching.is_conv1d_name(spot.place.module)
     if conv1d is not None and conv1d_name:
         return True
