@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from types import ModuleType
 
-from upparam.containers import archive, gguf, lookalikes, npy, pickles, safetensors, torchfile
+from upparam.containers import archive, ggla, gguf, lookalikes, npy, pickles, safetensors, torchfile
 from upparam.containers.base import Container, Head, TensorFile
 from upparam.errors import AmbiguousError, LimitError, UnreadableError
 from upparam.limits import MAX_ARCHIVE_NESTING, SNIFF_BYTES
@@ -16,6 +16,7 @@ from upparam.tensors import FileSource, Source
 CONTAINERS: tuple[Container | ModuleType, ...] = (
     safetensors,
     gguf,
+    ggla,
     torchfile.zipped,
     torchfile.legacy,
     torchfile.tarred,

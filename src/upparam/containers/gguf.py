@@ -114,9 +114,9 @@ class _Reader:
         self.at += size
         return self._window[start : start + size]
 
-    def number(self, code: str) -> int:
-        value: int = struct.unpack(self.order + code, self.take(struct.calcsize("=" + code)))[0]
-        return value
+    def number(self, code: str) -> Any:
+        """The next number of a struct code, in the file's byte order."""
+        return struct.unpack(self.order + code, self.take(struct.calcsize("=" + code)))[0]
 
     def text(self, what: str) -> str:
         raw = self.take(self.number("Q"))
@@ -174,8 +174,7 @@ class _Reader:
         if item in _SCALARS:
             self.skip((length - 8) * least)
         elif item == _STRING:
-            for _ in range(length - 8):
-                self.skip(self.number("Q"))
+            self.skip_strings(length - 8)
         else:
             raise LimitError(
                 f"key '{key}' nests more arrays than any real file", file=self.path, expected=f"<= {MAX_GGUF_ARRAY_SHOWN}", found=length
@@ -192,6 +191,19 @@ class _Reader:
         if self.at + size > MAX_GGUF_HEADER:
             raise LimitError("the header is longer than any real one", file=self.path, expected=f"<= {MAX_GGUF_HEADER} bytes")
         self.at += size
+
+    def skip_strings(self, count: int) -> None:
+        """Pass over strings a window at a time: a vocabulary has some 150,000 of them."""
+        unpack = struct.Struct(self.order + "Q").unpack_from
+        while count:
+            window = self.source.read(self.at, min(_WINDOW, self.source.size - self.at))
+            place, last = 0, len(window) - 8
+            while count and place <= last:
+                place += 8 + unpack(window, place)[0]
+                count -= 1
+            if not place:
+                raise self.bad("the file ends inside its header", expected=f"8 bytes at {self.at}", found=len(window))
+            self.skip(place)
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, row-major shape, type number, offset in the data) of the next tensor."""

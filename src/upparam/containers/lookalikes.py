@@ -96,7 +96,7 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"lmgg", 0, "ggml", "an old GGML model (before GGUF); convert it with llama.cpp"),
     (b"fmgg", 0, "ggml", "an old GGMF model (before GGUF); convert it with llama.cpp"),
     (b"tjgg", 0, "ggml", "an old GGJT model (before GGUF); convert it with llama.cpp"),
-    (b"algg", 0, "ggla", "an old llama.cpp LoRA (ggla, before GGUF)"),
+    (b"algg", 0, "ggla", "a llama.cpp LoRA from before GGUF, of a version upparam does not read"),
     (b"\x89HDF\r\n\x1a\n", 0, "hdf5", "an HDF5 file (Keras weights are stored so); export it as safetensors or npz"),
     (b"TFL3", 4, "tflite", "a TensorFlow Lite model"),
     (b"ARROW1\0\0", 0, "arrow", "an Arrow file"),
