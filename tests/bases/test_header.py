@@ -77,6 +77,34 @@ def test_a_diffusers_folder_with_parts_no_inventory_lists(tmp_path: Path) -> Non
     assert [module.path for module in base.modules[len(known.modules) :]] == ["vae.decoder.conv_in"]
 
 
+def test_a_grown_vocabulary_keeps_the_files_shape() -> None:
+    known = inventory.load("llama-3.2-1b")
+    shapes = tensors(module for module in known.modules if module.path != "lm_head") | {"model.embed_tokens.weight": (128264, 2048)}
+    base = base_from_shapes(shapes)
+    assert base.name == "llama-3.2-1b" and base.by_path["model.embed_tokens"].shape == (128264, 2048)
+    assert [module.path for module in base.modules] == [module.path for module in known.modules]
+    assert any("128264 rows" in text for text in base.evidence)
+
+
+def test_a_task_head_follows_the_backbone() -> None:
+    known = inventory.load("bert-base-uncased")
+    body = [module for module in known.modules if module.path.startswith("bert.")]
+    base = base_from_shapes(tensors(body) | {"classifier.weight": (2, 768), "classifier.bias": (2,)})
+    assert [module.path for module in base.modules] == [*(module.path for module in body), "cls.predictions.decoder", "classifier"]
+
+
+def test_a_bare_text_encoder_is_that_component_only() -> None:
+    known = [module for module in inventory.load("flux.1-dev").modules if module.path.startswith("text_encoder_2.")]
+    base = base_from_shapes(tensors(known, strip="text_encoder_2."))
+    assert {module.kind for module in base.modules} == {module.kind for module in known} and len(base.modules) == len(known)
+
+
+def test_another_width_is_another_model() -> None:
+    shapes = tensors(inventory.load("gpt2").modules) | {"transformer.h.3.mlp.c_fc.weight": (768, 3000)}
+    base = base_from_shapes(shapes)
+    assert base.name == "unnamed" and base.by_path["transformer.h.3.mlp.c_fc"].shape == (768, 3000)
+
+
 def test_a_bare_unet_file() -> None:
     known = [module for module in inventory.load("sdxl").modules if module.path.startswith("unet.")]
     base = base_from_shapes(tensors(known, strip="unet."))

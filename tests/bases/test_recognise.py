@@ -224,6 +224,13 @@ def test_names_with_a_prefix_too_many() -> None:
     assert recognise(comfy)[0].name == "sd1.5"
 
 
+def test_gemma_3_before_and_after_transformers_turned_its_names_round() -> None:
+    shapes = of("gemma-3-4b", r"language_model.*(q|v)_proj$")
+    turned = {path.replace("model.language_model.", "language_model.model."): shape for path, shape in shapes.items()}
+    assert turned != shapes
+    assert recognise(shapes)[0].name == recognise(turned)[0].name == "gemma-3-4b"
+
+
 def test_an_embedding_delta_may_come_either_way_round() -> None:
     shapes = of("gpt2", "c_attn")
     for shape in ((50257, 768), (768, 50257)):

@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 _TRANSPOSED_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 """model_type values whose attention and mlp weights are Conv1D, stored as (in, out)."""
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
-_TIED = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|decoder|vocab_projector|proj_out)$")
+_TIED = re.compile(
+    r"lm_head|lm_head\.decoder|embed_out|proj_out|vocab_projector|(cls\.)?predictions\.decoder|(text_encoder(_[23])?\.)?(encoder|decoder)\.embed_tokens"
+)
 """Modules whose weight files may leave out because it is another module's."""
-
+_VOCABULARY = re.compile(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder|vocab_projector|proj_out)$")
+"""Modules with one row per token: fine-tuning adds some."""
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
 
 _PIPELINE = re.compile(r"(vae|vqvae|movq|safety_checker|image_encoder|text_encoder(_[2-4])?|transformer_2|prior|connectors)\.")
 """Components of pipelines that an inventory may not list: adapters do not change them, or their model is a base of its own."""
@@ -215,31 +219,39 @@ def _fitting(layout: LayoutMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _align(base: Base, modules: list[Module], prefix: str, packed: set[str]) -> tuple[int, Base] | None:
-    """How many of the base's modules the file lacks, and the base with the file's modules only; None when they contradict."""
+    """How many modules base and file do not share, and the base as the file has it; None when they contradict.
+
+    A vocabulary of another size is no contradiction: the file's shape then stands.
+    """
     mine = {prefix + module.path: module for module in modules}
     quantised = {prefix + path for path in packed}
     components = {module.path.split(".", 1)[0] for module in base.modules}
     strangers = [path for path in mine if path not in base.by_path]
     unexplained = [path for path in strangers if path.split(".", 1)[0] in components or not _PIPELINE.match(path)]
-    if any(path in base.by_path and base.by_path[path].shape != module.shape for path, module in mine.items()):
-        return None
-    if len(unexplained) > 0.05 * len(mine):
+    resized = {path: module.shape for path, module in mine.items() if path in base.by_path and base.by_path[path].shape != module.shape}
+    grown = all(_VOCABULARY.search(path) and shape[1:] == base.by_path[path].shape[1:] for path, shape in resized.items())
+    if not grown or len(unexplained) > 0.05 * len(mine):
         return None
     roots = {path.split(".", 1)[0] for path in (*mine, *quantised)}
-    expected = [module for module in base.modules if module.path.split(".", 1)[0] in roots and not _TIED.search(module.path)]
-    lacking = [module.path for module in expected if module.path not in mine and module.path not in quantised]
-    if len(lacking) > 0.4 * len(expected):
+    inside = [module for module in base.modules if module.path.split(".", 1)[0] in roots or not _COMPONENT.match(module.path)]
+    lacking = [
+        module.path for module in inside if module.path not in mine and module.path not in quantised and not _TIED.fullmatch(module.path)
+    ]
+    if len(lacking) > 0.4 * len(inside):
         return None
-    kept = [module for module in base.modules if module.path in mine or module.path in quantised or _TIED.search(module.path)]
+    absent = set(lacking)
+    kept = [module._replace(shape=resized.get(module.path, module.shape)) for module in inside if module.path not in absent]
     kept += sorted((mine[path]._replace(path=path) for path in strangers), key=lambda module: _natural(module.path))
     facts = [f"names and shapes are those of {base.name}: its order and classes are used"]
     if prefix:
         facts.append(f"names there have '{prefix}' in front")
+    if resized:
+        facts.append(f"another vocabulary: {next(iter(resized))} has {next(iter(resized.values()))[0]} rows")
     if lacking:
         facts.append(f"{len(lacking)} modules of it are not in the file, such as {lacking[0]}")
     if strangers:
         facts.append(f"{len(strangers)} modules it does not have follow in order of their names, such as {strangers[0]}")
-    return len(lacking) + len(strangers), Base(base.name, tuple(kept), base.family, tuple(facts))
+    return len(lacking) + len(strangers) + len(resized), Base(base.name, tuple(kept), base.family, tuple(facts))
 
 
 def _prefixes(path: str, base: Base) -> list[str]:

@@ -1,7 +1,8 @@
 """From names and shapes to the base an adapter is for: hints with a confidence, the facts that decided, and look-alikes named.
 
 Nothing here loads an inventory: `data/_shapes.json` says for every module path, with numbers as '#', which shapes which bases have there
-and how many; `data/_original.json` the same for the names that a denoiser's authors use (layout `original`). An adapter's targets are grouped the same way and looked up, so a thousand targets cost as much as thirty.
+and how many; `data/_original.json` the same for the names that a denoiser's authors use (layout `original`). An adapter's targets are
+grouped the same way and looked up, so a thousand targets cost as much as thirty.
 
 Confidence is shared by bases that fit equally well. It is not a measured frequency but follows fixed rules: how many kinds of module
 agree, whether every layer of the base is covered, whether names had to be completed, and how many bases are left.
@@ -23,7 +24,6 @@ Shape = tuple[int, ...]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 _UNDERSCORED_NUMBER = re.compile(r"(?<=_)\d+(?=_|$)|^\d+(?=_|$)")
 _VOCABULARY = re.compile(r"(^|[._])(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder)$")
-_FULL = 1.0
 _PARTIAL = 0.03
 """Weight of a base of which only some layers are covered, against one that is covered whole."""
 _ENOUGH = 0.6
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Group:
-    """Targets of one path pattern and shape: how many, the largest number in each place, one of them as example."""
+    """Targets of one path pattern and shape: how many, the largest number in each place, the first numbers (layers) seen."""
 
     template: str
     shape: Shape
@@ -116,13 +116,18 @@ def recognise(shapes: Mapping[str, Shape], *, stated: str | None = None) -> list
     """The bases that targets of these module paths and delta shapes (out, in, *kernel) fit, best first; empty when none does.
 
     Paths are the base's reference names as far as the file gives them: a component (`unet.`) or wrapper (`transformer.`) in front may be
-    missing or added; a denoiser may go by its authors' names (`diffusion_model.double_blocks.0.img_attn.qkv`). `stated` is the base that the file itself names; it is listed first as stated, with what the shapes say about it.
+    missing or added; a denoiser may go by its authors' names (`diffusion_model.double_blocks.0.img_attn.qkv`). `stated` is the base that
+    the file itself names; it is listed first as stated, with what the shapes say about it.
     """
-    return _recognise(_groups(shapes, _NUMBER, lambda name: (None, _WRAPPER.sub("", name))), False, stated)
+
+    def parts(name: str) -> tuple[str | None, str]:
+        return None, _WRAPPER.sub("", name).replace("language_model.model.", "model.language_model.")
+
+    return _recognise(_groups(shapes, _NUMBER, parts), False, stated)
 
 
 _WRAPPER = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.)?")
-"""What PEFT and ComfyUI put in front of a module path."""
+"""What PEFT and ComfyUI put in front of a module path. (transformers 4.52 turned `language_model.model.` round.)"""
 _COMPONENT = re.compile(r"^lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)_")
 _COMPONENTS = {
     "unet": ("unet.", "transformer."), "transformer": ("transformer.",), "prior_unet": ("unet.",), "te": ("text_encoder.",),
@@ -240,7 +245,7 @@ def _weigh(fit: Fit, groups: Sequence[Group], index: Index) -> None:
     fit.agreement = matched / total if total else 0.0
     fit.coverage = min(1.0, matched / whole) if whole else 0.0
     named = 0.8 + 0.2 * fit.exact / matched if matched else 0.0
-    fit.weight = fit.agreement**12 * named * (_FULL if fit.coverage == 1.0 else _PARTIAL * (0.5 + fit.coverage))
+    fit.weight = fit.agreement**12 * named * (1.0 if fit.coverage == 1.0 else _PARTIAL * (0.5 + fit.coverage))
     for alike in fit.resized.values():
         fit.weight *= 0.5 if alike > 0.98 else 0.05
 
@@ -275,7 +280,7 @@ def _hints(fits: Sequence[Fit], groups: Sequence[Group], index: Index) -> list[B
         if index.original & set(fit.matched.values()):
             evidence.append("named as its authors do")
         if not hints:
-            evidence += [*_coverage(fit, groups, index), *_excluded(fit, groups, index, set(by_name)), *_open(fit, alike, index, groups)]
+            evidence += [*_coverage(fit, groups, index), *_excluded(fit, groups, index, set(by_name)), *_open(fit, alike, index)]
         evidence += [
             f"{other}, which differs from {name} in a few inputs or outputs only, fits as well" for other in variants.get(name, ())
         ]
@@ -353,7 +358,7 @@ def _excluded(fit: Fit, groups: Sequence[Group], index: Index, fitting: set[str]
     return [best[1]] if best[0] else []
 
 
-def _open(fit: Fit, alike: Sequence[str], index: Index, groups: Sequence[Group]) -> list[str]:
+def _open(fit: Fit, alike: Sequence[str], index: Index) -> list[str]:
     """What would tell equally fitting bases apart: modules that differ and that the adapter leaves alone."""
     if not alike:
         return []
@@ -410,7 +415,7 @@ def _with_stated(stated: str, shaped: list[BaseHint], fits: Mapping[str, Fit], g
     rest = [hint for hint in shaped if hint.name != name]
     mine = next((hint for hint in shaped if hint.name == name), None)
     if not groups or (fit is None and not shaped):
-        return [BaseHint(name, 0.7, (says, "no target to check it against"), True), *rest]
+        return [BaseHint(name, 0.7, (says, "its targets cannot be checked: nothing upparam knows has such names"), True), *rest]
     if fit is not None and not fit.wrong and fit.agreement >= _ENOUGH:
         evidence = mine.evidence if mine else (_agreement(fit, groups),)
         sure = 0.99 if fit.agreement == 1.0 else 0.9 * fit.agreement
