@@ -38,7 +38,7 @@ class ExtraKind(str, Enum):
     BIAS = "bias"
     """A base bias trained in place; replaces the base's."""
     TEXTUAL_INVERSION = "textual-inversion"
-    """A learned token embedding; `name` is the token."""
+    """A learned token embedding of shape (vectors, dim); `name` is the token, with `.clip_l` and the like where it has one per encoder."""
     OTHER = "other"
 
 

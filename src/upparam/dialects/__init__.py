@@ -15,6 +15,7 @@ DIALECTS: dict[str, str] = {
     "kohya": "upparam.dialects.kohya",
     "diffusers": "upparam.dialects.diffusers",
     "diffusers-old": "upparam.dialects.diffusers_old",
+    "cloneofsimo": "upparam.dialects.cloneofsimo",
     "triad": "upparam.dialects.triad",
 }
 """Dialect name to the module that holds `dialect`, a Dialect. Order decides between equal matches."""

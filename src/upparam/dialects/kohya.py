@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upparam.adapter import Adapter, Target
+from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
@@ -79,7 +79,8 @@ class Kohya:
     def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
         """The adapter; modules in reference names when a base explains them, else as the file names them (layout 'kohya')."""
         file = bundle.main
-        groups, leftovers = words.grouped(file.tensors, self.vocabulary())
+        groups, rest = words.grouped(file.tensors, self.vocabulary())
+        extras, leftovers = _bundled(rest)
         deltas: dict[str, dict[str, Delta]] = {}
         findings: list[Finding] = list(file.findings)
         for module, group in groups.items():
@@ -100,7 +101,7 @@ class Kohya:
         stated = kohya_metadata.stated_base(file.metadata)
         found = resolve(shapes, _LAYOUTS, options.base, stated=stated, underscored=True, aliases=_ALIASES)
         adapter = Adapter(
-            {}, self.name, metadata=dict(file.metadata), spelling=_spelling(groups, found), files=(str(file.path),), leftovers=leftovers,
+            {}, self.name, extras, metadata=dict(file.metadata), spelling=_spelling(groups, found), files=(str(file.path),), leftovers=leftovers,
             findings=findings, layout="kohya" if found is None else "reference", base=None if found is None else found.hint,
         )  # fmt: skip
         for module, built in deltas.items():
@@ -111,8 +112,8 @@ class Kohya:
         """One safetensors file. Raises RefusedError for extras, for deltas without words here, and where the base is not known."""
         base = base_of(adapter, options)
         named = self.names(adapter, base, options)
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
-        tensors: dict[str, Tensor] = {}
+        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
+        tensors = {_bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
             try:
                 spelled = self.spell_parameter(parameter, delta)
@@ -156,6 +157,31 @@ class Kohya:
             for foreign, delta in to_foreign(one, deltas).items():
                 found[_respelled(foreign, spelling), parameter] = delta
         return found
+
+
+_PARAMETER = ".string_to_param.*"
+_ENCODERS = (".clip_l", ".clip_g", ".t5", ".t5_out", ".clip_l_out", ".clip_g_out")
+
+
+def _bundled(tensors: Mapping[str, Tensor]) -> tuple[list[Extra], dict[str, Tensor]]:
+    """(tokens bundled with the adapter, the rest).
+
+    `bundle_emb.<token>.string_to_param.*` is read by AUTOMATIC1111/stable-diffusion-webui extensions-builtin/Lora/networks.py;
+    `bundle_emb.<token>.clip_l` and the like is Nerogar/OneTrainer's form for several encoders.
+    """
+    extras: list[Extra] = []
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        token = name.removeprefix("bundle_emb.")
+        if token == name or not (token.endswith(_PARAMETER) or token.endswith(_ENCODERS)):
+            rest[name] = tensor
+        else:
+            extras.append(Extra(ExtraKind.TEXTUAL_INVERSION, token.removesuffix(_PARAMETER), tensor))
+    return extras, rest
+
+
+def _bundle_name(token: str) -> str:
+    return f"bundle_emb.{token}" if token.endswith(_ENCODERS) else f"bundle_emb.{token}{_PARAMETER}"
 
 
 def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: words.Words, found: Resolved | None) -> None:
