@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upparam.cli.common import add_common, emit, emit_receipt, progress_for
+
+if TYPE_CHECKING:
+    from upparam.operations.merge.plan import BlockWeight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +40,10 @@ def add_merging(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="leave out parts that cannot be merged, by kind (textual-inversion, ...)",
     )
+    parser.add_argument(
+        "--block-weights", action="append", default=[], metavar="WEIGHTS",
+        help="multipliers by block: a preset (INALL, OUTD ...), 12/17/20/26/61 numbers, IN05-OUT05=0.3, or GLOB=0.5 over modules (repeat)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
     parser.add_argument(
         "--no-exact", dest="exact", action="store_false", help="skip the float64 check of near-ties (1 element in 100,000 then 1 ulp off)"
@@ -53,6 +61,15 @@ def scaled(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
+def block_weight(texts: list[str]) -> BlockWeight | None:
+    """The multipliers that `--block-weights` asks for; None when it was not given."""
+    if not texts:
+        return None
+    from upparam.operations.merge.blocks import parse
+
+    return parse(texts)
+
+
 def run(args: argparse.Namespace) -> int:
     """Merge and print the receipt, or print the plan."""
     from upparam.errors import UsageError
@@ -60,7 +77,13 @@ def run(args: argparse.Namespace) -> int:
 
     pin_blas()
     adapters = [scaled(text) for text in args.adapters]
-    choice = {"dtype": args.dtype, "only": args.only, "skip": args.skip, "drop": args.drop}
+    choice = {
+        "dtype": args.dtype,
+        "only": args.only,
+        "skip": args.skip,
+        "drop": args.drop,
+        "block_weight": block_weight(args.block_weights),
+    }
     if args.dry_run:
         plan = prepare(args.base, adapters, **choice)
         from upparam.report.merge import plan_text

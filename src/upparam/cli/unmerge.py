@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from upparam.cli.common import add_common, add_output, emit_receipt, progress_for
-from upparam.cli.merge import add_merging, scaled
+from upparam.cli.merge import add_merging, block_weight, scaled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
     pin_blas()
     receipt = unmerge(
         args.merged, [scaled(text) for text in args.adapters], args.out, force=args.force, verify=args.verify, exact=args.exact,
-        only=args.only, skip=args.skip, drop=args.drop, threads=args.threads, progress=progress_for(args),
+        only=args.only, skip=args.skip, drop=args.drop, block_weight=block_weight(args.block_weights), threads=args.threads, progress=progress_for(args),
     )  # fmt: skip
     return emit_receipt(args, receipt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -402,12 +402,3 @@ def _replace(plan: Plan, name: str, extra: Extra, problems: list[str]) -> None:
         return
     plan.works[name] = Work(name, file, tensor, plan.out_dtype(tensor), replacement=extra.tensor)
     _note_tied(plan, name)
-
-
-def block_weights_only(weights: Mapping[str, float]) -> BlockWeight:
-    """Multipliers by glob over module paths, the first that matches; 1 where none does."""
-
-    def weight(target: Target) -> float:
-        return next((value for glob, value in weights.items() if fnmatchcase(target.module, glob)), 1.0)
-
-    return weight
