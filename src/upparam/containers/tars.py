@@ -65,6 +65,7 @@ def read_archive(source: Source, path: Path) -> TarArchive:
     while at + BLOCK <= source.size:
         header = source.read(at, BLOCK)
         if not header.strip(b"\0"):
+            findings += _after_end(source, path, at)
             break
         if not _checksum(header):
             raise MalformedError("a tar header with a wrong checksum", file=path, found=f"at byte {at}")
@@ -106,7 +107,21 @@ def read_archive(source: Source, path: Path) -> TarArchive:
             target = header[157:257].split(b"\0")[0].decode("utf-8", "backslashreplace")
             shown = f"{name} -> {target}" if kind in ("1", "2") else name
             findings.append(warning("tar-special-member", path.name, f"a member is {what}; it was not followed", shown))
+    else:
+        findings.append(warning("tar-no-end", path.name, "the archive has no end mark: it may be cut short", f"last member ends at {at}"))
     return TarArchive(members, findings)
+
+
+def _after_end(source: Source, path: Path, at: int) -> list[Finding]:
+    """A finding when anything but zeros follows the end mark: some tools read on, others stop."""
+    for start in range(at, source.size, 1 << 20):
+        block = source.read(start, min(1 << 20, source.size - start))
+        if block.strip(b"\0"):
+            first = start + len(block) - len(block.lstrip(b"\0"))
+            return [
+                warning("trailing-bytes", path.name, "data follows the end of the archive and belongs to no member", f"from byte {first}")
+            ]
+    return []
 
 
 def _checksum(header: bytes) -> bool:
