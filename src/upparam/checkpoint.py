@@ -48,6 +48,8 @@ class CheckpointFile:
     tensors: Mapping[str, Tensor] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     data_start: int | None = None
+    quantised: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Tensors in a block format that is no plain dtype (GGUF): name -> its type, shape and place (`containers.gguf.QuantisedTensor`)."""
 
     def qualified(self, name: str) -> str:
         """The tensor's name in the whole checkpoint: the component, a dot, and its name in the file."""
@@ -118,7 +120,8 @@ class Checkpoint:
 
 
 def _checkpoint_file(file: TensorFile, relative: str, component: str) -> CheckpointFile:
-    return CheckpointFile(file.path, relative, component, file.container, file.tensors, file.metadata, file.data_start)
+    quantised = file.structure.get("quantised", {}) if file.container == "gguf" and isinstance(file.structure, dict) else {}
+    return CheckpointFile(file.path, relative, component, file.container, file.tensors, file.metadata, file.data_start, quantised)
 
 
 def _open_folder(folder: Path, index: Path | None) -> Checkpoint:

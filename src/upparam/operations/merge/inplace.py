@@ -115,9 +115,9 @@ def _check(plan: Plan) -> None:
     for work in plan.works.values():
         if work.dtype != work.tensor.dtype:
             raise RefusedError("in place the dtype cannot change", file=base, tensor=work.name, remedy="write elsewhere with -o")
-        if work.file.container != "safetensors" or not isinstance(work.tensor.source, FileSource):
+        if work.file.container not in ("safetensors", "gguf") or work.tensor.big_endian or not isinstance(work.tensor.source, FileSource):
             raise RefusedError(
-                "only safetensors files are changed in place",
+                "only safetensors and GGUF files are changed in place",
                 file=work.file.path,
                 found=work.file.container,
                 remedy="write elsewhere with -o",

@@ -246,7 +246,9 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
 def _missing(plan: Plan, target: Target) -> str:
     if target.module.rpartition(".")[2] == "lm_head" and _ties(plan.checkpoint):
         return f"{target}: the base ties its output head to the input embedding and stores one weight for both"
-    return f"{target}: not in the base"
+    packed = {name: item.type for file in plan.checkpoint.files for name, item in file.quantised.items()}
+    found = packed.get(f"{target.module}.{target.parameter}")
+    return f"{target}: the base holds it quantised as {found}" if found else f"{target}: not in the base"
 
 
 def _ties(checkpoint: Checkpoint) -> bool:

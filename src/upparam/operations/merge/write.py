@@ -51,9 +51,20 @@ class OutFile:
     metadata: dict[str, str]
     added: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def verbatim(self) -> bool:
+        """True for a file that is copied as it is but for the bytes of changed tensors (GGUF)."""
+        return self.source.container == "gguf"
+
     def header(self, note: str) -> bytes:
-        """The safetensors header with the note of what was merged."""
-        return header_bytes(self.tensors, {**self.metadata, NOTE_KEY: note})
+        """The safetensors header with the note of what was merged; nothing for a verbatim file, whose header is copied."""
+        return b"" if self.verbatim else header_bytes(self.tensors, {**self.metadata, NOTE_KEY: note})
+
+    def size(self, header: int) -> int:
+        """Bytes of the whole file."""
+        if self.verbatim:
+            return self.source.path.stat().st_size
+        return header + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass
@@ -70,7 +81,7 @@ class Outcome:
 def out_name(relative: str) -> str:
     """The name of a written weight file: torch files become safetensors, transformers' pytorch_model becomes model."""
     path = Path(relative)
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf"):
         return relative
     name = path.name
     if name.startswith("pytorch_model"):
@@ -83,17 +94,30 @@ def lay_out(plan: Plan) -> list[OutFile]:
     files = []
     for file in plan.checkpoint.files:
         tensors = {name: _described(tensor, plan.out_dtype(tensor)) for name, tensor in file.tensors.items()}
-        if file.container == "safetensors":
+        if file.container in ("safetensors", "gguf"):
             tensors = dict(sorted(tensors.items(), key=lambda item: file.tensors[item[0]].offset))
         else:
             tensors = layout_order(tensors)
         metadata = {key: value for key, value in file.metadata.items() if key not in _STALE}
         metadata.setdefault("format", "pt")
         files.append(OutFile(file, out_name(file.relative), tensors, metadata))
+    if any(file.verbatim for file in files):
+        _check_verbatim(plan)
     if plan.added:
         files[-1].added = dict(plan.added)
         files[-1].tensors |= plan.added
     return files
+
+
+def _check_verbatim(plan: Plan) -> None:
+    base = plan.checkpoint.path
+    if plan.dtype is not None or plan.added:
+        raise RefusedError(
+            "a GGUF file keeps its tensors and their types", file=base, remedy="merge into the safetensors model and convert that"
+        )
+    swapped = next((work.name for work in plan.works.values() if work.tensor.big_endian), None)
+    if swapped is not None:
+        raise RefusedError("big-endian weights are not written", file=base, tensor=swapped)
 
 
 def _described(tensor: Tensor, dtype: DType) -> Tensor:
@@ -127,6 +151,13 @@ def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, thre
             file=out,
             found=out.suffix,
             remedy=f"name it {out.with_suffix('.safetensors').name}",
+        )
+    if not plan.checkpoint.is_folder and (out.suffix == ".gguf") is not files[0].verbatim:
+        raise RefusedError(
+            "the output has the container of the base",
+            file=out,
+            expected=".gguf" if files[0].verbatim else ".safetensors",
+            found=out.suffix,
         )
     _check_room(plan, out)
     try:
@@ -175,8 +206,9 @@ def _write_files(
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
             descriptors.append(fd)
             start = len(file.header(blank))
-            _allocate(fd, start + sum(tensor.nbytes for tensor in file.tensors.values()))
-            tasks += _tasks(plan, file, fd, start, shares, samples, exact)
+            _allocate(fd, file.size(start))
+            make = _tasks_verbatim if file.verbatim else _tasks
+            tasks += make(plan, file, fd, start, shares, samples, exact)
         widest = max((max(1, _columns(work)) for work in plan.works.values()), default=1)
         from upparam.operations.merge.kernel import TILE_ELEMENTS
 
@@ -225,6 +257,27 @@ def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared],
         elif tensor.nbytes:
             tasks.append(Convert(base, tensor.dtype, fd, at, tensor.nbytes))
         at += tensor.nbytes
+    return tasks
+
+
+def _tasks_verbatim(
+    plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared], samples: Samples | None, exact: bool
+) -> list[Task]:
+    """A file that stays as it is, every byte at its place, but for the tensors that change."""
+    tasks: list[Task] = []
+    source = FileSource(file.source.path)
+    at = start
+    for name, tensor in file.tensors.items():
+        work = plan.works.get(file.source.qualified(name))
+        if work is None:
+            continue
+        append_copy(tasks, source, at, fd, at, tensor.offset - at)
+        chunks = chunks_of(work)
+        shared = Shared(work, len(chunks))
+        shares.append(shared)
+        tasks += [Change(shared, low, high, fd, tensor.offset, exact, samples.observe if samples else None) for low, high in chunks]
+        at = tensor.offset + tensor.nbytes
+    append_copy(tasks, source, at, fd, at, source.size - at)
     return tasks
 
 

@@ -1,0 +1,165 @@
+"""Base forms: shards and index, diffusers folders, GGUF, torch files, other dtypes; what is carried along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from operations.merging import NUMPY, adapter, load, lora, round_once, save
+from upparam.containers import open_file
+from upparam.errors import MismatchError, RefusedError
+from upparam.operations.merge import merge, prepare
+
+RNG = np.random.default_rng(11)
+
+
+def normal(*shape: int, dtype: str = "float32") -> Any:
+    return (RNG.standard_normal(shape) * 0.1).astype(NUMPY[dtype])
+
+
+def rank2(out: int, inn: int) -> Any:
+    return lora(normal(out, 2), normal(2, inn))
+
+
+def true(weight: Any, delta: Any) -> Any:
+    return weight.astype(np.float64) + delta.load().rows(0, delta.shape[0]).reshape(weight.shape)
+
+
+def test_shards_index_side_files_and_metadata_are_carried(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    weights = {name: normal(6, 8, dtype="float16") for name in ("a.weight", "b.weight", "c.weight")}
+    map_: dict[str, str] = {}
+    for number, (name, value) in enumerate(weights.items(), 1):
+        file = f"model-{number:05}-of-00003.safetensors"
+        save(base / file, {name: value}, {"format": "pt", "who": "me", "modelspec.hash_sha256": "0xabc"})
+        map_[name] = file
+    index = json.dumps({"metadata": {"total_size": 288}, "weight_map": map_}, indent=3)
+    (base / "model.safetensors.index.json").write_text(index)
+    (base / "tokenizer.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (base / "sub").mkdir()
+    (base / "sub" / "notes.txt").write_text("hello")
+    delta = rank2(6, 8)
+    receipt = merge(base, (adapter({"b": delta}), 0.5), tmp_path / "out")
+    out = tmp_path / "out"
+    assert (out / "model.safetensors.index.json").read_text() == index
+    assert (out / "sub" / "notes.txt").read_text() == "hello" and (out / "tokenizer.json").exists()
+    half = true(weights["b.weight"], delta) - 0.5 * delta.load().rows(0, 6)
+    assert np.array_equal(load(out / map_["b.weight"])["b.weight"], half.astype(np.float16))
+    assert np.array_equal(load(out / map_["a.weight"])["a.weight"], weights["a.weight"])
+    metadata = open_file(out / map_["b.weight"]).metadata
+    note = json.loads(metadata.pop("upparam.merge"))
+    assert metadata == {"format": "pt", "who": "me"} and note["adapters"][0]["multiplier"] == 0.5
+    assert [finding.code for finding in receipt.findings] == ["stale-metadata"]
+    assert receipt.counts["tensors_changed"] == 1 and receipt.counts["elements_changed"] > 20
+    assert "2 untouched tensors equal the base" in receipt.proofs[1]
+
+
+def test_a_folder_in_another_dtype_gets_a_true_index(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    weights = {"a.weight": normal(6, 8), "n.weight": normal(8), "ids": np.arange(4)}
+    save(base / "model-00001-of-00001.safetensors", weights)
+    map_ = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 256}, "weight_map": map_}))
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    delta = rank2(6, 8)
+    merge(base, adapter({"a": delta}), tmp_path / "out", dtype="bf16")
+    got = load(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert np.array_equal(got["a.weight"].astype(np.float32), round_once(true(weights["a.weight"], delta), "bfloat16").astype(np.float32))
+    assert np.array_equal(
+        got["n.weight"].astype(np.float32), round_once(weights["n.weight"].astype(np.float64), "bfloat16").astype(np.float32)
+    )
+    assert np.array_equal(got["ids"], weights["ids"])
+    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == 48 * 2 + 8 * 2 + 4 * 8
+
+
+def test_diffusers_folder(tmp_path: Path) -> None:
+    base = tmp_path / "pipe"
+    unet, text = normal(6, 8, dtype="float16"), normal(4, 8, dtype="float16")
+    save(base / "unet" / "diffusion_pytorch_model.safetensors", {"down.0.to_q.weight": unet})
+    save(base / "text_encoder" / "model.safetensors", {"layers.0.q_proj.weight": text})
+    (base / "unet" / "config.json").write_text("{}")
+    (base / "model_index.json").write_text('{"unet": ["a", "b"], "text_encoder": ["a", "b"]}')
+    one, other = rank2(6, 8), rank2(4, 8)
+    merge(base, adapter({"unet.down.0.to_q": one, "text_encoder.layers.0.q_proj": other}), tmp_path / "out")
+    got = load(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert np.array_equal(got["down.0.to_q.weight"], true(unet, one).astype(np.float16))
+    got = load(tmp_path / "out" / "text_encoder" / "model.safetensors")
+    assert np.array_equal(got["layers.0.q_proj.weight"], true(text, other).astype(np.float16))
+    assert (tmp_path / "out" / "model_index.json").exists() and (tmp_path / "out" / "unet" / "config.json").exists()
+    with pytest.raises(MismatchError, match="text_encoder"):
+        prepare(base / "unet", adapter({"unet.down.0.to_q": one, "text_encoder.layers.0.q_proj": other}))
+    prepare(base / "unet", adapter({"unet.down.0.to_q": one, "text_encoder.layers.0.q_proj": other}), skip=["text_encoder.*"])
+
+
+def gguf_file(path: Path, arrays: dict[str, Any]) -> Path:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), "test")
+    writer.add_string("general.name", "x")
+    for name, array in arrays.items():
+        if array.dtype == NUMPY["bfloat16"]:
+            writer.add_tensor(
+                name, array.view(np.uint8), raw_shape=(array.shape[0], array.shape[1] * 2), raw_dtype=gguf.GGMLQuantizationType.BF16
+            )
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_keeps_every_other_byte(tmp_path: Path) -> None:
+    weights = {"a.weight": normal(6, 8, dtype="float16"), "b.weight": normal(5, 32), "c.weight": normal(4, 32, dtype="bfloat16")}
+    base = gguf_file(tmp_path / "b.gguf", weights)
+    deltas = {"a": rank2(6, 8), "c": rank2(4, 32)}
+    merge(base, adapter(deltas, transposed_base=False), tmp_path / "o.gguf")
+    got = load(tmp_path / "o.gguf")
+    assert np.array_equal(got["a.weight"], true(weights["a.weight"], deltas["a"]).astype(np.float16))
+    assert np.array_equal(
+        got["c.weight"].astype(np.float32), round_once(true(weights["c.weight"], deltas["c"]), "bfloat16").astype(np.float32)
+    )
+    old, new = base.read_bytes(), (tmp_path / "o.gguf").read_bytes()
+    changed = {index for index in range(len(old)) if old[index] != new[index]}
+    places = {name: open_file(base).tensors[f"{name}.weight"] for name in deltas}
+    assert len(old) == len(new) and all(
+        any(tensor.offset <= index < tensor.offset + tensor.nbytes for tensor in places.values()) for index in changed
+    )
+    merge(base, adapter(deltas, transposed_base=False), in_place=True)
+    assert base.read_bytes() == new
+    with pytest.raises(RefusedError, match="container of the base"):
+        merge(tmp_path / "o.gguf", adapter(deltas), tmp_path / "o.safetensors")
+
+
+def test_torch_files_become_safetensors(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    base = tmp_path / "base"
+    base.mkdir()
+    weight, other = torch.randn(6, 8, dtype=torch.bfloat16), torch.randn(8, 5).T
+    torch.save({"m.weight": weight, "n.weight": other}, base / "pytorch_model.bin")
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    delta = rank2(6, 8)
+    merge(base, adapter({"m": delta}), tmp_path / "out")
+    got = load(tmp_path / "out" / "model.safetensors")
+    expected = round_once(true(weight.float().numpy(), delta), "bfloat16")
+    assert np.array_equal(got["m.weight"].astype(np.float32), expected.astype(np.float32))
+    assert np.array_equal(got["n.weight"], other.numpy())
+    with pytest.raises(RefusedError, match="written as safetensors"):
+        merge(base / "pytorch_model.bin", adapter({"m": delta}), tmp_path / "out.bin")
+
+
+def test_many_adapters_in_one_pass(tmp_path: Path) -> None:
+    weight = normal(20, 30, dtype="bfloat16")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    base = save(tmp_path / "b.safetensors", {"m.weight": weight})
+    deltas = [rank2(20, 30) for _ in range(10)]
+    scales = [0.1 * number - 0.35 for number in range(10)]
+    merge(base, [(adapter({"m": delta}), scale) for delta, scale in zip(deltas, scales, strict=True)], tmp_path / "o.safetensors")
+    total = weight.astype(np.float64) + sum(scale * delta.load().rows(0, 20) for delta, scale in zip(deltas, scales, strict=True))
+    got = load(tmp_path / "o.safetensors")["m.weight"]
+    assert np.array_equal(got.astype(np.float32), round_once(total, "bfloat16").astype(np.float32))
