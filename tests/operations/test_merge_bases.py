@@ -163,3 +163,42 @@ def test_many_adapters_in_one_pass(tmp_path: Path) -> None:
     total = weight.astype(np.float64) + sum(scale * delta.load().rows(0, 20) for delta, scale in zip(deltas, scales, strict=True))
     got = load(tmp_path / "o.safetensors")["m.weight"]
     assert np.array_equal(got.astype(np.float32), round_once(total, "bfloat16").astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("ending", "scale"),
+    [
+        ("scale_weight", np.array(0.02, np.float32)),
+        ("weight_scale", np.linspace(0.01, 0.03, 12, dtype=np.float32)[:, None]),
+        ("weight_scale_inv", np.array([[0.01, 0.02, 0.03], [0.02, 0.05, 0.01]], np.float32)),
+    ],
+)
+def test_scaled_fp8_weights(tmp_path: Path, ending: str, scale: Any) -> None:
+    stored = (RNG.standard_normal((12, 18)) * 30).astype(NUMPY["float8_e4m3fn"])
+    base = save(tmp_path / "b.safetensors", {"m.weight": stored, f"m.{ending}": scale})
+    delta = rank2(12, 18)
+    receipt = merge(base, adapter({"m": delta}), tmp_path / "o.safetensors")
+    factor = scale.astype(np.float64)
+    if scale.shape == (2, 3):
+        factor = np.repeat(np.repeat(factor, 6, axis=0), 6, axis=1)
+    expected = (stored.astype(np.float64) * factor + delta.load().rows(0, 12)) / factor
+    got = load(tmp_path / "o.safetensors")
+    assert np.array_equal(got["m.weight"].astype(np.float32), round_once(np.clip(expected, -448, 448), "float8_e4m3fn").astype(np.float32))
+    assert np.array_equal(got[f"m.{ending}"], scale)
+    assert bool(np.abs(expected).max() > 448) == any(finding.code == "overflow" for finding in receipt.findings)
+    with pytest.raises(RefusedError, match="keeps its dtype"):
+        prepare(base, adapter({"m": delta}), dtype="bf16")
+
+
+def test_fp8_saturates_and_says_so(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"m.weight": np.array([[400.0, 1.0]], NUMPY["float8_e4m3fn"])})
+    receipt = merge(base, adapter({"m": lora(np.array([[1.0]]), np.array([[300.0, 0.5]]))}), tmp_path / "o.safetensors")
+    assert load(tmp_path / "o.safetensors")["m.weight"].astype(np.float32).tolist() == [[448.0, 1.5]]
+    assert [finding.code for finding in receipt.findings] == ["overflow"] and "largest it has" in receipt.findings[0].message
+
+
+def test_fp16_overflow_is_a_finding(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"m.weight": np.array([[60000.0, 1.0]], np.float16)})
+    receipt = merge(base, adapter({"m": lora(np.array([[1.0]]), np.array([[9000.0, 0.5]]))}), tmp_path / "o.safetensors")
+    assert np.isinf(load(tmp_path / "o.safetensors")["m.weight"][0, 0])
+    assert [finding.code for finding in receipt.findings] == ["overflow"] and "1 elements" in receipt.findings[0].message

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from upparam.operations.merge.rounding import narrow, widen
+from upparam.operations.merge.rounding import NO_INFINITY, largest, narrow, widen
 from upparam.tensors import DType
 
 TILE_ELEMENTS = 1 << 18
@@ -210,13 +210,13 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
     np.matmul(factors.up[start : start + rows], factors.down, out=delta)
     with np.errstate(over="ignore", invalid="ignore"):
         np.add(weight, delta, out=weight)
-        largest = max(float(weight.max()), -float(weight.min()))
+        widest = max(float(weight.max()), -float(weight.min()))
         if not exact:
             low.view(dtype.numpy)[...] = weight
         else:
             # |sum - true sum| plus the roundings of the sum and of the two ends
             bound: np.float32 = np.float32(
-                float(factors.row_bound()[start : start + rows].max()) * factors.widest + largest * 2.0**-22 + _TINY
+                float(factors.row_bound()[start : start + rows].max()) * factors.widest + widest * 2.0**-22 + _TINY
             )
             if not np.isfinite(bound):
                 return _add_in_float64(stored, dtype, factors, start)
@@ -231,7 +231,7 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
             if doubtful.size:
                 before = stored.reshape(-1)[doubtful]
                 low.reshape(-1)[doubtful] = _settled(before, dtype, factors, start, doubtful, shape[1]).view(np.uint16)
-    infinite = 0 if largest < _largest(dtype) else _count_overflow(low.view(dtype.numpy), stored)
+    infinite = 0 if widest < largest(dtype) else _count_overflow(low.view(dtype.numpy), stored)
     codes = stored.view(np.uint16)
     np.not_equal(codes, low, out=differs)
     codes[...] = low
@@ -271,9 +271,14 @@ def _add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
 
 
 def store(stored: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> tuple[int, int]:
-    """Round float64 values into `stored` (same shape). Returns (elements whose bits changed, elements that became infinite)."""
+    """Round float64 values into `stored` (same shape). Returns (elements whose bits changed, elements too large for the dtype)."""
     rounded = _rounded(stored, true, dtype)
-    infinite = _count_overflow(rounded, stored) if true.size and not np.abs(true).max() < _largest(dtype) else 0
+    infinite = 0
+    if true.size and not np.abs(true).max() < largest(dtype):
+        if dtype.name in NO_INFINITY:
+            infinite = int(np.count_nonzero(np.abs(true) > largest(dtype)))
+        else:
+            infinite = _count_overflow(rounded, stored)
     code = np.dtype(f"u{dtype.itemsize}")
     changed = int(np.count_nonzero(stored.view(code) != rounded.view(code)))
     stored[...] = rounded
@@ -287,12 +292,6 @@ def _rounded(before: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> N
     if nan.any():
         result[nan] = before[nan]
     return result
-
-
-def _largest(dtype: DType) -> float:
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype.numpy).max)
 
 
 def _count_overflow(now: NDArray[Any], before: NDArray[Any]) -> int:

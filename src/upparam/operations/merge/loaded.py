@@ -58,6 +58,38 @@ class BaseRows:
         return widen(self.stored(start, stop))
 
 
+class ScaledRows(BaseRows):
+    """Rows of a scaled fp8 weight: the stored value times its scale, which is one number, one a row, or one a block."""
+
+    def __init__(self, tensor: Tensor, scale: Tensor) -> None:
+        super().__init__(tensor)
+        grid: NDArray[Any] = widen(scale.read())
+        grid = grid.reshape(1, 1) if grid.size == 1 else grid.reshape(len(grid), -1)
+        self._grid = grid
+        self._height, self._width = _block(self.count, grid.shape[0]), _block(self.columns, grid.shape[1])
+
+    def scales(self, start: int, stop: int) -> NDArray[np.float64]:
+        """The scale of every element of rows [start, stop), broadcastable to them."""
+        rows = self._grid[np.arange(start, stop) // self._height]
+        return rows if rows.shape[1] == 1 else np.repeat(rows, self._width, axis=1)[:, : self.columns]
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) in float64, scaled."""
+        return super().__call__(start, stop) * self.scales(start, stop)
+
+
+def _block(size: int, count: int) -> int:
+    """Elements a block spans when `count` scales cover `size` elements: 128 (DeepSeek's, the last block may be partial), else an equal share.
+
+    Raises MalformedError when neither fits.
+    """
+    if count == -(-size // 128) and count > 1:
+        return 128
+    if size % count:
+        raise MalformedError("scales that do not cover the weight evenly", expected=f"a count that divides {size}", found=count)
+    return size // count
+
+
 class Loaded:
     """A work whose factors are in memory. Made when its first chunk begins, dropped after its last.
 
@@ -66,7 +98,7 @@ class Loaded:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.base = BaseRows(work.tensor)
+        self.base = BaseRows(work.tensor) if work.scale is None else ScaledRows(work.tensor, work.scale)
         self.updates = [piece.delta.load() for piece in work.pieces]
         self.segments: list[tuple[int, int, LowRank | None]] | None = None
         self._chain: Rows | None = None
@@ -74,7 +106,7 @@ class Loaded:
             self._chain = BaseRows(work.replacement)
             return
         forms = [update.low_rank() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
-        if all(form is not None for form in forms):
+        if all(form is not None for form in forms) and work.scale is None:
             self.segments = self._cut([form for form in forms if form is not None])
         else:
             self._chain = self._compose()
@@ -113,9 +145,10 @@ class Loaded:
         return rows
 
     def true(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Rows [start, stop) of the result in float64, before rounding."""
+        """Rows [start, stop) of the result in float64, in units of what is stored, before rounding."""
         if self._chain is not None:
-            return self._chain(start, stop)
+            result = self._chain(start, stop)
+            return result / self.base.scales(start, stop) if isinstance(self.base, ScaledRows) else result
         assert self.segments is not None
         result = self.base(start, stop)
         for first, last, factors in self.segments:

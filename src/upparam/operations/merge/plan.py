@@ -64,6 +64,8 @@ class Work:
     dtype: DType
     pieces: list[Piece] = field(default_factory=list)
     replacement: Tensor | None = None
+    scale: Tensor | None = None
+    """What the stored values of a scaled fp8 weight are multiplied by; it stays as it is."""
 
 
 @dataclass
@@ -235,12 +237,36 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         if len(weights) > 1:
             problems.append(f"{spot.targets[0]}: parts of one {spot.delta.algorithm} delta with different block weights")
             continue
-        work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor)))
+        scale = _scale_of(plan, spot.name, tensor)
+        work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor), scale=scale))
         if work.replacement is not None:
             problems.append(f"{spot.targets[0]}: {spot.name} is replaced whole by another adapter")
             continue
         work.pieces.append(Piece(spot.delta, spot.place, weights.pop(), transposed, index))
         _note_tied(plan, spot.name)
+
+
+def _scale_of(plan: Plan, name: str, tensor: Tensor) -> Tensor | None:
+    """The scale of an fp8 weight: ComfyUI's `scale_weight`, compressed-tensors' `weight_scale`, DeepSeek's `weight_scale_inv` (per block).
+
+    All three multiply the stored value (comfyanonymous/ComfyUI comfy/ops.py; deepseek-ai/DeepSeek-V3 inference/kernel.py weight_dequant;
+    vllm-project/compressed-tensors quantization/lifecycle/forward.py dequantize).
+    """
+    if not tensor.dtype.name.startswith("float8") or not name.endswith(".weight"):
+        return None
+    module = name.removesuffix("weight")
+    for ending in ("scale_weight", "weight_scale_inv", "weight_scale"):
+        if module + ending in plan.checkpoint.tensors:
+            scale = plan.checkpoint.tensors[module + ending][1]
+            if plan.dtype is not None and plan.dtype != tensor.dtype:
+                raise RefusedError(
+                    "a scaled fp8 weight keeps its dtype: its scale tensor would no longer mean anything",
+                    file=plan.checkpoint.path, tensor=name, remedy="merge without --dtype",
+                )  # fmt: skip
+            if len(scale.shape) > 2 or not scale.dtype.is_float:
+                raise RefusedError("a scale of no known form", file=plan.checkpoint.path, tensor=module + ending, found=scale.shape)
+            return scale
+    return None
 
 
 def _missing(plan: Plan, target: Target) -> str:

@@ -17,11 +17,12 @@ from upparam.tensors import DTYPES, DType
 
 MERGEABLE = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
 """Names of dtypes a merge can read and round into."""
-_DISCARDED_BITS = {"bfloat16": 16, "float16": 13}
+NO_INFINITY = frozenset(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz"))
+"""Types whose overflow IEEE rounding would turn into NaN; they saturate instead, as everything that writes them does."""
 
 
 def narrow(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
-    """`values` rounded once into `dtype`, same shape. Values too large become what IEEE rounding makes them (Inf, or NaN in fp8 without Inf)."""
+    """`values` rounded once into `dtype`, same shape. Values too large become infinite; in fp8 types without infinity, the largest finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype.name in ("float64", "float32", "float16"):
             return values.astype(dtype.numpy)
@@ -31,8 +32,17 @@ def narrow(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
             if doubtful.any():
                 single[doubtful] = round_to_odd(values[doubtful])
         else:
+            if dtype.name in NO_INFINITY:
+                values = np.clip(values, -largest(dtype), largest(dtype))
             single = round_to_odd(values)
         return single.astype(dtype.numpy)
+
+
+def largest(dtype: DType) -> float:
+    """The largest finite value of a float dtype."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy).max)
 
 
 def round_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from upparam.errors import RefusedError, UnreadableError, VerificationError
 from upparam.findings import Finding, info
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples, check_untouched
+from upparam.operations.merge.rounding import NO_INFINITY
 from upparam.operations.merge.stream import (
     TASK_BYTES,
     Change,
@@ -318,7 +319,8 @@ def summary(plan: Plan, shares: list[Shared]) -> Outcome:
         if shared.infinite:
             outcome.findings.append(
                 warning(
-                    "overflow", shared.work.name, f"{shared.infinite:,} elements are too large for {shared.work.dtype} and became infinite",
+                    "overflow", shared.work.name, f"{shared.infinite:,} elements are too large for {shared.work.dtype} and became "
+                    + ("the largest it has" if shared.work.dtype.name in NO_INFINITY else "infinite"),
                 )
             )  # fmt: skip
     return outcome
