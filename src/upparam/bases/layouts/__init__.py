@@ -25,6 +25,10 @@ LAYOUTS: dict[str, str] = {
     "kohya": "kohya:kohya",
     "kohya-diffusers": "kohya:kohya_diffusers",
     "kohya-original": "kohya:kohya_original",
+    "gguf": "gguf:gguf",
+    "bare": "plain:bare",
+    "sam-hf": "vision:sam_hf",
+    "timm": "vision:timm",
 }
 """Layout name to 'module:function' below this package; the function takes a Base and gives a LayoutMap, or None where it has no such naming."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from upparam.bases.base import Base
 from upparam.bases.layouts import denoiser
-from upparam.bases.layouts.base import Component, LayoutMap, assemble, same
+from upparam.bases.layouts.base import Component, LayoutMap, assemble, has, same
 
 
 def reference(base: Base) -> LayoutMap:
@@ -17,3 +17,14 @@ def authors(base: Base) -> LayoutMap | None:
     start = denoiser.component(base)
     naming = denoiser.original(base)
     return None if start is None or naming is None else assemble("original", base, [Component(start, naming)])
+
+
+_WRAPPERS = ("transformer.", "model.", "gpt_neox.", "bert.", "roberta.", "distilbert.", "vit.", "deberta.", "albert.")
+
+
+def bare(base: Base) -> LayoutMap | None:
+    """The body without its head's wrapper, as the plain model class saves it (`h.0.attn.c_attn` of GPT-2); heads keep their names."""
+    wrapper = next((name for name in _WRAPPERS if has(base, name)), None)
+    if wrapper is None or denoiser.component(base) is not None:
+        return None
+    return assemble("bare", base, [Component("", lambda path: path.removeprefix(wrapper))])

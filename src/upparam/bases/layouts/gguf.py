@@ -1,0 +1,90 @@
+"""Language models under llama.cpp's names (`blk.0.attn_q`), with the rows its converter moves.
+
+Source: ggml-org/llama.cpp gguf-py/gguf/tensor_mapping.py (names), convert_hf_to_gguf.py (LlamaModel.permute, FalconModel, BloomModel,
+GPTNeoXModel). Llama and Mistral interleave the rotary halves of q and k; Falcon, BLOOM and GPT-NeoX regroup their fused qkv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from upparam.bases import inventory
+from upparam.bases.base import Base
+from upparam.bases.layouts.base import SAME, Component, LayoutMap, Order, Spot, Table, assemble, has
+
+_LLAMA = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.qkv_proj": "attn_qkv", "self_attn.dense": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up", "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+_GEMMA = _LLAMA | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+_GPT2 = {
+    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+_FUSED = {
+    "self_attention.query_key_value": "attn_qkv", "self_attention.dense": "attn_output", "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "ln_mlp": "attn_norm", "ln_attn": "attn_norm_2",
+}  # fmt: skip
+
+
+def gguf(base: Base) -> LayoutMap | None:
+    """llama.cpp's names; None for what it does not run, or where the number of heads is not known and rows depend on it.
+
+    A vision tower is another file there and has no names here.
+    """
+    config = inventory.data("_configs.json").get(base.name, {})
+    for body in ("model.", "model.language_model."):
+        if has(base, f"{body}layers.0.self_attn.") and not has(base, f"{body}layers.0.block_sparse_moe."):
+            return _llama(base, body, config)
+    for start, layers, lines, outer in (
+        ("transformer.h.0.attn.c_attn", "transformer.h.{}.", _GPT2, {"transformer.wte": "token_embd", "transformer.wpe": "position_embd"}),
+        ("transformer.h.0.self_attention.query_key_value", "transformer.h.{}.", _FUSED,
+         {"transformer.word_embeddings": "token_embd", "transformer.word_embeddings_layernorm": "token_embd_norm"}),
+        ("gpt_neox.layers.0.attention.query_key_value", "gpt_neox.layers.{}.", _FUSED, {"gpt_neox.embed_in": "token_embd"}),
+    ):  # fmt: skip
+        if has(base, start):
+            ends = {
+                "transformer.ln_f": "output_norm",
+                "gpt_neox.final_layer_norm": "output_norm",
+                "lm_head": "output",
+                "embed_out": "output",
+            }
+            order = SAME if lines is _GPT2 else _groups(config)
+            return None if order is None else _assemble(base, layers, lines, outer | ends, {"attn_qkv": order})
+    return None
+
+
+def _llama(base: Base, body: str, config: Mapping[str, Any]) -> LayoutMap | None:
+    heads = config.get("num_attention_heads")
+    orders: dict[str, Order] = {}
+    if base.family in ("llama", "mistral"):
+        if not isinstance(heads, int):
+            return None
+        orders = {"attn_q": Order("rope", heads), "attn_k": Order("rope", int(config.get("num_key_value_heads") or heads))}
+    gemma = has(base, f"{body}layers.0.pre_feedforward_layernorm")
+    ends = {} if base.family == "gemma" and not has(base, f"{body}layers.0.self_attn.q_norm") else {"lm_head": "output"}  # Gemma 1, 2: tied
+    ends |= {f"{body}embed_tokens": "token_embd", f"{body}norm": "output_norm", f"{body}final_layernorm": "output_norm"}
+    return _assemble(base, f"{body}layers.{{}}.", _GEMMA if gemma else _LLAMA, ends, orders)
+
+
+def _groups(config: Mapping[str, Any]) -> Order | None:
+    """How Falcon, BLOOM and GPT-NeoX group their fused qkv; None when the number of heads is not known."""
+    heads = config.get("num_attention_heads", config.get("n_head"))
+    if not isinstance(heads, int):
+        return None
+    if config.get("model_type") != "falcon":
+        return Order("groups", heads)
+    groups = int(config.get("num_kv_heads") or 1)
+    # One group holds all q, then k, then v: as llama.cpp wants it already.
+    return Order("groups", groups, heads // groups) if groups > 1 else SAME
+
+
+def _assemble(base: Base, layers: str, lines: Mapping[str, str], outer: Mapping[str, str], orders: Mapping[str, Order]) -> LayoutMap:
+    table: dict[str, str | Spot] = {layers + part: Spot(f"blk.{{}}.{name}", order=orders.get(name, SAME)) for part, name in lines.items()}
+    return assemble("gguf", base, [Component("", Table(table | dict(outer)))])
