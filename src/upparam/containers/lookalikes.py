@@ -10,11 +10,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log2
+from pathlib import Path
 
 from upparam.containers import archive, tars
 from upparam.containers.base import Head
+from upparam.containers.zips import find_end, read_archive
 from upparam.errors import UpparamError
 from upparam.limits import MAX_SAFETENSORS_HEADER
+
+_HEADER_READ = 4 << 20
+"""Bytes of a safetensors header looked at for where its data should end."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,23 @@ def _lfs(head: Head) -> LookAlike | None:
 
 
 def _safetensors(head: Head) -> LookAlike | None:
-    if len(head.data) < 9 or head.data[8:9] != b"{":
+    if len(head.data) < 9 or head.data[8:9] != b"{" or not re.match(rb'\{\s*"', head.data[8:40]):
         return None
     length = int.from_bytes(head.data[:8], "little")
-    if length <= MAX_SAFETENSORS_HEADER and 8 + length > head.size and re.match(rb'\{\s*"', head.data[8:40]):
-        return LookAlike(
-            "truncated-safetensors", "a safetensors file that ends inside its header: the download is truncated; fetch it again",
-            (f"header of {length} bytes stated", f"file of {head.size} bytes"),
-        )  # fmt: skip
+    if length > MAX_SAFETENSORS_HEADER:
+        return None
+    if 8 + length > head.size:
+        return _truncated("a safetensors file that ends inside its header", f"header of {length} bytes stated", head)
+    header = head.source.read(8, min(length, _HEADER_READ))
+    ends = [int(stop) for stop in re.findall(rb'"data_offsets":\s*\[\s*\d{1,19}\s*,\s*(\d{1,19})', header)]
+    if ends and 8 + length + max(ends) > head.size:
+        return _truncated("a safetensors file that ends before its data does", f"{8 + length + max(ends)} bytes stated", head)
     return None
+
+
+def _truncated(what: str, stated: str, head: Head) -> LookAlike:
+    message = f"{what}: the download is truncated; fetch it again"
+    return LookAlike("truncated-safetensors", message, (stated, f"file of {head.size} bytes"))
 
 
 _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
@@ -114,6 +127,8 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
 def _magic(head: Head) -> LookAlike | None:
     for magic, at, kind, message in _MAGIC:
         if head.data[at : at + len(magic)] == magic and (kind != "webp" or head.data[:4] == b"RIFF"):
+            if kind == "lz4" and _FIRMWARE.search(head.name):
+                return LookAlike("firmware", "packed Samsung firmware (up_param); nothing to do with model parameters", (head.name,))
             return LookAlike(kind, message, (f"magic {magic!r} at byte {at}",))
     if head.data[:2] == b"MZ" and len(head.data) >= 64:
         at = int.from_bytes(head.data[60:64], "little")
@@ -139,7 +154,7 @@ def _tensorflow(head: Head) -> LookAlike | None:
     return None
 
 
-_ONNX_PRODUCERS = (b"pytorch", b"onnx", b"tf2onnx", b"keras2onnx", b"skl2onnx", b"paddle", b"CNTK", b"mxnet", b"MLTools", b"caffe2")
+_ONNX_PRODUCERS = (b"pytorch", b"onnx", b"tf2onnx", b"keras2onnx", b"skl2onnx", b"paddle", b"cntk", b"mxnet", b"caffe2")
 
 
 def _onnx(head: Head) -> LookAlike | None:
@@ -157,12 +172,20 @@ def _onnx(head: Head) -> LookAlike | None:
     return None
 
 
+_FIRMWARE = re.compile(r"up_param", re.I)
+_BOOT_PICTURE = re.compile(r"(svb_\w+|booting_warning\w*|logo|letter|warning|download\w*|charging\w*)\.(jpg|png)$")
+_MODEL_PARTS = (".ckpt", ".distcp", ".index")
+
+
 def _archive(head: Head) -> LookAlike | None:
     if not archive.sniff(head):
         return None
     if head.data[:2] != b"PK" and not tars.sniff(head):
         return LookAlike("archive", "packed data that holds no tensor file", (f"magic {head.data[:4].hex()}",))
     kind = "zip" if head.data[:2] == b"PK" else "tar"
+    if kind == "zip" and find_end(head.source) is None:
+        message = "a zip archive (torch's .pt and .bin files are zips too) that is cut short; fetch it again"
+        return LookAlike("truncated-zip", message, ("no directory at its end", f"file of {head.size} bytes"))
     try:
         names = _names(head, kind)
     except UpparamError as problem:
@@ -170,9 +193,14 @@ def _archive(head: Head) -> LookAlike | None:
     shown = tuple(names[:6])
     if not names:
         return LookAlike("empty-archive", f"an empty {kind} archive", ("no members",))
-    if kind == "tar" and all(name.lower().endswith((".jpg", ".jpeg", ".png", ".bmp")) for name in names):
-        return LookAlike("firmware", "a Samsung firmware up_param archive (boot pictures); nothing to do with model parameters", shown)
     lower = [name.lower().removeprefix("./") for name in names]
+    pictures = [name for name in lower if name.endswith((".jpg", ".jpeg", ".png", ".bmp"))]
+    if (
+        kind == "tar"
+        and len(pictures) * 2 > len(names)
+        and (_FIRMWARE.search(head.name) or any(_BOOT_PICTURE.match(name) for name in pictures))
+    ):
+        return LookAlike("firmware", "Samsung firmware (up_param: the pictures shown at boot); nothing to do with model parameters", shown)
     if "model_config.yaml" in lower and any(
         name.endswith((".ckpt", ".distcp", ".index")) or name.startswith("model_weights") for name in lower
     ):
@@ -187,10 +215,6 @@ def _archive(head: Head) -> LookAlike | None:
 
 
 def _names(head: Head, kind: str) -> list[str]:
-    from pathlib import Path
-
-    from upparam.containers.zips import read_archive
-
     if kind == "zip":
         return [member.name for member in read_archive(head.source, Path(head.name)).members]
     return [member.name for member in tars.read_archive(head.source, Path(head.name)).members]

@@ -39,6 +39,8 @@ _GAIN_SURE = 20.0
 """Nats from which the columns' covariance counts in full."""
 _GAIN_WEIGHT = 20.0
 """How strongly a shape that explains less covariance than the best is marked down: by e to this power times the share it lacks."""
+_GAIN_ACROSS = 2.0
+"""The same between the two ways a matrix may lie: outputs come in heads of different scale, which looks like long rows."""
 _PRIOR = {"float32": 0.5, "float16": 0.25, "bfloat16": 0.15, "float64": 0.06, "int8": 0.04}
 _MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 _RANKS = {1: 0.3, 2: 0.5, 4: 1.0, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0, 128: 1.0, 256: 0.3}
@@ -194,11 +196,12 @@ def _shapes(
     if values is not None:
         gains = {shape: _gain(values, shape) for shape in weights}
         best = max(gains.values())
-        if best >= 1:
-            trust = min(1.0, best / _GAIN_SURE) * _GAIN_WEIGHT
-            for shape, gain in gains.items():
-                weights[shape] *= exp(trust * (gain / best - 1))
-                reasons[shape] += (f"its {min(shape)} columns vary together, worth {gain:.0f} of at most {best:.0f} nats",)
+        for shape, gain in gains.items() if best >= 1 else ():
+            # Between shapes that lie the same way the covariance decides; it is a weaker witness of the way they lie, which a name tells.
+            alike = max(gains[other] for other in gains if (other[0] < other[1]) == (shape[0] < shape[1]))
+            weights[shape] *= exp(_GAIN_WEIGHT * min(1, alike / _GAIN_SURE) * (gain / alike - 1)) if alike else 1.0
+            weights[shape] *= exp(_GAIN_ACROSS * min(1, best / _GAIN_SURE) * (alike / best - 1))
+            reasons[shape] += (f"its {min(shape)} columns vary together, worth {gain:.0f} of at most {best:.0f} nats",)
     total = sum(weights.values())
     usual = min(1.0, max(weights.values(), default=0.0)) ** 0.25
     return [(shape, weight / total * usual, reasons[shape]) for shape, weight in weights.items()]
