@@ -98,11 +98,13 @@ class Loaded:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.base = BaseRows(work.tensor) if work.scale is None else ScaledRows(work.tensor, work.scale)
+        # deltas on a replaced weight (an embedding saved beside its LoRA) change the saved one
+        source = work.replacement if work.replacement is not None and work.pieces else work.tensor
+        self.base = BaseRows(source) if work.scale is None else ScaledRows(source, work.scale)
         self.updates = [piece.delta.load() for piece in work.pieces]
         self.segments: list[tuple[int, int, LowRank | None]] | None = None
         self._chain: Rows | None = None
-        if work.replacement is not None:
+        if work.replacement is not None and not work.pieces:
             self._chain = BaseRows(work.replacement)
             return
         forms = [update.low_rank() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
@@ -164,7 +166,7 @@ class Loaded:
         """
         dtype = self.work.dtype
         stop = start + len(stored)
-        if dtype != self.work.tensor.dtype:
+        if dtype != self.base.tensor.dtype:
             plain = narrow(widen(stored), dtype)
             return plain, *store(plain, self.true(start, stop), dtype)
         if self.segments is None:

@@ -239,9 +239,6 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
             continue
         scale = _scale_of(plan, spot.name, tensor)
         work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor), scale=scale))
-        if work.replacement is not None:
-            problems.append(f"{spot.targets[0]}: {spot.name} is replaced whole by another adapter")
-            continue
         work.pieces.append(Piece(spot.delta, spot.place, weights.pop(), transposed, index))
         _note_tied(plan, spot.name)
 
@@ -425,8 +422,11 @@ def _replace(plan: Plan, name: str, extra: Extra, problems: list[str]) -> None:
     if tensor.shape != extra.tensor.shape:
         problems.append(f"{extra.name}: saved as {extra.tensor.shape}, the base has {tensor.shape}")
         return
-    if name in plan.works:
-        problems.append(f"{extra.name}: both replaced and changed by a delta")
+    work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
+    if work.replacement is not None or work.scale is not None:
+        problems.append(
+            f"{extra.name}: {'replaced by two adapters' if work.replacement is not None else 'the base holds it as scaled fp8'}"
+        )
         return
-    plan.works[name] = Work(name, file, tensor, plan.out_dtype(tensor), replacement=extra.tensor)
+    work.replacement = extra.tensor
     _note_tied(plan, name)
