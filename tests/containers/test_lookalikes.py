@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import tarfile
 import zipfile
@@ -20,6 +19,10 @@ from upparam.errors import MalformedError, UnreadableError
 from upparam.tensors import MemorySource
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4a" * 32 + b"\nsize 167832240\n"
+
+
+def random_bytes(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
 
 
 def look(data: bytes, name: str = "up-param.bin") -> LookAlike:
@@ -87,8 +90,8 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "gz": (b"\x1f\x8b\x08" + bytes(20), "archive", "packed data"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(90), "7z", "unpack"),
     "rar": (b"Rar!\x1a\x07\x01\x00" + bytes(90), "rar", "unpack"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + os.urandom(90), "zstd", "zstd -d"),
-    "lz4": (b"\x04\x22\x4d\x18" + os.urandom(90), "lz4", "lz4 -d"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + random_bytes(90), "zstd", "zstd -d"),
+    "lz4": (b"\x04\x22\x4d\x18" + random_bytes(90), "lz4", "lz4 -d"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3", "pdf", "PDF"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(90), "hdf5", "HDF5"),
     "ggml": (b"lmgg" + bytes(90), "ggml", "GGUF"),
@@ -96,8 +99,8 @@ CASES: dict[str, tuple[bytes, str, str]] = {
     "another ggla": (b"algg\x02\0\0\0" + bytes(90), "ggla", "LoRA"),
     "tflite": (b"\x1c\0\0\0TFL3" + bytes(90), "tflite", "Lite"),
     "pe": (b"MZ" + bytes(58) + (64).to_bytes(4, "little") + b"PE\0\0" + bytes(90), "pe", "Windows"),
-    "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + os.urandom(40), "onnx", "ONNX"),
-    "tensorflow index": (os.urandom(60) + b"\x57\xfb\x80\x8b\x24\x75\x47\xdb", "tensorflow-index", ".data files"),
+    "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + random_bytes(40), "onnx", "ONNX"),
+    "tensorflow index": (random_bytes(60) + b"\x57\xfb\x80\x8b\x24\x75\x47\xdb", "tensorflow-index", ".data files"),
     "pickle": (b"\x80\x04}\x94.", "pickle", "no tensors"),
 }  # fmt: skip
 
@@ -118,9 +121,9 @@ def test_pictures(kind: str, name: str) -> None:
 def test_names_decide_only_where_bytes_cannot() -> None:
     assert look(tarred("boot1.jpg"), "up_param.bin").kind == "firmware"
     assert look(b"\x04\x22\x4d\x18" + bytes(9), "up_param.bin.lz4").kind == "firmware"
-    assert look(b"\x08\x08\x3a\xff\xff\x01" + os.urandom(9), "model.onnx").kind == "onnx"
-    assert look(os.urandom(999), "variables.data-00000-of-00001").kind == "tensorflow-data"
-    assert look(b"\x08\x01\x12\xff\xfe" + os.urandom(90), "saved_model.pb").kind == "tensorflow-saved-model"
+    assert look(b"\x08\x08\x3a\xff\xff\x01" + random_bytes(9), "model.onnx").kind == "onnx"
+    assert look(random_bytes(999), "variables.data-00000-of-00001").kind == "tensorflow-data"
+    assert look(b"\x08\x01\x12\xff\xfe" + random_bytes(90), "saved_model.pb").kind == "tensorflow-saved-model"
 
 
 def test_the_program_running_this_is_a_program() -> None:
@@ -146,7 +149,7 @@ def test_no_tensor_data_is_taken_for_something_else() -> None:
         for shape in ((320, 4), (4, 4096)):
             found = look((rng.standard_normal(shape) * 20).astype(dtype).tobytes())
             assert found.kind == "unknown" and "headerless" in found.message, found
-    assert "random" in look(os.urandom(60_000)).message
+    assert "random" in look(random_bytes(60_000)).message
 
 
 @settings(max_examples=300, deadline=None)

@@ -29,6 +29,8 @@ _SURE = 0.97
 """No reading of bytes that name nothing is surer than this."""
 _NOISE = 7.8
 """Bits per byte from which the bytes look like no numbers."""
+_TELLING = 256
+"""Bytes from which a sample says what it is."""
 _LEAST = 0.005
 """Readings less likely than this are not listed."""
 _EVIDENT = 64
@@ -110,8 +112,8 @@ def _types(source: Source) -> tuple[list[tuple[DType, float, tuple[str, ...]]], 
             costs[kind] = _cost(kind, values)
     if not costs:
         return [], 0.0
-    # Factors take 5 to 7 bits per byte when read rightly; what takes 8 is packed, encrypted or of another kind.
-    meaningful = min(1.0, max(0.05, (_NOISE - min(cost for cost, _ in costs.values())) / 0.35))
+    # Factors take 5 to 7 bits per byte when read rightly; what takes 8 is packed, encrypted or of another kind. A few bytes tell nothing.
+    meaningful = min(1.0, max(0.05, (_NOISE - min(cost for cost, _ in costs.values())) / 0.35)) * min(1.0, source.size / _TELLING)
     weight = min(source.size, 4 * _EVIDENT) * log(2)
     scores = {kind: log(_PRIOR[kind]) - cost * weight for kind, (cost, _) in costs.items()}
     best = max(scores.values())
