@@ -24,6 +24,8 @@ from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import error, warning
 from upparam.tensors import DTYPES, Tensor
 
+_CLIP = "text_model."
+"""In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""
 METADATA_KEY = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _BARE = re.compile(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
@@ -240,7 +242,7 @@ def _patterned(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the end of the module's path (peft src/peft/utils/other.py get_pattern_key)."""
     for pattern, value in (patterns or {}).items() if isinstance(patterns, Mapping) else ():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, module.removeprefix(_CLIP))):
                 return value
         except re.error:
             continue
@@ -331,15 +333,22 @@ def _config_of(deltas: Mapping[str, Delta]) -> dict[str, Any]:
         values = {
             "r": r,
             "lora_alpha": alpha,
-            # '^': the whole path, as diffusers writes it itself, so that `proj_out` does not mean `x.proj_out` too.
-            "rank_pattern": {f"^{module}": rank for module, rank in ranks.items() if rank != r},
-            "alpha_pattern": {f"^{module}": value for module, value in settled.items() if value != alpha},
-            "target_modules": sorted(own),
+            "rank_pattern": {_anchored(module): rank for module, rank in ranks.items() if rank != r},
+            "alpha_pattern": {_anchored(module): value for module, value in settled.items() if value != alpha},
+            "target_modules": sorted(module.removeprefix(_CLIP) for module in own),
             "use_dora": False,
             "lora_bias": False,
         }
         config |= {f"{component}.{key}": value for key, value in values.items()}
     return config
+
+
+def _anchored(module: str) -> str:
+    """The pattern that means this module: '^' before the whole path, as diffusers writes it, so that `proj_out` is not `x.proj_out` too.
+
+    CLIP's modules must be found with and without `text_model.` in front.
+    """
+    return module.removeprefix(_CLIP) if module.startswith(_CLIP) else f"^{module}"
 
 
 def _number(value: float) -> float | int:
