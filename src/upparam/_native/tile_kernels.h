@@ -134,6 +134,10 @@ TARGET static inline __attribute__((always_inline)) int NAME(block16)(
                 mid = (VF)(((VU)a & 0xFFFF0000u) | 0x8000u);
             }
             code |= sign >> 16;
+#ifndef HALF_UP
+            if (half) /* Inf and NaN came out of half_value as large numbers */
+                doubt |= (VU)((old & 0x7C00u) == 0x7C00u);
+#endif
             if (exact) {
                 VF norm;
                 memcpy(&norm, column_norm + j * LANES, sizeof norm);

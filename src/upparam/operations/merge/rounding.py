@@ -60,9 +60,10 @@ def round_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def widen(stored: NDArray[Any]) -> NDArray[np.float64]:
     """Stored values as float64, exactly."""
-    if stored.dtype.itemsize == 1:
-        return stored.astype(np.float32).astype(np.float64)
-    return stored.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        if stored.dtype.itemsize == 1:
+            return stored.astype(np.float32).astype(np.float64)
+        return stored.astype(np.float64)
 
 
 def ordered(stored: NDArray[Any]) -> NDArray[np.int64]:

@@ -1,0 +1,86 @@
+"""The compiled kernel, in every instruction set this processor has, gives the bytes that numpy gives; and nobody needs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from operations.merging import NUMPY, round_once
+from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, best_route, routes
+from upparam.tensors import DTYPES
+
+ROOT = Path(__file__).parents[2]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 150),
+    rank=st.integers(1, 40),
+    start=st.integers(0, 9),
+    size=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
+    strange=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_all_routes_give_the_same_bytes(
+    dtype: str, rows: int, columns: int, rank: int, start: int, size: float, strange: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    kind = NUMPY[dtype]
+    weight = (rng.standard_normal((rows, columns)) * 0.05).astype(kind)
+    if strange:  # every code: NaN, Inf, subnormals, both zeros
+        code = np.dtype(f"u{kind.itemsize}")
+        weight = rng.integers(0, 256**kind.itemsize, (rows, columns), dtype=np.uint64).astype(code).view(kind)
+        weight[rng.random((rows, columns)) < 0.3] = -0.0
+    up = rng.standard_normal((rows + start, rank)) * size
+    up[rng.random(up.shape) < 0.2] = 0
+    factors = LowRank(up, rng.standard_normal((rank, columns)))
+    results = {}
+    for name, route in routes().items():
+        tile = weight.copy()
+        counts = add_low_rank(tile, DTYPES[dtype], factors, start, Scratch(tile.size, route))
+        results[name] = (tile.tobytes(), counts)
+    assert len(set(results.values())) == 1, {name: counts for name, (_, counts) in results.items()}
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        true = weight.astype(np.float32).astype(np.float64) + up[start:] @ factors.down64
+    finite = np.isfinite(true) & (np.abs(true) < 0.99 * float(np.finfo(np.float32).max if dtype != "float16" else 65504))
+    got = np.frombuffer(results["numpy"][0], kind).reshape(rows, columns)
+    assert np.array_equal(got[finite].astype(np.float32), round_once(true[finite], dtype).astype(np.float32))
+
+
+def test_the_route_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPPARAM_KERNEL", "numpy")
+    assert best_route().name == "numpy"
+    monkeypatch.setenv("UPPARAM_KERNEL", "no-such")
+    assert best_route().name == next(iter(routes()))
+
+
+def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
+    route = best_route()
+    if route.module is None:
+        pytest.skip("the compiled kernel is not built here")
+    good = np.zeros(64, np.float32)
+    with pytest.raises(ValueError, match="too small"):
+        route.module.merge_tile(np.zeros(8, np.uint16), 4, 4, good, good, 1, good, good, 0, True, np.zeros(64, np.uint32), route.number)
+    with pytest.raises(ValueError, match="too small"):
+        route.module.settle(np.zeros(8, np.uint16), np.array([9], np.uint32), 1, 4, np.zeros(8), np.zeros(32), 8, 0)
+
+
+def test_installing_without_a_compiler_succeeds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")],
+        cwd=ROOT, env={**os.environ, "CC": "/bin/false"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
