@@ -96,3 +96,48 @@ def peft(folder: Path, layers: int = 24, rank: int = 16, modules: tuple[str, ...
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def sd15_base() -> object:
+    """The inventory whose modules the synthetic checkpoint has."""
+    from upparam.bases import inventory
+
+    return inventory.load("sd1.5")
+
+
+def sd15(path: Path) -> Path:
+    """A checkpoint with the tensor names and shapes of Stable Diffusion 1.5 in LDM layout (UNet, text encoder; VAE as padding), fp16."""
+    from upparam.bases.layouts import layout
+
+    base = sd15_base()
+    names = layout(base, "ldm")  # type: ignore[arg-type]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for foreign, parts in names.foreign.items():
+        shape = parts[0].shape
+        shapes[names.tensor_name(foreign)] = shape
+        if len(shape) > 1 and not foreign.endswith("embedding"):
+            shapes[names.tensor_name(foreign, "bias")] = shape[:1]
+    shapes["first_stage_model.decoder.padding"] = (83_653_863,)
+    write(path, shapes, Noise(np.float16, 0.03, 3))
+    return path
+
+
+def kohya(path: Path, rank: int = 32) -> Path:
+    """A kohya LoRA in fp16 on the attention and feed-forward linears of the UNet and of the text encoder: 264 modules."""
+    from upparam.bases.layouts import layout
+
+    base = sd15_base()
+    names = layout(base, "kohya")  # type: ignore[arg-type]
+    shapes: dict[str, tuple[int, ...]] = {}
+    alphas: dict[str, float] = {}
+    for module, place in names.places.items():
+        shape = place.part.shape
+        unet = module.startswith("unet.") and (".attentions." in module) and len(shape) in (2, 4) and "norm" not in module
+        text = module.startswith("text_encoder.") and (".self_attn." in module or ".mlp." in module)
+        if unet or text:
+            kernel = (1,) * (len(shape) - 2)
+            shapes[f"{place.foreign}.lora_down.weight"] = (rank, shape[1], *kernel)
+            shapes[f"{place.foreign}.lora_up.weight"] = (shape[0], rank, *kernel)
+            alphas[f"{place.foreign}.alpha"] = rank / 2
+    write(path, shapes, Noise(np.float16, 0.02, 4), alphas)
+    return path

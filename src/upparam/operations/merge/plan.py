@@ -281,9 +281,10 @@ def _ties(checkpoint: Checkpoint) -> bool:
 
 
 def _note_tied(plan: Plan, name: str) -> None:
-    embedding = name.endswith((".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight"))
+    if not name.endswith((".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight")):
+        return
     head = any(key.endswith("lm_head.weight") for key in plan.checkpoint.tensors)
-    if embedding and not head and (_ties(plan.checkpoint) or plan.checkpoint.config is None):
+    if not head and (_ties(plan.checkpoint) or plan.checkpoint.config is None):
         finding = warning(
             "tied-weight", name, "the base ties its output head to this embedding: merging the delta changes both", "no lm_head.weight"
         )
