@@ -127,7 +127,7 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
 def _magic(head: Head) -> LookAlike | None:
     for magic, at, kind, message in _MAGIC:
         if head.data[at : at + len(magic)] == magic and (kind != "webp" or head.data[:4] == b"RIFF"):
-            if kind == "lz4" and _FIRMWARE.search(head.name):
+            if kind == "lz4" and re.search(_FIRMWARE, head.name):
                 return LookAlike("firmware", "packed Samsung firmware (up_param); nothing to do with model parameters", (head.name,))
             return LookAlike(kind, message, (f"magic {magic!r} at byte {at}",))
     if head.data[:2] == b"MZ" and len(head.data) >= 64:
@@ -172,8 +172,8 @@ def _onnx(head: Head) -> LookAlike | None:
     return None
 
 
-_FIRMWARE = re.compile(r"up_param", re.I)
-_BOOT_PICTURE = re.compile(r"(svb_\w+|booting_warning\w*|logo|letter|warning|download\w*|charging\w*)\.(jpg|png)$")
+_FIRMWARE = r"(?i)up_param"
+_BOOT_PICTURE = r"(svb_\w+|booting_warning\w*|logo|letter|warning|download\w*|charging\w*)\.(jpg|png)$"
 _MODEL_PARTS = (".ckpt", ".distcp", ".index")
 
 
@@ -198,7 +198,7 @@ def _archive(head: Head) -> LookAlike | None:
     if (
         kind == "tar"
         and len(pictures) * 2 > len(names)
-        and (_FIRMWARE.search(head.name) or any(_BOOT_PICTURE.match(name) for name in pictures))
+        and (re.search(_FIRMWARE, head.name) or any(re.match(_BOOT_PICTURE, name) for name in pictures))
     ):
         return LookAlike("firmware", "Samsung firmware (up_param: the pictures shown at boot); nothing to do with model parameters", shown)
     if "model_config.yaml" in lower and any(

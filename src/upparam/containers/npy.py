@@ -48,10 +48,8 @@ _REFUSED = {
     "m": ("an array of time spans, not numbers", None),
     "V": ("an array of nameless bytes; ml_dtypes saves several 8-bit floats this way and their name is lost", "save it as safetensors"),
 }
-_TOKEN = re.compile(
-    r"\s*(?:(?P<text>'[^'\\\n]*'|\"[^\"\\\n]*\")|(?P<word>True|False)|(?P<number>\d{1,20})L?(?![\w.])|(?P<mark>[{}(),:\[\]]))"
-)
-_NOTE = re.compile(r"#\s*dtype:\s*(\w+)\s*\Z")
+_TOKEN = r"\s*(?:(?P<text>'[^'\\\n]*'|\"[^\"\\\n]*\")|(?P<word>True|False)|(?P<number>\d{1,20})L?(?![\w.])|(?P<mark>[{}(),:\[\]]))"
+_NOTE = r"#\s*dtype:\s*(\w+)\s*\Z"
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,13 @@ def _parse(text: str) -> tuple[str, bool, tuple[int, ...], str | None]:
     """descr, fortran_order and shape of the header's dict, and the dtype note behind it. Raises ValueError."""
     tokens: list[tuple[str, str]] = []
     at = 0
-    while match := _TOKEN.match(text, at):
+    token = re.compile(_TOKEN)
+    while match := token.match(text, at):
         assert match.lastgroup is not None
         tokens.append((match.lastgroup, match[match.lastgroup]))
         at = match.end()
     rest = text[at:].strip()
-    note = _NOTE.fullmatch(rest)
+    note = re.fullmatch(_NOTE, rest)
     if rest and note is None:
         raise ValueError(f"unexpected {rest[:20]!r}")
     found: dict[str, Any] = {}
