@@ -245,7 +245,7 @@ def test_broken_packed_data(kind: str) -> None:
     with pytest.raises(MalformedError, match="ends early"):
         contents(good[:-12])
     with pytest.raises(MalformedError, match="ends early"):
-        contents(good[:6])
+        contents(good[:16])
     with pytest.raises(MalformedError, match="follows"):
         contents(good + b"extra")
     middle = bytearray(good)
@@ -253,6 +253,12 @@ def test_broken_packed_data(kind: str) -> None:
     middle[len(good) // 2 + 1] ^= 0xFF
     with pytest.raises(MalformedError):
         contents(bytes(middle))
+
+
+@pytest.mark.parametrize("start", [b"\x1f\x8b", b"\x1f\x8b\x08\xff", b"BZh", b"BZh9numbers", b"PK", b"\xfd7zX"])
+def test_headerless_data_that_starts_alike_is_no_archive(start: bytes) -> None:
+    data = start + np.random.default_rng(0).standard_normal(500).astype(np.float32).tobytes()
+    assert not archive.sniff(head_of(MemorySource(data), Path("up-param.bin")))
 
 
 def test_nesting_is_limited(tmp_path: Path) -> None:
@@ -267,6 +273,7 @@ def test_nesting_is_limited(tmp_path: Path) -> None:
 
 
 BROKEN_TARS = {
+    "shorter than a header": (lambda data: data[:500], "too short"),
     "cut in a member": (lambda data: data[:700], "ends inside a member"),
     "a wrong checksum later": (lambda data: data[:1536] + b"junk" + data[1540:], "checksum"),
 }

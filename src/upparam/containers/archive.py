@@ -6,6 +6,7 @@ that it would land outside the archive's folder, is a finding and is left out.
 
 from __future__ import annotations
 
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,7 +25,12 @@ from upparam.tensors import Source
 _CHUNK = 1 << 20
 _XZ_MEMORY = 256 << 20
 """Bytes an xz decoder may use; the strongest preset needs 65 MiB."""
-_PACKED = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
+_PACKED = {
+    rb"\x1f\x8b\x08[\x00-\x1f]": "gz",
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bz2",
+    rb"\xfd7zXZ\x00": "xz",
+}
+"""As much of each header as is fixed: two bytes alone would claim one headerless file in 65,536."""
 _SUFFIXES = (".gz", ".bz2", ".xz", ".tgz", ".tbz2", ".txz")
 _PLAIN = (
     ".json", ".txt", ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".py", ".yaml", ".yml", ".toml", ".csv", ".tsv", ".log", ".html",
@@ -52,7 +58,7 @@ def contents(source: Source, path: Path) -> Contents:
 
     Files that are plainly no tensors by their name (json, txt, png ...) are listed as passed over, not opened.
     """
-    start = source.read(0, min(8, source.size))
+    start = source.read(0, min(16, source.size))
     if start[:2] == b"PK":
         return _zip(source, path)
     packing = _packing(start)
@@ -86,7 +92,7 @@ def _sorted(kind: str, files: list[tuple[str, Source]], findings: list[Finding])
 
 
 def _packing(data: bytes) -> str | None:
-    return next((kind for magic, kind in _PACKED.items() if data.startswith(magic)), None)
+    return next((kind for pattern, kind in _PACKED.items() if re.match(pattern, data, re.S)), None)
 
 
 def _decoder(kind: str) -> tuple[Callable[[], Any], type[Exception]]:

@@ -57,6 +57,8 @@ def unsafe(name: str) -> bool:
 
 def read_archive(source: Source, path: Path) -> TarArchive:
     """The archive's regular files. Raises MalformedError for a broken header or a truncated member, LimitError past the limits."""
+    if source.size < BLOCK:
+        raise MalformedError("too short for a tar archive", file=path, expected=f"at least {BLOCK} bytes", found=source.size)
     members: list[TarMember] = []
     findings: list[Finding] = []
     at, count = 0, 0
