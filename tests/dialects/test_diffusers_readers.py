@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from tests.dialects import pipelines  # noqa: E402
+
 from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 
@@ -28,7 +29,7 @@ def attention(path: str) -> bool:
 
 
 def flux_layers(path: str) -> bool:
-    return "blocks." in path and "norm_" not in path or "self_attn" in path
+    return ("blocks." in path and "norm_" not in path) or "self_attn" in path
 
 
 CASES = [

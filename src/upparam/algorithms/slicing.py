@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
-from upparam.algorithms.base import BAKED, Delta, RowReader, ScaleRule, Scaling, Update
+from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor, same_bits
@@ -110,6 +111,51 @@ def join(parts: Sequence[Delta | int]) -> Delta:
     return joined
 
 
+def unjoin(delta: Delta, spans: Sequence[tuple[int, int]], told: Any) -> list[Delta | None] | None:
+    """The parts a joined LoRA was made of, with their own ranks; None when `told` is not of that form or the factors do not bear it out.
+
+    `told` says per row span None (its rows are zeros) or [first column, last column, alpha]; every other column of those rows must be
+    zero, and alpha must give the scale of the whole.
+    """
+    if type(delta) is not LoRA or delta.mid is not None or not isinstance(told, list) or len(told) != len(spans):
+        return None
+    up = delta.up.read()
+    found: list[Delta | None] = []
+    for (start, stop), how in zip(spans, told, strict=True):
+        rows = up[start:stop]
+        if how is None:
+            if rows.any():
+                return None
+            found.append(None)
+            continue
+        part = _part(delta, rows, start, stop, how)
+        if part is None:
+            return None
+        found.append(part)
+    return found
+
+
+def _part(delta: LoRA, rows: NDArray[Any], start: int, stop: int, how: Any) -> LoRA | None:
+    if not isinstance(how, list) or len(how) != 3:
+        return None
+    low, high, alpha = how
+    if (
+        type(low) is not int
+        or type(high) is not int
+        or not 0 <= low < high <= delta.rank
+        or not isinstance(alpha, (int, float, type(None)))
+    ):
+        return None
+    if rows[:, :low].any() or rows[:, high:].any():
+        return None
+    scaling = Scaling(ScaleRule.ALPHA_OVER_RANK, None if alpha is None else float(alpha))
+    scale, whole = scaling.value(high - low), delta.scale
+    if scale is None or whole is None or not isclose(scale, whole, rel_tol=1e-12):
+        return None
+    up = delta.up.rows(start, stop).reshape((stop - start, delta.rank)).columns(low, high)
+    return LoRA(up.reshape((stop - start, high - low, *delta.up.shape[2:])), delta.down.rows(low, high), scaling, embedding=delta.embedding)
+
+
 def reorder(delta: Delta, rows: Sequence[int] | NDArray[Any]) -> Delta:
     """The delta of the weight whose row i is this one's row `rows[i]`."""
     if type(delta) is LoRA:
@@ -127,7 +173,7 @@ def take_rows(tensor: Tensor, rows: Sequence[int] | NDArray[Any]) -> Tensor:
     index = [int(row) for row in rows]
     breaks = [0, *(at for at in range(1, len(index)) if index[at] != index[at - 1] + 1), len(index)]
     if len(breaks) <= 5:
-        return stack([tensor.rows(index[low], index[high - 1] + 1) for low, high in zip(breaks, breaks[1:], strict=False)])
+        return stack([tensor.rows(index[low], index[high - 1] + 1) for low, high in pairwise(breaks)])
     return Tensor.computed(tensor.dtype, (len(index), *tensor.shape[1:]), lambda: tensor.read()[index], tensor.source.name)
 
 
@@ -236,6 +282,3 @@ def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA
 
     scaling = Scaling(ScaleRule.ALPHA_OVER_RANK, alpha=scales[0] * rank) if deltas[0].scaling != BAKED else BAKED
     return LoRA(Tensor.computed(dtype, shape, up), stack([part.down for part in deltas]), scaling)
-
-
-__all__ = ["RowReader", "RowSlice", "cut", "join", "reorder", "same_tensor", "stack", "take_rows"]

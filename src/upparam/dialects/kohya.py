@@ -6,6 +6,7 @@ SD 1 and 2 use diffusers' block names, later models those of their authors; both
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from upparam.algorithms.base import Delta
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import Resolved, base_of, resolve, to_foreign, to_targets
+from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, base_of, resolve, take_parts, to_foreign, to_targets
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import Finding, error, warning
 from upparam.tensors import DTYPES, Tensor
@@ -104,14 +105,16 @@ class Kohya:
             {}, self.name, extras, metadata=dict(file.metadata), spelling=_spelling(groups, found), files=(str(file.path),), leftovers=leftovers,
             findings=findings, layout="kohya" if found is None else "reference", base=None if found is None else found.hint,
         )  # fmt: skip
+        told = take_parts(adapter.metadata)
         for module, built in deltas.items():
-            _settle(adapter, module, built, groups[module], found)
+            _settle(adapter, module, built, groups[module], found, told)
         return adapter
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """One safetensors file. Raises RefusedError for extras, for deltas without words here, and where the base is not known."""
         base = base_of(adapter, options)
-        named = self.names(adapter, base, options)
+        told: Parts = {}
+        named = self.names(adapter, base, options, told)
         problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
         tensors = {_bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
@@ -130,6 +133,8 @@ class Kohya:
                 found="; ".join(problems[:8]) + (" ..." if len(problems) > 8 else ""), remedy="give up extras with --drop KIND",
             )  # fmt: skip
         metadata = kohya_metadata.written(adapter, tensors, base, self.module)
+        if told:
+            metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
 
     def spell_parameter(self, parameter: str, delta: Delta) -> dict[str, Tensor]:
@@ -138,7 +143,7 @@ class Kohya:
             raise RefusedError(f"a delta of the {parameter} has no form in {self.name}")
         return self.spell(delta)
 
-    def names(self, adapter: Adapter, base: Any, options: Mapping[str, Any]) -> dict[tuple[str, str], Delta]:
+    def names(self, adapter: Adapter, base: Any, options: Mapping[str, Any], told: Parts) -> dict[tuple[str, str], Delta]:
         """(module as this dialect names it, parameter) -> delta."""
         if adapter.layout == "kohya":
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
@@ -154,7 +159,7 @@ class Kohya:
         found: dict[tuple[str, str], Delta] = {}
         for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):
             deltas = {target: delta for target, delta in adapter.deltas.items() if target.parameter == parameter}
-            for foreign, delta in to_foreign(one, deltas).items():
+            for foreign, delta in to_foreign(one, deltas, told).items():
                 found[_respelled(foreign, spelling), parameter] = delta
         return found
 
@@ -184,7 +189,7 @@ def _bundle_name(token: str) -> str:
     return f"bundle_emb.{token}" if token.endswith(_ENCODERS) else f"bundle_emb.{token}{_PARAMETER}"
 
 
-def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: words.Words, found: Resolved | None) -> None:
+def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: words.Words, found: Resolved | None, told: Parts) -> None:
     """Put a module's deltas under their targets; a module the base does not have goes to the leftovers, with a finding."""
     if found is None:
         adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in built.items()}
@@ -194,7 +199,7 @@ def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: wo
         adapter.findings.append(warning("unknown-module", module, f"{found.layout.base.name} has no such module of this shape", f"{shape}"))
     else:
         for parameter, delta in built.items():
-            for target, piece in to_targets(found.layout, found.names[module], delta).items():
+            for target, piece in to_targets(found.layout, found.names[module], delta, told).items():
                 adapter.deltas[target._replace(parameter=parameter)] = piece
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -94,23 +95,49 @@ def _bare(shape: Shape) -> Shape:
     return shape
 
 
-def to_targets(one: LayoutMap, foreign: str, delta: Delta) -> dict[Target, Delta]:
-    """The reference targets a delta of a foreign module changes: cut where the foreign weight stacks several, rows in reference order."""
-    from upparam.algorithms.slicing import cut, reorder
+PARTS_KEY = "upparam.parts"
+"""Metadata under which a file of joined deltas says how they were joined, so that they come apart again bit for bit."""
 
+Parts = dict[str, list[list[float | None] | None]]
+"""Foreign module -> per stacked part None (not changed: its rows are zeros) or [first column, last column, alpha] of its own factors."""
+
+
+def take_parts(metadata: dict[str, str]) -> Parts:
+    """The parts a file's metadata tells of, removed from it; {} when it tells of none or of something else."""
+    try:
+        value = json.loads(metadata.pop(PARTS_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def to_targets(one: LayoutMap, foreign: str, delta: Delta, told: Parts | None = None) -> dict[Target, Delta]:
+    """The reference targets a delta of a foreign module changes: cut where the foreign weight stacks several, rows in reference order.
+
+    `told` is what the file's metadata says about how its parts were joined; it is believed only where the factors bear it out.
+    """
+    from upparam.algorithms.slicing import cut, reorder, unjoin
+
+    parts = one.to_reference(foreign)
+    pieces: Sequence[Delta | None] | None = None
+    if told and foreign in told and all(part.span for part in parts):
+        pieces = unjoin(delta, [part.span for part in parts if part.span], told[foreign])
+    if pieces is None:
+        pieces = [cut(delta, *part.span) if part.span else delta for part in parts]
     found: dict[Target, Delta] = {}
-    for part in one.to_reference(foreign):
-        piece = cut(delta, *part.span) if part.span else delta
+    for part, piece in zip(parts, pieces, strict=True):
+        if piece is None:
+            continue
         if not part.order.plain:
             piece = reorder(piece, part.order.reference_rows(piece.shape[0]))
         found[Target(part.module)] = piece
     return found
 
 
-def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[str, Delta]:
+def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | None = None) -> dict[str, Delta]:
     """The foreign modules that these reference targets change, in the order of first appearance; parts of a stacked weight joined.
 
-    Raises RefusedError listing targets that the layout has no name for, and where parts cannot be joined exactly.
+    `told`, when given, is filled with what the file must say so that joined parts come apart again (metadata PARTS_KEY). Raises RefusedError listing targets that the layout has no name for, and where parts cannot be joined exactly.
     """
     from upparam.algorithms.slicing import join, reorder
 
@@ -138,6 +165,32 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[str, Delt
             raise RefusedError(
                 problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy
             ) from None
+        if told is not None and (how := _how_joined(one, foreign, members, found[foreign])):
+            told[foreign] = how
+    return found
+
+
+def _how_joined(one: LayoutMap, foreign: str, members: list[tuple[int, Delta]], whole: Delta) -> list[list[float | None] | None]:
+    """Where each part's factors lie in the joined LoRA; [] when cutting by rows gives them back anyway, or parts are not whole modules."""
+    from upparam.algorithms.lora import LoRA
+
+    spans = [part.span or (0, part.shape[0]) for part in one.to_reference(foreign)]
+    starts = dict(members)
+    whole_parts = all(low not in starts or starts[low].shape[0] == high - low for low, high in spans)
+    if len(spans) < 2 or type(whole) is not LoRA or not whole_parts or not set(starts) <= {low for low, _ in spans}:
+        return []
+    apart = len(members) > 1 and whole.rank == sum(delta.rank or 0 for _, delta in members)
+    if not apart and len(members) == len(spans):
+        return []
+    found: list[list[float | None] | None] = []
+    column = 0
+    for low, _ in spans:
+        if low not in starts:
+            found.append(None)
+            continue
+        rank = starts[low].rank or 0
+        found.append([column, column + rank, starts[low].alpha])
+        column += rank if apart else 0
     return found
 
 
