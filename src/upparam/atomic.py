@@ -21,10 +21,11 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 
 @contextmanager
-def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_file(out: Path, *, force: bool = False, sync: bool = True) -> Iterator[Path]:
     """Yield a path of the same name in a temporary folder beside `out`; on success it is synced and renamed to `out`, on any error removed.
 
-    Raises OutputExistsError before anything is written if `out` exists and `force` is not set.
+    Raises OutputExistsError before anything is written if `out` exists and `force` is not set. Without `sync` the rename does not wait
+    for the disk: a kill still leaves nothing half-written, a power cut may.
     """
     refuse_existing(out, force)
     if out.is_dir():
@@ -33,29 +34,32 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
     temporary = folder / out.name
     try:
         yield temporary
-        _sync(temporary)
+        if sync:
+            _sync(temporary)
         temporary.replace(out)
-        _sync(out.parent)
+        if sync:
+            _sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success its files are synced and it is renamed to `out`, on any error removed.
 
-    With `force` an existing `out` is replaced as a whole, and stays until the new one is complete.
+    With `force` an existing `out` is replaced as a whole, and stays until the new one is complete. `sync` as for `atomic_file`.
     """
     refuse_existing(out, force)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        for path in sorted(temporary.rglob("*")):
-            _sync(path)
-        _sync(temporary)
+        if sync:
+            for path in (*sorted(temporary.rglob("*")), temporary):
+                _sync(path)
         _swap(temporary, out)
-        _sync(out.parent)
+        if sync:
+            _sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

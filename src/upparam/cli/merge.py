@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
+    parser.add_argument(
+        "--no-sync", dest="sync", action="store_false", help="do not wait for the disk (safe against a kill, not a power cut)"
+    )
     parser.add_argument("--dtype", metavar="DTYPE", help="write all float weights in this dtype (bf16, fp16, fp32)")
     add_common(parser)
 
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.in_place:
         raise UsageError("nowhere to write", remedy="give -o OUT, --in-place or --dry-run")
     receipt = merge(
-        args.base, adapters, args.out, in_place=args.in_place, force=args.force, verify=args.verify, exact=args.exact,
+        args.base, adapters, args.out, in_place=args.in_place, force=args.force, verify=args.verify, sync=args.sync, exact=args.exact,
         threads=args.threads, progress=progress_for(args), **choice,
     )  # fmt: skip
     return emit_receipt(args, receipt)

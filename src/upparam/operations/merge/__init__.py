@@ -33,6 +33,7 @@ def merge(
     force: bool = False,
     verify: bool = True,
     exact: bool = True,
+    sync: bool = True,
     dtype: str | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -47,6 +48,7 @@ def merge(
     carried. `dtype` ('float16', 'bf16', ...) converts all float weights; `only` and `skip` are globs over target module paths; `drop`
     names kinds of extras that may be left out; `block_weight` gives each target another multiplier. `exact=False` leaves out the
     float64 check of near-ties (about 1 element in 10^5 is then off by one unit in the last place).
+    `sync=False` does not wait until the disk has everything (see `upparam.atomic`).
 
     With `in_place` and no `out` the base's own files are changed, with an undo journal beside them (see `inplace`).
 
@@ -68,7 +70,7 @@ def merge(
     else:
         from upparam.operations.merge.write import write
 
-        outcome = write(plan, Path(out), force=force, verify=verify, exact=exact, threads=threads, progress=progress)
+        outcome = write(plan, Path(out), force=force, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
     place = str(base if out is None else out)
     findings = [finding for item in plan.ingredients for finding in item.adapter.findings if finding.severity]
     if not exact:

@@ -207,7 +207,7 @@ def _apply(plan: Plan, moved: list[Work], *, verify: bool, exact: bool, threads:
     outcome = summary(plan, shares)
     outcome.bytes = plan.touched_bytes
     if samples is not None:
-        outcome.proofs = [check_samples(samples, {name: work.tensor for name, work in plan.works.items()})]
+        outcome.proofs = [check_samples(samples, {name: work.tensor for name, work in plan.works.items()}, exact)]
     return outcome
 
 

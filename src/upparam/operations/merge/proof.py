@@ -19,6 +19,8 @@ from upparam.tensors import DType, Tensor
 SAMPLE_ELEMENTS = 1 << 22
 """Elements recomputed in all (their float64 values are kept until the output is read back: 32 MiB)."""
 ROWS_PER_TENSOR = 2
+_FLOAT32_ERROR = 2.0**-18
+"""The same for float32 sums, allowed where the check of near-ties was left out."""
 _REFERENCE_ERROR = 2.0**-46
 """How far the float64 reference itself may be off, relative to the largest sum of its row (thousands of terms, cancellation)."""
 COMPARED_BYTES = 16 << 10
@@ -51,15 +53,16 @@ class Samples:
                     self.kept.append((loaded.work.name, row, part, true))
 
 
-def check_samples(samples: Samples, written: Mapping[str, Tensor]) -> str:
-    """Compare every sample with what was written. Returns the proof; raises VerificationError naming the first wrong element."""
-    total, largest = 0, 0.0
+def check_samples(samples: Samples, written: Mapping[str, Tensor], exact: bool = True) -> str:
+    """Compare every sample with what was written (without `exact`, within what float32 sums allow). Returns the proof; raises VerificationError naming the first wrong element."""
+    total, wrong, largest = 0, 0, 0.0
     for name, row, part, true in samples.kept:
         tensor = written[name]
         matrix = tensor.reshape(matrix_shape(tensor.shape))
         stored = matrix.rows(row, row + 1).read()[0, part]
         error, ulp = error_in_ulp(true, stored, tensor.dtype)
-        excess = error - 0.5 - _REFERENCE_ERROR * np.abs(true).max(initial=0.0) / ulp
+        reach = np.abs(true).max(initial=0.0) / ulp
+        excess = error - 0.5 - (_REFERENCE_ERROR if exact else _FLOAT32_ERROR) * reach
         worst = int(excess.argmax()) if error.size else 0
         if error.size and not excess[worst] <= 0:
             raise VerificationError(
@@ -67,10 +70,11 @@ def check_samples(samples: Samples, written: Mapping[str, Tensor]) -> str:
                 expected=f"{true[worst]!r}", found=f"{float(stored[worst])!r} ({error[worst]:.3g} ulp off)",
             )  # fmt: skip
         total += error.size
+        wrong += int(np.count_nonzero(error > 0.5 + _REFERENCE_ERROR * reach))
         largest = max(largest, float(error.max(initial=0.0)))
     return (
         f"{total:,} elements in {len(samples.kept)} sampled rows recomputed in float64 from the adapters and read back: "
-        f"0 wrongly rounded, largest error {largest:.3f} ulp"
+        f"{wrong:,} wrongly rounded, largest error {largest:.3f} ulp"
     )
 
 

@@ -140,7 +140,7 @@ def note(plan: Plan, hashes: Mapping[int, str]) -> str:
     return json.dumps({"upparam": __version__, "adapters": adapters}, separators=(",", ":"))
 
 
-def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, threads: int, progress: Progress) -> Outcome:
+def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress) -> Outcome:
     """Write the planned merge to `out` (a folder when the base is one). Nothing appears under that name unless everything succeeded.
 
     Raises RefusedError when the result would equal the base or the disk lacks room, VerificationError when what was written is wrong.
@@ -163,13 +163,13 @@ def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, thre
     _check_room(plan, out)
     try:
         if plan.checkpoint.is_folder:
-            with atomic_folder(out, force=force) as folder:
+            with atomic_folder(out, force=force, sync=sync) as folder:
                 places = [folder / file.relative for file in files]
-                outcome = _write_files(plan, files, places, verify=verify, exact=exact, threads=threads, progress=progress)
+                outcome = _write_files(plan, files, places, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
                 _carry(plan.checkpoint, files, folder)
         else:
-            with atomic_file(out, force=force) as path:
-                outcome = _write_files(plan, files, [path], verify=verify, exact=exact, threads=threads, progress=progress)
+            with atomic_file(out, force=force, sync=sync) as path:
+                outcome = _write_files(plan, files, [path], verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
     except OSError as problem:
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UnreadableError(
@@ -191,7 +191,7 @@ def _check_room(plan: Plan, out: Path) -> None:
 
 
 def _write_files(
-    plan: Plan, files: list[OutFile], places: list[Path], *, verify: bool, exact: bool, threads: int, progress: Progress
+    plan: Plan, files: list[OutFile], places: list[Path], *, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress
 ) -> Outcome:
     from upparam.operations.merge.hashing import Hashes
 
@@ -213,7 +213,7 @@ def _write_files(
         widest = max((max(1, _columns(work)) for work in plan.works.values()), default=1)
         from upparam.operations.merge.kernel import TILE_ELEMENTS
 
-        with Flusher(descriptors):
+        with Flusher(descriptors if sync else ()):
             run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
         text = note(plan, hashes.found)
         for file, fd in zip(files, descriptors, strict=True):
@@ -224,7 +224,7 @@ def _write_files(
     outcome = summary(plan, shares)
     outcome.bytes = sum(place.stat().st_size for place in places)
     if samples is not None:
-        outcome.proofs = _prove(plan, files, places, samples)
+        outcome.proofs = _prove(plan, files, places, samples, exact)
     return outcome
 
 
@@ -326,7 +326,7 @@ def summary(plan: Plan, shares: list[Shared]) -> Outcome:
     return outcome
 
 
-def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Samples) -> list[str]:
+def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Samples, exact: bool) -> list[str]:
     written: dict[str, Tensor] = {}
     untouched: dict[str, tuple[Tensor, Tensor]] = {}
     for file, place in zip(files, places, strict=True):
@@ -339,7 +339,7 @@ def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Sample
             written[qualified] = found
             if qualified not in plan.works and name not in file.added and found.dtype == file.source.tensors[name].dtype:
                 untouched[qualified] = (file.source.tensors[name], found)
-    return [check_samples(samples, written), check_untouched(untouched)]
+    return [check_samples(samples, written, exact), check_untouched(untouched)]
 
 
 def _carry(checkpoint: Checkpoint, files: list[OutFile], folder: Path) -> None:
