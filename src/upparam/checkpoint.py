@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from upparam.containers.base import TensorFile
 from upparam.dialects.base import read_json
 from upparam.errors import AmbiguousError, MalformedError, UnreadableError
 from upparam.findings import Finding
-from upparam.tensors import Tensor
+from upparam.tensors import DTYPES, FileSource, Tensor
 
 INDEX_SUFFIX = ".index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
@@ -49,7 +50,9 @@ class CheckpointFile:
     metadata: Mapping[str, str] = field(repr=False)
     data_start: int | None = None
     quantised: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """Tensors in a block format that is no plain dtype (GGUF): name -> its type, shape and place (`containers.gguf.QuantisedTensor`)."""
+    """Tensors in a block format that is no plain dtype (GGUF): name -> its type, shape and place (`containers.gguf.QuantisedTensor`).
+
+    In `tensors` they are their bytes, uint8 (rows, bytes of a row)."""
 
     def qualified(self, name: str) -> str:
         """The tensor's name in the whole checkpoint: the component, a dot, and its name in the file."""
@@ -92,8 +95,9 @@ class Checkpoint:
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape by its name in the whole checkpoint."""
-        return {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
+        """Every tensor's shape by its name in the whole checkpoint; of a quantised tensor, that of what it stands for."""
+        shapes = {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
+        return shapes | {file.qualified(name): item.shape for file in self.files for name, item in file.quantised.items()}
 
     @cached_property
     def nbytes(self) -> int:
@@ -115,13 +119,19 @@ class Checkpoint:
         file = open_file(path)
         config = read_json(path.parent / "config.json")
         return Checkpoint(
-            path, (_checkpoint_file(file, path.name, ""),), (), {} if config is None else {"": config}, (), tuple(file.findings)
+            path, (checkpoint_file(file, path.name, ""),), (), {} if config is None else {"": config}, (), tuple(file.findings)
         )
 
 
-def _checkpoint_file(file: TensorFile, relative: str, component: str) -> CheckpointFile:
+def checkpoint_file(file: TensorFile, relative: str, component: str) -> CheckpointFile:
+    """A tensor file as part of a checkpoint."""
+    tensors = dict(file.tensors)
     quantised = file.structure.get("quantised", {}) if file.container == "gguf" and isinstance(file.structure, dict) else {}
-    return CheckpointFile(file.path, relative, component, file.container, file.tensors, file.metadata, file.data_start, quantised)
+    source = FileSource(file.path) if quantised else None
+    for name, item in quantised.items():
+        rows = prod(item.shape[:-1])
+        tensors[name] = Tensor(DTYPES["uint8"], (rows, item.nbytes // max(1, rows)), source, item.offset)  # type: ignore[arg-type]
+    return CheckpointFile(file.path, relative, component, file.container, tensors, file.metadata, file.data_start, quantised)
 
 
 def _open_folder(folder: Path, index: Path | None) -> Checkpoint:
@@ -146,7 +156,7 @@ def _open_folder(folder: Path, index: Path | None) -> Checkpoint:
     for component, paths in chosen.items():
         for path in paths:
             file = open_file(path)
-            files.append(_checkpoint_file(file, path.relative_to(folder).as_posix(), component))
+            files.append(checkpoint_file(file, path.relative_to(folder).as_posix(), component))
             findings += file.findings
     _check_unique(files)
     for index_file in indexes:

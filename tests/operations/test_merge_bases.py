@@ -202,3 +202,26 @@ def test_fp16_overflow_is_a_finding(tmp_path: Path) -> None:
     receipt = merge(base, adapter({"m": lora(np.array([[1.0]]), np.array([[9000.0, 0.5]]))}), tmp_path / "o.safetensors")
     assert np.isinf(load(tmp_path / "o.safetensors")["m.weight"][0, 0])
     assert [finding.code for finding in receipt.findings] == ["overflow"] and "1 elements" in receipt.findings[0].message
+
+
+def test_q8_0_is_requantised_as_the_gguf_library_does(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    packed = gguf.quants.quantize(normal(10, 64), kind)
+    writer = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "test")
+    writer.add_tensor("m.weight", packed, raw_dtype=kind)
+    writer.add_tensor(
+        "n.weight", gguf.quants.quantize(normal(4, 64), gguf.GGMLQuantizationType.Q4_0), raw_dtype=gguf.GGMLQuantizationType.Q4_0
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    delta = rank2(10, 64)
+    receipt = merge(tmp_path / "b.gguf", adapter({"m": delta}), tmp_path / "o.gguf")
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "o.gguf").tensors}
+    expected = gguf.quants.dequantize(packed, kind).astype(np.float64) + delta.load().rows(0, 10)
+    assert np.array_equal(reader["m.weight"].data, gguf.quants.quantize(expected.astype(np.float32), kind))
+    assert receipt.counts["tensors_changed"] == 1 and receipt.counts["elements_changed"] > 500
+    with pytest.raises(RefusedError, match="Q4_0"):
+        merge(tmp_path / "b.gguf", adapter({"n": rank2(4, 64)}), tmp_path / "p.gguf")

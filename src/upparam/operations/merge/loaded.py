@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from upparam.algorithms.base import Update
 from upparam.errors import MalformedError
 from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, store
+from upparam.operations.merge.packing import decode, encode
 from upparam.operations.merge.plan import Piece, Work
 from upparam.operations.merge.rounding import narrow, widen
 from upparam.tensors import Tensor
@@ -58,6 +59,14 @@ class BaseRows:
         return widen(self.stored(start, stop))
 
 
+class PackedRows(BaseRows):
+    """Rows of a quantised weight: `stored` gives bytes, calling gives values."""
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) in float64, decoded."""
+        return decode(self.stored(start, stop))
+
+
 class ScaledRows(BaseRows):
     """Rows of a scaled fp8 weight: the stored value times its scale, which is one number, one a row, or one a block."""
 
@@ -100,7 +109,7 @@ class Loaded:
         self.work = work
         # deltas on a replaced weight (an embedding saved beside its LoRA) change the saved one
         source = work.replacement if work.replacement is not None and work.pieces else work.tensor
-        self.base = BaseRows(source) if work.scale is None else ScaledRows(source, work.scale)
+        self.base = PackedRows(source) if work.packing else BaseRows(source) if work.scale is None else ScaledRows(source, work.scale)
         self.updates = [piece.delta.load() for piece in work.pieces]
         self.segments: list[tuple[int, int, LowRank | None]] | None = None
         self._chain: Rows | None = None
@@ -108,7 +117,7 @@ class Loaded:
             self._chain = BaseRows(work.replacement)
             return
         forms = [update.low_rank() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
-        if all(form is not None for form in forms) and work.scale is None:
+        if all(form is not None for form in forms) and work.scale is None and not work.packing:
             self.segments = self._cut([form for form in forms if form is not None])
         else:
             self._chain = self._compose()
@@ -166,6 +175,9 @@ class Loaded:
         """
         dtype = self.work.dtype
         stop = start + len(stored)
+        if self.work.packing:
+            packed = encode(self.true(start, stop))
+            return packed, int(np.count_nonzero(decode(packed) != decode(stored))), 0
         if dtype != self.base.tensor.dtype:
             plain = narrow(widen(stored), dtype)
             return plain, *store(plain, self.true(start, stop), dtype)
@@ -180,10 +192,10 @@ class Loaded:
         return stored, changed, infinite
 
     def reference(self, row: int, columns: slice) -> NDArray[np.float64]:
-        """One row of the result in float64, straight from the deltas: no segments, no tiles, nothing shared with the fast path."""
+        """One row of the result in float64 (of a quantised weight: its bytes), straight from the deltas: no segments, no tiles, nothing shared with the fast path."""
         if self.segments is None:
-            only: NDArray[np.float64] = self.true(row, row + 1)[0, columns]
-            return only
+            only: NDArray[np.float64] = self.true(row, row + 1)
+            return (encode(only).astype(np.float64) if self.work.packing else only)[0, columns]
         result = self.base(row, row + 1)[0]
         for piece, update in zip(self.work.pieces, self.updates, strict=True):
             form = update.low_rank()

@@ -15,6 +15,7 @@ from upparam.checkpoint import Checkpoint, CheckpointFile
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
 from upparam.findings import Finding, warning
 from upparam.operations.merge import matching
+from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import DType, Tensor
 
@@ -66,6 +67,8 @@ class Work:
     replacement: Tensor | None = None
     scale: Tensor | None = None
     """What the stored values of a scaled fp8 weight are multiplied by; it stays as it is."""
+    packing: str | None = None
+    """The block format of a quantised weight (GGUF); `tensor` is then its bytes."""
 
 
 @dataclass
@@ -221,15 +224,17 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
     agreed = _agreed_orientation(plan, spots)
     for spot in spots:
         file, tensor = plan.checkpoint.tensors[spot.name]
-        transposed = _orientation(ingredient, spot, tensor, conv1d, agreed, plan)
+        shape = plan.checkpoint.shapes[spot.name]
+        transposed = _orientation(ingredient, spot, shape, conv1d, agreed, plan)
         if transposed is None:
             rows = f" rows {spot.place.rows[0]}:{spot.place.rows[1]} of" if spot.place.rows else ""
-            problems.append(f"{spot.targets[0]}: shape {spot.delta.shape} against{rows} {spot.name} {tensor.shape}")
+            problems.append(f"{spot.targets[0]}: shape {spot.delta.shape} against{rows} {spot.name} {shape}")
             continue
-        if tensor.dtype.name not in MERGEABLE:
+        packing = file.quantised[spot.name].type if spot.name in file.quantised else None
+        if packing not in PACKINGS if packing else tensor.dtype.name not in MERGEABLE:
             raise RefusedError(
                 "the base weight is quantised or not a float; a merge would have to invent its rounding",
-                file=file.path, tensor=spot.name, expected="one of " + ", ".join(sorted(MERGEABLE)), found=tensor.dtype,
+                file=file.path, tensor=spot.name, expected="one of " + ", ".join((*sorted(MERGEABLE), *PACKINGS)), found=packing or tensor.dtype,
                 remedy="merge into the unquantised base and quantise the result",
             )  # fmt: skip
         spot.delta.known_scale()
@@ -238,7 +243,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
             problems.append(f"{spot.targets[0]}: parts of one {spot.delta.algorithm} delta with different block weights")
             continue
         scale = _scale_of(plan, spot.name, tensor)
-        work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor), scale=scale))
+        work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor), scale=scale, packing=packing))
         work.pieces.append(Piece(spot.delta, spot.place, weights.pop(), transposed, index))
         _note_tied(plan, spot.name)
 
@@ -269,9 +274,7 @@ def _scale_of(plan: Plan, name: str, tensor: Tensor) -> Tensor | None:
 def _missing(plan: Plan, target: Target) -> str:
     if target.module.rpartition(".")[2] == "lm_head" and _ties(plan.checkpoint):
         return f"{target}: the base ties its output head to the input embedding and stores one weight for both"
-    packed = {name: item.type for file in plan.checkpoint.files for name, item in file.quantised.items()}
-    found = packed.get(f"{target.module}.{target.parameter}")
-    return f"{target}: the base holds it quantised as {found}" if found else f"{target}: not in the base"
+    return f"{target}: not in the base"
 
 
 def _ties(checkpoint: Checkpoint) -> bool:
@@ -297,9 +300,9 @@ def _conv1d(checkpoint: Checkpoint) -> str | None:
     return matching.conv1d_evidence(checkpoint.shapes, model_type if isinstance(model_type, str) else None)
 
 
-def weight_shape(delta: Delta, tensor: Tensor, rows: tuple[int, int] | None, transposed: bool) -> bool:
-    """True when the delta fits the tensor in this orientation; trailing kernel axes of size 1 may be present or absent."""
-    have = list(tensor.shape)
+def weight_shape(delta: Delta, shape: tuple[int, ...], rows: tuple[int, int] | None, transposed: bool) -> bool:
+    """True when the delta fits a weight of this shape in this orientation; trailing kernel axes of size 1 may be present or absent."""
+    have = list(shape)
     want = list(delta.shape)
     while len(have) > max(len(want), 2) and have[-1] == 1:
         have.pop()
@@ -320,22 +323,22 @@ def _agreed_orientation(plan: Plan, spots: Sequence[matching.Spot]) -> bool | No
     """How the deltas that are not square lie, when they all lie the same way."""
     seen = set()
     for spot in spots:
-        fits = _ways(spot, plan.checkpoint.tensors[spot.name][1])
+        fits = _ways(spot, plan.checkpoint.shapes[spot.name])
         if len(fits) == 1:
             seen.add(fits[0])
     return seen.pop() if len(seen) == 1 else None
 
 
-def _ways(spot: matching.Spot, tensor: Tensor) -> list[bool]:
-    return [way for way in (False, True) if weight_shape(spot.delta, tensor, spot.place.rows, way)]
+def _ways(spot: matching.Spot, shape: tuple[int, ...]) -> list[bool]:
+    return [way for way in (False, True) if weight_shape(spot.delta, shape, spot.place.rows, way)]
 
 
 def _orientation(
-    ingredient: Ingredient, spot: matching.Spot, tensor: Tensor, conv1d: str | None, agreed: bool | None, plan: Plan
+    ingredient: Ingredient, spot: matching.Spot, shape: tuple[int, ...], conv1d: str | None, agreed: bool | None, plan: Plan
 ) -> bool | None:
     """Whether the base stores this weight as (in, out); None when the delta fits neither way. Raises AmbiguousError when nothing decides."""
     adapter = ingredient.adapter
-    fits = _ways(spot, tensor)
+    fits = _ways(spot, shape)
     if len(fits) < 2:
         return fits[0] if fits else None
     if spot.transposed is not None:
@@ -358,7 +361,7 @@ def _orientation(
         return False
     raise AmbiguousError(
         "the weight is square and nothing says whether the base stores it as (out, in) or (in, out)",
-        file=plan.checkpoint.path, tensor=str(spot.targets[0]), found=tensor.shape,
+        file=plan.checkpoint.path, tensor=str(spot.targets[0]), found=shape,
         remedy="put the base's config.json beside it, or name the base folder",
     )  # fmt: skip
 
@@ -420,8 +423,8 @@ def _add(plan: Plan, target: Target, extra: Extra, problems: list[str]) -> None:
 
 def _replace(plan: Plan, name: str, extra: Extra, problems: list[str]) -> None:
     file, tensor = plan.checkpoint.tensors[name]
-    if tensor.shape != extra.tensor.shape:
-        problems.append(f"{extra.name}: saved as {extra.tensor.shape}, the base has {tensor.shape}")
+    if plan.checkpoint.shapes[name] != extra.tensor.shape:
+        problems.append(f"{extra.name}: saved as {extra.tensor.shape}, the base has {plan.checkpoint.shapes[name]}")
         return
     work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
     if work.replacement is not None or work.scale is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from upparam._version import __version__
 from upparam.atomic import atomic_file, atomic_folder
-from upparam.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointFile
+from upparam.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointFile, checkpoint_file
 from upparam.containers import open_file
 from upparam.containers.safetensors import header_bytes, layout_order
 from upparam.errors import RefusedError, UnreadableError, VerificationError
@@ -330,7 +330,7 @@ def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Sample
     written: dict[str, Tensor] = {}
     untouched: dict[str, tuple[Tensor, Tensor]] = {}
     for file, place in zip(files, places, strict=True):
-        again = open_file(place)
+        again = checkpoint_file(open_file(place), file.relative, file.source.component)
         for name, tensor in file.tensors.items():
             found = again.tensors.get(name)
             if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
