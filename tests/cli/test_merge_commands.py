@@ -1,0 +1,96 @@
+"""The merge commands as a user runs them: what is printed, what is written, how they exit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from operations.merging import load, save
+from upparam.cli import main
+
+RNG = np.random.default_rng(4)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> tuple[Path, Path]:
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
+    base = tmp_path / "base"
+    save(base / "model.safetensors", {f"{name}.weight": RNG.standard_normal((12, 16)).astype(np.float16) for name in names})
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    adapter = tmp_path / "adapter"
+    factors = {}
+    for name in names:
+        factors[f"base_model.model.{name}.lora_A.weight"] = RNG.standard_normal((2, 16)).astype(np.float32)
+        factors[f"base_model.model.{name}.lora_B.weight"] = RNG.standard_normal((12, 2)).astype(np.float32)
+    save(adapter / "adapter_model.safetensors", factors)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "fan_in_fan_out": False, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_merge_writes_and_prints_a_receipt(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = model
+    code, out, _ = run(capsys, "merge", base, f"{adapter}@0.5", "-o", tmp_path / "out")
+    assert code == 0 and "2 tensors changed" in out and "0 wrongly rounded" in out
+    code, out, _ = run(capsys, "merge", base, adapter, "-o", tmp_path / "out2", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["counts"]["tensors_changed"] == 2 and facts["operation"] == "merge"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight, half, whole = (
+        load(folder / "model.safetensors")[name].astype(np.float64) for folder in (base, tmp_path / "out", tmp_path / "out2")
+    )
+    factors = load(adapter / "adapter_model.safetensors")
+    delta = (
+        2.0
+        * factors[f"base_model.model.{name[:-6]}lora_B.weight"].astype(np.float64)
+        @ factors[f"base_model.model.{name[:-6]}lora_A.weight"]
+    )
+    assert np.array_equal(whole, (weight + delta).astype(np.float16)) and np.array_equal(half, (weight + 0.5 * delta).astype(np.float16))
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = model
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = run(capsys, "merge", base, adapter, "--dry-run", "--skip", "*.v_proj", "--block-weights", "*q_proj=0.25")
+    assert code == 0 and "scale 0.5" in out and "left out: 1 targets" in out and "would change 1 tensors" in out
+    code, out, _ = run(capsys, "merge", base, adapter, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["tensors_touched"] == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_in_place_undo_and_unmerge(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = model
+    before = (base / "model.safetensors").read_bytes()
+    code, out, _ = run(capsys, "merge", base, adapter, "--in-place")
+    assert code == 0 and "upparam undo" in out and (base / "model.safetensors").read_bytes() != before
+    code, out, _ = run(capsys, "unmerge", base, adapter, "-o", tmp_path / "back")
+    assert code == 0 and "unmerge" in out
+    code, out, _ = run(capsys, "undo", base)
+    assert code == 0 and (base / "model.safetensors").read_bytes() == before
+    assert run(capsys, "undo", base)[0] == 3
+
+
+def test_refusals_and_exit_codes(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = model
+    cases = (
+        (2, "nowhere to write", ("merge", base, adapter)),
+        (2, "already exists", ("merge", base, adapter, "-o", base)),
+        (4, "scale 0", ("merge", base, f"{adapter}@0", "-o", tmp_path / "o")),
+        (4, "would change nothing", ("merge", base, adapter, "-o", tmp_path / "o", "--only", "nothing.*")),
+        (2, "no dtype", ("merge", base, adapter, "-o", tmp_path / "o", "--dtype", "int4")),
+        (3, "No such file", ("merge", tmp_path / "absent", adapter, "-o", tmp_path / "o")),
+        (2, "not a block weight", ("merge", base, adapter, "-o", tmp_path / "o", "--block-weights", "sideways")),
+    )
+    for code, message, words in cases:
+        found, _, errors = run(capsys, *words)
+        assert (found, message in errors, errors.count("\n")) == (code, True, 1), errors
+    assert not (tmp_path / "o").exists()
