@@ -18,7 +18,7 @@ from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import base_of, resolve, to_foreign, to_targets
+from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.words import alpha_for, alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import error, warning
@@ -287,14 +287,8 @@ def reference_deltas(adapter: Adapter, options: Mapping[str, Any], dialect: str)
         )  # fmt: skip
     if not any(target.rows for target in adapter.deltas):
         return adapter.deltas
-    from upparam.bases.layouts import layout
-
-    base = base_of(adapter, options)
-    if base is None:
-        raise RefusedError(
-            f"{dialect} has no slices of weights, and the base that says how large they are is not known", remedy="use --base"
-        )
-    return {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), adapter.deltas).items()}
+    one = layout_for(adapter, options, "reference")
+    return {Target(module): delta for module, delta in to_foreign(one, adapter.deltas).items()}
 
 
 def unloadable(target: Target, delta: Delta) -> str | None:

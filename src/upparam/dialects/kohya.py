@@ -16,7 +16,7 @@ from upparam.algorithms.base import Delta
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, base_of, resolve, take_parts, to_foreign, to_targets
+from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, base_of, layout_for, resolve, take_parts, to_foreign, to_targets
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import Finding, error, warning
 from upparam.tensors import DTYPES, Tensor
@@ -114,7 +114,7 @@ class Kohya:
         """One safetensors file. Raises RefusedError for extras, for deltas without words here, and where the base is not known."""
         base = base_of(adapter, options)
         told: Parts = {}
-        named = self.names(adapter, base, options, told)
+        named = self.names(adapter, options, told)
         problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
         tensors = {_bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
@@ -143,19 +143,17 @@ class Kohya:
             raise RefusedError(f"a delta of the {parameter} has no form in {self.name}")
         return self.spell(delta)
 
-    def names(self, adapter: Adapter, base: Any, options: Mapping[str, Any], told: Parts) -> dict[tuple[str, str], Delta]:
+    def names(self, adapter: Adapter, options: Mapping[str, Any], told: Parts) -> dict[tuple[str, str], Delta]:
         """(module as this dialect names it, parameter) -> delta."""
         if adapter.layout == "kohya":
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
-        if adapter.layout != "reference" or base is None:
+        if adapter.layout != "reference":
             raise RefusedError(
-                "kohya's names follow from the base, and which base this adapter is for is not known",
-                file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
+                f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
+                file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
             )  # fmt: skip
-        from upparam.bases.layouts import layout
-
         spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
-        one = layout(base, str(options.get("layout") or spelling.get("layout", "kohya")))
+        one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "kohya")))
         found: dict[tuple[str, str], Delta] = {}
         for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):
             deltas = {target: delta for target, delta in adapter.deltas.items() if target.parameter == parameter}

@@ -10,7 +10,7 @@ from upparam.adapter import Adapter, BaseHint, Target
 from upparam.algorithms.base import Delta
 from upparam.bases import inventory
 from upparam.bases.base import Base
-from upparam.bases.layouts import LayoutMap, find
+from upparam.bases.layouts import LayoutMap, Place, find, layout
 from upparam.bases.recognise import recognise, recognise_underscored
 from upparam.errors import RefusedError
 
@@ -212,3 +212,36 @@ def base_of(adapter: Adapter, options: Mapping[str, object]) -> Base | None:
         return given
     name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
     return None if name is None else inventory.load(name)
+
+
+def layout_for(adapter: Adapter, options: Mapping[str, object], name: str) -> LayoutMap:
+    """The layout in which to name this adapter's targets.
+
+    Raises RefusedError when the base is not known, or known only as one of several that would give the targets different names: then
+    any choice would be a guess.
+    """
+    base = base_of(adapter, options)
+    if base is None:
+        raise RefusedError(
+            f"the {name} names follow from the base, and which base this adapter is for is not known",
+            file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
+        )  # fmt: skip
+    one = layout(base, name)
+    hint = adapter.base
+    if isinstance(options.get("base"), Base) or hint is None or hint.stated:
+        return one
+    for other in hint.lookalikes:
+        alike_name = inventory.resolve(other)
+        theirs = None if alike_name is None else find(inventory.load(alike_name), name)
+        for target in adapter.deltas:
+            ours, place = one.to_foreign(target.module), None if theirs is None else theirs.to_foreign(target.module)
+            if theirs is not None and ours is not None and (place is None or _where(place) != _where(ours)):
+                raise RefusedError(
+                    f"{hint.name} and {other} fit this adapter alike and give its targets different names", tensor=str(target),
+                    expected=f"{one.name} names of one base", remedy="name it with --base",
+                )  # fmt: skip
+    return one
+
+
+def _where(place: Place) -> tuple[object, ...]:
+    return place.foreign, place.part.span, place.part.order
