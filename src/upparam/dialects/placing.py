@@ -57,8 +57,8 @@ def resolve(
             names = {} if one is None else _explained(one, shapes, aliases)
             if one is not None and names and (best is None or len(names) > len(best.names)):
                 best = Resolved(one, names, hint)
-        if best is not None and len(best.names) == len(shapes):
-            break
+            if len(names) == len(shapes):
+                return best
     return best if best is not None and len(best.names) >= _ENOUGH * len(shapes) else None
 
 
