@@ -76,6 +76,7 @@ def test_orders_are_permutations_with_their_inverse(order: Order) -> None:
         ("sdxl", "kohya", "lora_te2_text_model_encoder_layers_0_mlp_fc1", 1),
         ("sdxl", "sgm", "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj", 3),
         ("sd2", "ldm", "cond_stage_model.model.transformer.resblocks.22.attn.in_proj", 3),
+        ("chroma", "kohya", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", 1),
         ("gpt2", "kohya", "lycoris_transformer_h_0_attn_c_attn", 1),
         ("sd1.5", "ldm", "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1", 1),
         ("flux.1-dev", "original", "single_blocks.37.linear1", 4),

@@ -11,14 +11,11 @@ from upparam.bases.layouts.denoiser import component, original
 
 
 def text_prefixes(base: Base) -> dict[str, str]:
-    """Component -> kohya prefix of each text encoder. One encoder alone is `lora_te`; T5 is `lora_te3` wherever it stands."""
+    """Component -> kohya prefix of each text encoder. T5 is `lora_te3` wherever it stands; one CLIP alone is `lora_te`."""
     encoders = [name for name in ("text_encoder.", "text_encoder_2.", "text_encoder_3.") if has(base, name)]
-    if len(encoders) == 1 and has(base, "text_encoder."):
-        return {"text_encoder.": "lora_te_"}
-    return {
-        name: "lora_te3_" if has(base, name + "encoder.block.") else f"lora_te{int(name[len('text_encoder_') : -1] or 1)}_"
-        for name in encoders
-    }
+    prefixes = {name: f"lora_te{name[len('text_encoder_') : -1] or 1}_" for name in encoders}
+    prefixes |= {name: "lora_te3_" for name in encoders if has(base, name + "encoder.block.")}
+    return {"text_encoder.": "lora_te_"} if prefixes == {"text_encoder.": "lora_te1_"} else prefixes
 
 
 def build(base: Base, denoiser: Naming, name: str) -> LayoutMap:
