@@ -187,9 +187,9 @@ def test_factors_that_do_not_fit_name_the_module() -> None:
 
 
 def test_unknown_words_are_never_dropped() -> None:
-    tensors = filled(attention("sd1.5")) | filled({f"{LAYER}.lora_magic": [3], "something.else": [2]})
+    tensors = filled(attention("sd1.5")) | filled({f"{LAYER}.lora_magic": [3], "something.else": [2], "lora_unet_lonely.alpha": []})
     adapter = read("kohya", tensors)
-    assert set(adapter.leftovers) == {f"{LAYER}.lora_magic", "something.else"}
+    assert set(adapter.leftovers) == {f"{LAYER}.lora_magic", "something.else", "lora_unet_lonely.alpha"}
 
 
 def test_extras_are_refused_by_name_and_tokens_are_bundled() -> None:

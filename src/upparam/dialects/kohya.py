@@ -49,10 +49,9 @@ class Kohya:
         """Words that end a tensor's name."""
         return words.WORDS
 
-    def build(self, group: words.Words) -> dict[str, Delta] | None:
-        """Deltas by base parameter that a module's words spell; None when a factor is missing."""
-        delta = words.lora_of(group)
-        return None if delta is None else {"weight": delta}
+    def forms(self) -> Sequence[words.Form]:
+        """How words spell deltas."""
+        return words.LORA_FORMS
 
     def spell(self, delta: Delta) -> dict[str, Tensor]:
         """The words of a delta, without alpha. Raises RefusedError where there are none."""
@@ -86,16 +85,18 @@ class Kohya:
         findings: list[Finding] = list(file.findings)
         for module, group in groups.items():
             try:
-                built = self.build(group)
+                built = words.build(group, self.forms())
             except MalformedError as problem:
                 raise MalformedError(
                     problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found
                 ) from problem
-            if built is None:
-                leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
-                findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", ", ".join(group)))
+            leftovers |= {f"{module}.{word}": group[word] for word in built.unexplained}
+            if not built.deltas:
+                findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", *group))
             else:
-                deltas[module] = built
+                deltas[module] = built.deltas
+                if built.unexplained:
+                    findings.append(error("unexplained", module, f"words that no form of {self.name} explains", *built.unexplained))
         if not deltas:
             raise DeadAdapterError("no module has both its up and its down factor", file=file.path, found=", ".join(list(file.tensors)[:3]))
         shapes = {module: next(iter(built.values())).shape for module, built in deltas.items()}

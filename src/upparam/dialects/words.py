@@ -5,7 +5,8 @@ Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
@@ -48,12 +49,38 @@ def scaling_of(words: Words) -> Scaling:
     return Scaling(ScaleRule.ALPHA_OVER_RANK, None if alpha is None else alpha.scalar())
 
 
-def lora_of(words: Words) -> Delta | None:
-    """The LoRA or LoCon these words spell; None when a factor is missing."""
-    up, down = words.get("lora_up.weight"), words.get("lora_down.weight")
-    if up is None or down is None:
-        return None
-    return LoRA(up, down, scaling_of(words), words.get("lora_mid.weight"))
+class Form(NamedTuple):
+    """One way words spell deltas: the words it needs, those it may have, and what they build (by base parameter)."""
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    build: Callable[[Words], dict[str, Delta]]
+
+
+def _lora(words: Words) -> dict[str, Delta]:
+    return {"weight": LoRA(words["lora_up.weight"], words["lora_down.weight"], scaling_of(words), words.get("lora_mid.weight"))}
+
+
+LORA_FORMS = (Form(LORA[:2], ("lora_mid.weight", "alpha"), _lora),)
+"""What sd-scripts itself writes."""
+
+
+class Built(NamedTuple):
+    """What a module's words came to: deltas by base parameter, and the words that no form explains."""
+
+    deltas: dict[str, Delta]
+    unexplained: tuple[str, ...]
+
+
+def build(words: Words, forms: Sequence[Form]) -> Built:
+    """The deltas of the first form whose needs are there, and of further forms with words of their own."""
+    deltas: dict[str, Delta] = {}
+    left = dict(words)
+    for form in forms:
+        if all(word in left for word in form.needs):
+            deltas |= form.build(left)
+            left = {word: tensor for word, tensor in left.items() if word not in form.needs and word not in form.may}
+    return Built(deltas, tuple(left))
 
 
 def words_of(delta: Delta) -> dict[str, Tensor]:
