@@ -107,8 +107,8 @@ class Kohya:
             findings=findings, layout="kohya" if found is None else "reference", base=None if found is None else found.hint,
         )  # fmt: skip
         told = take_parts(adapter.metadata)
-        for module, built in deltas.items():
-            _settle(adapter, module, built, groups[module], found, told)
+        for module, spelled in deltas.items():
+            _settle(adapter, module, spelled, groups[module], found, told)
         return adapter
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
