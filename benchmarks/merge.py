@@ -82,6 +82,7 @@ def contenders(base: Path, adapters: list[Path], peft: bool, sd_scripts: Path | 
             lambda out: timed([UPPARAM, "merge", str(base), *names, "-o", str(out), "-q", "--no-sync"], UPPARAM_KERNEL="numpy"),
         ),
         ("upparam --in-place", lambda out: in_place(base, names, out)),
+        ("... --no-sync", lambda out: in_place(base, names, out, "--no-sync")),
     ]
     if peft:
         found.append(("peft", lambda out: timed([sys.executable, "-c", PEFT, str(base), names[0], str(out)])))
@@ -102,11 +103,11 @@ def contenders(base: Path, adapters: list[Path], peft: bool, sd_scripts: Path | 
     return found
 
 
-def in_place(base: Path, adapters: list[str], out: Path) -> Run:
+def in_place(base: Path, adapters: list[str], out: Path, *options: str) -> Run:
     """The copy that is changed is made before the clock starts."""
     subprocess.run(["cp", "-r", str(base), str(out)], check=True)
     os.sync()
-    run = timed([UPPARAM, "merge", str(out), *adapters, "--in-place", "-q"])
+    run = timed([UPPARAM, "merge", str(out), *adapters, "--in-place", "-q", *options])
     out.with_name(f".{out.name}.upparam-undo").unlink(missing_ok=True)
     return run
 

@@ -66,7 +66,7 @@ def merge(
     if out is None:
         from upparam.operations.merge.inplace import merge_in_place
 
-        outcome = merge_in_place(plan, verify=verify, exact=exact, threads=threads, progress=progress)
+        outcome = merge_in_place(plan, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
     else:
         from upparam.operations.merge.write import write
 

@@ -22,7 +22,7 @@ from upparam.operations.merge.kernel import TILE_ELEMENTS
 from upparam.operations.merge.loaded import matrix_shape
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples
-from upparam.operations.merge.stream import Change, Copy, Flusher, Shared, Task, chunks_of, run_tasks, write_all
+from upparam.operations.merge.stream import Change, Copy, Shared, Task, chunks_of, run_tasks, write_all
 from upparam.operations.merge.write import Outcome, append_copy, summary
 from upparam.operations.receipt import Receipt
 from upparam.progress import Progress, silent
@@ -75,8 +75,10 @@ class Journal:
         return Journal(path, state, ranges, head.get("what", []))
 
 
-def merge_in_place(plan: Plan, *, verify: bool, exact: bool, threads: int, progress: Progress) -> Outcome:
+def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress) -> Outcome:
     """Carry the plan out inside the base's own files. Any failure puts the old bytes back before it is raised.
+
+    Without `sync` neither the journal nor the base is waited for: a kill is still safe, a power cut is not.
 
     Raises RefusedError for what cannot be done in place (another dtype, added tensors, containers other than safetensors),
     OutputExistsError when a journal of an earlier merge is still there.
@@ -91,9 +93,9 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, threads: int, progr
             remedy=f"'upparam undo {base}' takes that merge back, with --discard it is made final",
         )
     works = list(plan.works.values())
-    moved = _gather(plan, path, works, threads, progress)
+    moved = _gather(plan, path, works, threads, sync)
     try:
-        outcome = _apply(plan, moved, verify=verify, exact=exact, threads=threads, progress=progress)
+        outcome = _apply(plan, moved, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
         _set_state(path, _APPLIED)
     except BaseException:
         undo(base)
@@ -131,7 +133,7 @@ def _check(plan: Plan) -> None:
             )  # fmt: skip
 
 
-def _gather(plan: Plan, path: Path, works: list[Work], threads: int, progress: Progress) -> list[Work]:
+def _gather(plan: Plan, path: Path, works: list[Work], threads: int, sync: bool) -> list[Work]:
     """Phase one: the journal, complete and synced. Returns the works with their tensors read from it."""
     head = {
         "ranges": [[work.file.relative, _position(work.tensor), work.tensor.nbytes] for work in works],
@@ -154,11 +156,12 @@ def _gather(plan: Plan, path: Path, works: list[Work], threads: int, progress: P
             assert isinstance(work.tensor.source, FileSource)
             append_copy(tasks, work.tensor.source, work.tensor.offset, fd, at, work.tensor.nbytes)
             at += work.tensor.nbytes
-        with Flusher([fd]):
-            run_tasks(tasks, threads, 1, silent)
-        os.fsync(fd)
+        run_tasks(tasks, threads, 1, silent)
+        if sync:
+            os.fsync(fd)
         write_all(fd, memoryview(_COMPLETE), len(_MAGIC))
-        os.fsync(fd)
+        if sync:
+            os.fsync(fd)
     except BaseException as problem:
         os.close(fd)
         path.unlink()
@@ -182,7 +185,7 @@ def _position(tensor: Tensor) -> int:
     return tensor.source.start + tensor.offset
 
 
-def _apply(plan: Plan, moved: list[Work], *, verify: bool, exact: bool, threads: int, progress: Progress) -> Outcome:
+def _apply(plan: Plan, moved: list[Work], *, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress) -> Outcome:
     """Phase two: rewrite the ranges from the journal's old bytes."""
     samples = Samples.for_works(len(moved)) if verify else None
     descriptors = {work.file.path: os.open(work.file.path, os.O_RDWR) for work in moved}
@@ -197,9 +200,8 @@ def _apply(plan: Plan, moved: list[Work], *, verify: bool, exact: bool, threads:
             observe = samples.observe if samples else None
             tasks += [Change(shared, low, high, descriptors[work.file.path], offset, exact, observe) for low, high in chunks]
         widest = max(matrix_shape(work.tensor.shape)[1] for work in moved)
-        with Flusher(list(descriptors.values())):
-            run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
-        for fd in descriptors.values():
+        run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
+        for fd in descriptors.values() if sync else ():
             os.fsync(fd)
     finally:
         for fd in descriptors.values():
