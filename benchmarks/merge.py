@@ -19,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import merge_inputs
-
 HERE = Path(__file__).parent
 UPPARAM = str(Path(sys.executable).with_name("upparam"))
 
@@ -48,6 +46,14 @@ def timed(command: list[str], **extra: str) -> Run:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\n{errors.decode()}")
     return Run(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def generate(call: str, path: Path) -> Path:
+    """Make an input in a process of its own: a child's peak memory as the system counts it starts at its parent's."""
+    if not path.exists():
+        code = f"import sys, merge_inputs as m; from pathlib import Path; path = Path(sys.argv[1]); m.{call}"
+        subprocess.run([sys.executable, "-c", code, str(path.absolute())], check=True, cwd=HERE)
+    return path
 
 
 def remove(path: Path) -> None:
@@ -146,29 +152,27 @@ def main() -> None:
     args.scratch.mkdir(parents=True, exist_ok=True)
     wanted = args.cases.split(",")
 
-    def made(name: str, make: Callable[[Path], Path]) -> Path:
-        path = args.scratch / name
-        return path if path.exists() else make(path)
+    def made(name: str, call: str) -> Path:
+        return generate(call, args.scratch / name)
 
-    llama = made("llama", merge_inputs.llama) if {"llama", "qv", "r128", "ten"} & set(wanted) else Path()
+    llama = made("llama", "llama(path)") if {"llama", "qv", "r128", "ten"} & set(wanted) else Path()
     if "llama" in wanted:
-        case("2.43 GB bf16, r=16 on all linears", llama, [made("r16", merge_inputs.peft)], args, peft=True)
+        case("2.43 GB bf16, r=16 on all linears", llama, [made("r16", "peft(path)")], args, peft=True)
     if "qv" in wanted:
-        modules = ("self_attn.q_proj", "self_attn.v_proj")
-        case("2.43 GB bf16, r=16 on q and v", llama, [made("qv", lambda path: merge_inputs.peft(path, modules=modules))], args)
+        case("2.43 GB bf16, r=16 on q and v", llama, [made("qv", "peft(path, modules=('self_attn.q_proj', 'self_attn.v_proj'))")], args)
     if "r128" in wanted:
-        case("2.43 GB bf16, r=128 on all linears", llama, [made("r128", lambda path: merge_inputs.peft(path, rank=128))], args)
+        case("2.43 GB bf16, r=128 on all linears", llama, [made("r128", "peft(path, rank=128)")], args)
     if "ten" in wanted:
-        ten = [made(f"r16-{number}", lambda path, number=number: merge_inputs.peft(path, seed=number)) for number in range(10)]
+        ten = [made(f"r16-{number}", f"peft(path, seed={number})") for number in range(10)]
         case("ten adapters in one pass", llama, ten, args)
     if "sd15" in wanted:
-        base = made("sd15.safetensors", merge_inputs.sd15)
-        case("2.13 GB SD1.5 fp16, kohya r=32", base, [made("kohya.safetensors", merge_inputs.kohya)], args, suffix=".safetensors")
+        base = made("sd15.safetensors", "sd15(path)")
+        case("2.13 GB SD1.5 fp16, kohya r=32", base, [made("kohya.safetensors", "kohya(path)")], args, suffix=".safetensors")
     if "growth" in wanted:
-        print("\n## peak memory against the size of the base (q and v, r=16)")
+        print("\n## peak memory against the size of the base (all linears, r=16)")
         for layers in (3, 24, 90):
-            base = merge_inputs.llama(args.scratch / "growing", layers=layers, shards=max(1, layers // 8))
-            lora = merge_inputs.peft(args.scratch / "growing-lora", layers=layers)
+            base = made("growing", f"llama(path, layers={layers}, shards={max(1, layers // 8)})")
+            lora = made("growing-lora", f"peft(path, layers={layers})")
             run = timed([UPPARAM, "merge", str(base), str(lora), "-o", str(args.scratch / "grown"), "-q"])
             size = sum(path.stat().st_size for path in base.iterdir()) / 1e9
             print(f"{size:5.2f} GB: {run}", flush=True)
