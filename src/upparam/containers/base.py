@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from upparam.errors import LimitError
 from upparam.findings import Finding
 from upparam.tensors import Source, Tensor
 
@@ -78,18 +79,61 @@ Opener = Callable[[Source, Path], TensorFile]
 
 
 def flatten(structure: Any) -> dict[str, Tensor]:
-    """Tensors of a nested structure by path: top-level string keys as they are, deeper ones joined with '/', a lone tensor as LONE."""
-    found: dict[str, Tensor] = {}
+    """Tensors of a nested structure by path: top-level string keys as they are, deeper ones joined with '/', a lone tensor as LONE.
 
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, Tensor):
-            found[path or LONE] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{path}/{key}" if path else str(key))
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                walk(item, f"{path}/{index}" if path else str(index))
+    Tensors among the arguments of Opaque objects are found too, by argument number. Raises LimitError when shared parts would make
+    the names many times more than the tensors.
+    """
+    return dict(leaves(structure, Tensor))
 
-    walk(structure, "")
-    return found
+
+def leaves(structure: Any, kind: type | tuple[type, ...]) -> Iterator[tuple[str, Any]]:
+    """(path, leaf) for every leaf of a type in a nested structure, in order. Works for any depth and for shared parts in linear time."""
+    counts = _counts(structure, kind)
+    limit = _SHARED + 16 * len(counts)
+    if counts.get(id(structure), 0) > limit:
+        raise LimitError("shared parts multiply the tensors of the file beyond reason", expected=f"<= {limit}", found="more")
+    stack: list[tuple[str, Any]] = [("", structure)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, kind):
+            yield path or LONE, value
+        elif counts.get(id(value)):
+            stack.extend(reversed([(f"{path}/{key}" if path else _text(key), item) for key, item in _inside(value)]))
+
+
+_SHARED = 100_000
+
+
+def _inside(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(_text(key), item) for key, item in value.items()]
+    if isinstance(value, Opaque):
+        return [(str(index), item) for index, item in enumerate(value.args)]
+    if isinstance(value, (list, tuple)):
+        return [(str(index), item) for index, item in enumerate(value)]
+    return []
+
+
+def _text(key: Any) -> str:
+    text = str(key)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _counts(structure: Any, kind: type | tuple[type, ...]) -> dict[int, int]:
+    """How many leaves lie under each container, by its id; each container is looked at once."""
+    counts: dict[int, int] = {}
+    stack: list[tuple[Any, bool]] = [(structure, False)]
+    while stack:
+        value, ready = stack.pop()
+        if not isinstance(value, (dict, list, tuple, Opaque)) or (not ready and id(value) in counts):
+            continue
+        inside = value.values() if isinstance(value, dict) else value.args if isinstance(value, Opaque) else value
+        if ready:
+            total = sum(1 if isinstance(item, kind) else counts.get(id(item), 0) for item in inside)
+            counts[id(value)] = min(total, 1 << 62)
+        else:
+            counts[id(value)] = 0
+            stack.append((value, True))
+            stack.extend((item, False) for item in inside if isinstance(item, (dict, list, tuple, Opaque)) and not isinstance(item, kind))
+    return counts

@@ -1,0 +1,796 @@
+"""A symbolic pickle machine: it reads a pickle program (protocols 0 to 5) as a description and never calls or imports what it names.
+
+Data opcodes build plain Python values. A global becomes two strings; a call of one goes to `reconstructors`, an allowlist that turns
+tensor-building calls into tensor descriptions. Every other call leaves a `Record` in its place and a `Use`: which global, at which byte,
+with what arguments. Source of the opcodes: CPython Lib/pickle.py and Lib/pickletools.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from upparam.containers import reconstructors
+from upparam.containers.base import Opaque
+from upparam.containers.symbols import (
+    Blob,
+    Budget,
+    Global,
+    Record,
+    StorageType,
+    Trust,
+    settle,
+    summary,
+)
+from upparam.errors import LimitError, MalformedError, UpparamError
+from upparam.limits import (
+    MAX_CLAIMED,
+    MAX_PICKLE_BYTES,
+    MAX_PICKLE_INTEGER,
+    MAX_PICKLE_MEMO,
+    MAX_PICKLE_OBJECTS,
+    MAX_PICKLE_OPCODES,
+)
+from upparam.tensors import DType, MemorySource, Source
+
+KEPT_BYTES = 256
+"""Byte strings longer than this stay in the file as a Blob."""
+MAX_USES = 512
+"""Distinct globals a machine reports."""
+_MAX_TUPLE_KEYS = 1000
+
+
+@dataclass
+class Use:
+    """A global a pickle names: how it is trusted, how it is used ('called', 'built', 'named', ...), where first, with what, how often."""
+
+    qualname: str
+    trust: Trust
+    offset: int
+    how: str = "named"
+    arguments: str = ""
+    count: int = 1
+
+    def facts(self) -> dict[str, object]:
+        """JSON-ready facts."""
+        return {
+            "global": self.qualname, "trust": self.trust.value, "offset": self.offset, "how": self.how, "arguments": self.arguments, "count": self.count,
+        }  # fmt: skip
+
+
+@dataclass
+class Examination:
+    """What reading one pickle gave: its value (None when `problem` stopped it), the globals it uses, the offset after its STOP."""
+
+    value: Any
+    uses: dict[str, Use] = field(default_factory=dict)
+    stop: int = 0
+    problem: UpparamError | None = None
+    protocol: int = 0
+    ended: bool = False
+    """True when the problem is that the bytes ran out."""
+
+    @property
+    def code(self) -> list[Use]:
+        """The uses a loader would execute."""
+        return [use for use in self.uses.values() if use.trust is Trust.CODE]
+
+
+def new_budget(size: int) -> Budget:
+    """A fresh budget for a file of `size` bytes."""
+    return Budget(MAX_PICKLE_OPCODES, MAX_PICKLE_OBJECTS, MAX_PICKLE_MEMO, MAX_CLAIMED + 64 * size, (1 << 20) + 4 * size)
+
+
+def program(source: Source) -> bytes:
+    """The whole of a source as pickle bytes. Raises LimitError past MAX_PICKLE_BYTES."""
+    if source.size > MAX_PICKLE_BYTES:
+        raise LimitError("a pickle longer than any real one", file=source.name, expected=f"<= {MAX_PICKLE_BYTES}", found=source.size)
+    return source.read(0, source.size)
+
+
+def examine(
+    data: bytes,
+    *,
+    source: Source | None = None,
+    base: int = 0,
+    start: int = 0,
+    persistent: Callable[[Any], Any] | None = None,
+    budget: Budget | None = None,
+    keep: bool = False,
+) -> Examination:
+    """Read one pickle from `data[start:]`; never raises an UpparamError, it is in `problem` (with what was understood before it).
+
+    `source` and `base` say where `data` lies, so that long byte strings become byte ranges instead of copies. `persistent` turns a
+    persistent id into its stand-in. `keep` leaves the value symbolic (not settled) for a caller that goes on with it.
+    """
+    machine = Machine(data, source or MemorySource(data, "pickle"), base, start, persistent, budget or new_budget(len(data)))
+    found = Examination(None, machine.uses)
+    try:
+        value = machine.run()
+        found.value = value if keep else settle(value)
+    except UpparamError as problem:
+        found.problem = problem
+    found.stop, found.protocol, found.ended = machine.at, machine.protocol, machine.ended
+    return found
+
+
+class Machine:
+    """The stack, the memo and the place in the program. Use `examine`."""
+
+    def __init__(self, data: bytes, source: Source, base: int, start: int, persistent: Callable[[Any], Any] | None, budget: Budget) -> None:
+        self.data, self.source, self.base, self.at = data, source, base, start
+        self.persistent, self.budget = persistent, budget
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.uses: dict[str, Use] = {}
+        self.protocol = 0
+        self.opcode = start
+        self.tuple_keys = 0
+        self.ended = False
+
+    def run(self) -> Any:
+        """Interpret up to STOP and return the (symbolic) value. Raises MalformedError or LimitError with the offset."""
+        data, table = self.data, TABLE
+        size = len(data)
+        try:
+            for _ in range(self.budget.opcodes):
+                if self.at >= size:
+                    break
+                self.opcode = self.at
+                action = table[data[self.at]]
+                self.at += 1
+                if action is None:
+                    if data[self.opcode] == 0x2E:
+                        return self.pop()
+                    raise self.bad("an unknown opcode", found=hex(data[self.opcode]))
+                action(self)
+                if self.at > size:
+                    raise self.cut("the pickle ends inside an opcode")
+            else:
+                raise LimitError("a longer program than any real pickle", expected=f"<= {self.budget.opcodes} opcodes")
+        except (IndexError, struct.error):
+            self.ended = self.opcode + 9 > size
+            raise self.bad("the pickle breaks its own stack or ends inside an opcode") from None
+        except UpparamError as problem:
+            raise self.placed(problem) from None
+        raise self.cut("the pickle ends without STOP", remedy="the file is truncated; fetch it again")
+
+    def placed(self, problem: UpparamError) -> UpparamError:
+        """`problem` with the opcode's offset in its text."""
+        if "byte " in (problem.found or ""):
+            return problem
+        found = f"{problem.found}, at byte {self.base + self.opcode}" if problem.found else f"byte {self.base + self.opcode}"
+        return type(problem)(
+            problem.message, file=problem.file, tensor=problem.tensor, expected=problem.expected, found=found, remedy=problem.remedy
+        )
+
+    def bad(self, message: str, **facts: Any) -> MalformedError:
+        """A MalformedError at the current opcode."""
+        found = facts.pop("found", None)
+        place = f"byte {self.base + self.opcode}"
+        return MalformedError(message, found=f"{found}, at {place}" if found is not None else place, **facts)
+
+    def cut(self, message: str, **facts: Any) -> MalformedError:
+        """The error for a program that ends too early; `ended` tells a caller that reads in windows to come back with more."""
+        self.ended = True
+        return self.bad(message, **facts)
+
+    def pop(self) -> Any:
+        """Take the top; a mark in its place is an error (IndexError becomes one in `run`)."""
+        return self.stack.pop()
+
+    def since_mark(self) -> list[Any]:
+        """The items above the last mark, which is removed."""
+        items = self.stack
+        self.stack = self.marks.pop()
+        return items
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self.stack.append(value)
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes of the program."""
+        start = self.at
+        self.at = start + count
+        if count < 0 or self.at > len(self.data):
+            raise self.cut("the pickle ends inside a value", expected=f"{count} bytes", found=len(self.data) - start)
+        return self.data[start : self.at]
+
+    def blob(self, count: int) -> Any:
+        """The next `count` bytes, left in the file when long."""
+        if count <= KEPT_BYTES:
+            return self.take(count)
+        start = self.at
+        self.at = start + count
+        if self.at > len(self.data):
+            raise self.cut("the pickle ends inside a byte string", expected=f"{count} bytes", found=len(self.data) - start)
+        return Blob(self.source, self.base + start, count)
+
+    def line(self) -> bytes:
+        """The next line of a text opcode, without its end."""
+        stop = self.data.find(b"\n", self.at)
+        if stop < 0:
+            raise self.cut("the pickle ends inside a line")
+        found = self.data[self.at : stop]
+        self.at = stop + 1
+        return found
+
+    def text(self, raw: bytes) -> str:
+        """UTF-8 text as pickles hold it."""
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as problem:
+            raise self.bad("text that is not UTF-8") from problem
+
+    def integer(self, raw: bytes) -> int:
+        """A little-endian two's complement integer."""
+        if len(raw) > MAX_PICKLE_INTEGER:
+            raise LimitError("an integer longer than any real one", expected=f"<= {MAX_PICKLE_INTEGER} bytes", found=f"{len(raw)} bytes")
+        return int.from_bytes(raw, "little", signed=True)
+
+    def decimal(self, raw: bytes) -> int:
+        """An integer in text."""
+        try:
+            if len(raw) > 4000:
+                raise ValueError
+            return int(raw)
+        except ValueError:
+            raise self.bad("text that is no integer", found=repr(raw[:40])) from None
+
+    def remember(self, index: int) -> None:
+        """Store the top of the stack in the memo."""
+        if not 0 <= index < 1 << 32:
+            raise self.bad("a memo index out of range", found=index if abs(index) < 1 << 64 else "huge")
+        self.memo[index] = self.stack[-1]
+        if len(self.memo) > self.budget.memo:
+            raise LimitError("a memo larger than any real pickle's", expected=f"<= {self.budget.memo}")
+
+    def recall(self, index: int) -> None:
+        """Push what the memo holds."""
+        try:
+            self.stack.append(self.memo[index])
+        except KeyError:
+            raise self.bad("a memo entry that was never stored", found=index if abs(index) < 1 << 64 else "huge") from None
+
+    def key(self, value: Any) -> Any:
+        """A dict key or set element that hashes in constant time: scalars as they are, tuples of few scalars, else a name."""
+        kind = type(value)
+        if kind is str or kind is bytes or kind is bool or value is None:
+            return value
+        if kind is int:
+            return value if value.bit_length() <= 60 else f"<integer {summary(value)}>"
+        if kind is float:
+            return value if value == value and abs(value) < 1e18 else f"<float {value}>"
+        if kind is tuple and len(value) <= 8 and self.tuple_keys < _MAX_TUPLE_KEYS and all(map(_short_scalar, value)):
+            self.tuple_keys += 1
+            return value
+        if kind is Global:
+            return f"<{value.qualname}>"
+        if kind is DType:
+            return f"<{value.name}>"
+        return f"<{summary(value)} at {self.opcode}>"
+
+    def use(self, name: Global, how: str, arguments: Any = None) -> Use:
+        """Note a use of a global; the first call of each is kept with its arguments."""
+        qualname = name.qualname
+        known = self.uses.get(qualname)
+        if known is None:
+            if len(self.uses) >= MAX_USES:
+                qualname = "(more)"
+                known = self.uses.get(qualname)
+            if known is None:
+                known = self.uses[qualname] = Use(qualname, reconstructors.trust(name.module, name.name), self.base + name.offset, count=0)
+        elif known.qualname == "(more)" and known.trust is not Trust.CODE:
+            known.trust = reconstructors.trust(name.module, name.name)
+        known.count += 1
+        if how != "named" and known.how == "named":
+            known.how, known.offset = how, self.base + self.opcode
+            if arguments is not None:
+                known.arguments = summary(arguments)
+        return known
+
+    def accuse(self, name: Global, how: str, arguments: Any = None) -> None:
+        """Note a use that no data needs, whatever the global is."""
+        known = self.use(name, how, arguments)
+        known.trust = Trust.CODE
+        known.how = how
+
+    def call(self, callee: Any, args: Any, how: str, new: bool = False) -> Any:
+        """What a call leaves on the stack: the allowlist's meaning of it, or a Record."""
+        self.budget.take(1)
+        if type(callee) is not Global:
+            if type(callee) is StorageType:
+                return Record("torch.Storage", _arguments(args))
+            self.accuse(Global("(an object)", _kind(callee), self.opcode), how, args)
+            return Record(f"call of {_kind(callee)}", _arguments(args))
+        return reconstructors.reconstruct(self, callee, args, how, new)
+
+    def build(self, target: Any, state: Any) -> None:
+        """What BUILD does to the object on the stack."""
+        reconstructors.build(self, target, state)
+
+    def append(self, target: Any, items: list[Any]) -> None:
+        """What APPEND and APPENDS do."""
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is Record:
+            target.items.extend(items)
+        else:
+            self.unfit(target, "appended to", items)
+
+    def set_items(self, target: Any, items: list[Any]) -> None:
+        """What SETITEM and SETITEMS do with alternating keys and values."""
+        if len(items) % 2:
+            raise self.bad("a key without its value")
+        if type(target) is dict:
+            entries = target
+        elif type(target) is Record:
+            entries = target.entries
+        else:
+            self.unfit(target, "assigned into", items)
+            return
+        for at in range(0, len(items), 2):
+            entries[self.key(items[at])] = items[at + 1]
+
+    def unfit(self, target: Any, how: str, items: Any) -> None:
+        """An operation on something that has no such operation: a trick on a global, else simply broken."""
+        if type(target) is Global:
+            self.accuse(target, how, items)
+            return
+        raise self.bad(f"a {_kind(target)} cannot be {how}")
+
+
+def _short_scalar(value: Any) -> bool:
+    return type(value) in (str, bool, type(None)) or (type(value) is int and value.bit_length() <= 60)
+
+
+def _kind(value: Any) -> str:
+    return value.qualname if isinstance(value, (Record, Opaque, Global)) else type(value).__name__.lower()
+
+
+def _arguments(args: Any) -> tuple[Any, ...]:
+    return args if type(args) is tuple else (args,)
+
+
+Action = Callable[[Machine], None]
+TABLE: list[Action | None] = [None] * 256
+"""What each opcode does; STOP is handled by `Machine.run`."""
+
+
+def _op(code: str | int) -> Callable[[Action], Action]:
+    def enter(action: Action) -> Action:
+        TABLE[code if isinstance(code, int) else ord(code)] = action
+        return action
+
+    return enter
+
+
+def _constant(code: str | int, value: Any) -> None:
+    TABLE[code if isinstance(code, int) else ord(code)] = lambda machine: machine.stack.append(value)
+
+
+for _code, _value in (("N", None), (0x88, True), (0x89, False), (")", ())):
+    _constant(_code, _value)
+
+
+@_op("(")
+def _mark(machine: Machine) -> None:
+    machine.marks.append(machine.stack)
+    machine.stack = []
+
+
+@_op("0")
+def _pop(machine: Machine) -> None:
+    if machine.stack:
+        machine.stack.pop()
+    else:
+        machine.since_mark()
+
+
+@_op("1")
+def _pop_mark(machine: Machine) -> None:
+    machine.since_mark()
+
+
+@_op("2")
+def _dup(machine: Machine) -> None:
+    machine.push(machine.stack[-1])
+
+
+@_op(0x80)
+def _proto(machine: Machine) -> None:
+    machine.protocol = machine.take(1)[0]
+    if machine.protocol > 5:
+        raise machine.bad("a pickle protocol that does not exist", expected="0 to 5", found=machine.protocol)
+
+
+@_op(0x95)
+def _frame(machine: Machine) -> None:
+    machine.take(8)
+
+
+@_op("I")
+def _int(machine: Machine) -> None:
+    raw = machine.line()
+    machine.push(raw == b"01" if raw in (b"00", b"01") else machine.decimal(raw))
+
+
+@_op("L")
+def _long(machine: Machine) -> None:
+    machine.push(machine.decimal(machine.line().removesuffix(b"L")))
+
+
+@_op("F")
+def _float(machine: Machine) -> None:
+    raw = machine.line()
+    try:
+        machine.push(float(raw[:400]))
+    except ValueError:
+        raise machine.bad("text that is no number", found=repr(raw[:40])) from None
+
+
+@_op("J")
+def _binint(machine: Machine) -> None:
+    at = machine.at
+    machine.at = at + 4
+    machine.stack.append(struct.unpack_from("<i", machine.data, at)[0])
+
+
+@_op("K")
+def _binint1(machine: Machine) -> None:
+    machine.stack.append(machine.data[machine.at])
+    machine.at += 1
+
+
+@_op("M")
+def _binint2(machine: Machine) -> None:
+    at = machine.at
+    machine.at = at + 2
+    machine.stack.append(struct.unpack_from("<H", machine.data, at)[0])
+
+
+@_op(0x8A)
+def _long1(machine: Machine) -> None:
+    machine.push(machine.integer(machine.take(machine.take(1)[0])))
+
+
+@_op(0x8B)
+def _long4(machine: Machine) -> None:
+    machine.push(machine.integer(machine.take(struct.unpack("<i", machine.take(4))[0])))
+
+
+@_op("G")
+def _binfloat(machine: Machine) -> None:
+    machine.push(struct.unpack(">d", machine.take(8))[0])
+
+
+@_op("S")
+def _string(machine: Machine) -> None:
+    raw = machine.line().strip()
+    if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
+        raise machine.bad("a string without its quotes", found=repr(raw[:40]))
+    machine.push(_old_text(_unescaped(raw[1:-1])))
+
+
+@_op("V")
+def _unicode(machine: Machine) -> None:
+    raw = machine.line()
+    try:
+        machine.push(raw.decode("raw-unicode-escape"))
+    except UnicodeDecodeError:
+        raise machine.bad("text with a broken escape", found=repr(raw[:40])) from None
+
+
+def _binary_text(size: str) -> Action:
+    layout = struct.Struct(size)
+
+    def action(machine: Machine) -> None:
+        at = machine.at
+        count = layout.unpack_from(machine.data, at)[0]
+        machine.at = at + layout.size
+        machine.stack.append(machine.text(machine.take(count)))
+
+    return action
+
+
+def _binary_bytes(size: str) -> Action:
+    layout = struct.Struct(size)
+
+    def action(machine: Machine) -> None:
+        machine.push(machine.blob(layout.unpack(machine.take(layout.size))[0]))
+
+    return action
+
+
+def _old_text(raw: bytes) -> str | bytes:
+    """A Python 2 string: text when ASCII, else bytes (it may be an array's data, which no text decoding may touch)."""
+    return raw.decode("ascii") if raw.isascii() else raw
+
+
+def _old_string(size: str) -> Action:
+    layout = struct.Struct(size)
+
+    def action(machine: Machine) -> None:
+        count = layout.unpack(machine.take(layout.size))[0]
+        if count < 0:
+            raise machine.bad("a string of negative length", found=count)
+        machine.push(_old_text(machine.take(count)))
+
+    return action
+
+
+for _code, _layout in (("X", "<I"), (0x8C, "<B"), (0x8D, "<Q")):
+    _op(_code)(_binary_text(_layout))
+for _code, _layout in (("B", "<I"), ("C", "<B"), (0x8E, "<Q"), (0x96, "<Q")):
+    _op(_code)(_binary_bytes(_layout))
+for _code, _layout in (("T", "<i"), ("U", "<B")):
+    _op(_code)(_old_string(_layout))
+
+
+@_op(0x97)
+def _next_buffer(machine: Machine) -> None:
+    raise machine.bad("the pickle's buffers were stored elsewhere (out of band)")
+
+
+@_op(0x98)
+def _readonly_buffer(machine: Machine) -> None:
+    if not machine.stack:
+        raise IndexError
+
+
+@_op("]")
+def _empty_list(machine: Machine) -> None:
+    machine.budget.take(1)
+    machine.stack.append([])
+
+
+@_op("}")
+def _empty_dict(machine: Machine) -> None:
+    machine.budget.take(1)
+    machine.stack.append({})
+
+
+@_op(0x8F)
+def _empty_set(machine: Machine) -> None:
+    machine.budget.take(1)
+    machine.stack.append(set())
+
+
+@_op("l")
+def _list(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.push(items)
+
+
+@_op("d")
+def _dict(machine: Machine) -> None:
+    items = machine.since_mark()
+    found: dict[Any, Any] = {}
+    machine.push(found)
+    machine.set_items(found, items)
+
+
+@_op("t")
+def _tuple(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.stack.append(tuple(items))
+
+
+def _small_tuple(count: int) -> Action:
+    def action(machine: Machine) -> None:
+        stack = machine.stack
+        if len(stack) < count:
+            raise IndexError
+        items = tuple(stack[-count:])
+        del stack[-count:]
+        stack.append(items)
+
+    return action
+
+
+for _number in (1, 2, 3):
+    _op(0x84 + _number)(_small_tuple(_number))
+
+
+@_op(0x90)
+def _add_items(machine: Machine) -> None:
+    items = machine.since_mark()
+    target = machine.stack[-1]
+    if type(target) is set:
+        target.update([machine.key(item) for item in items])
+    elif type(target) is Record:
+        target.items.extend(items)
+    else:
+        machine.unfit(target, "added to", items)
+
+
+@_op(0x91)
+def _frozenset(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.push(frozenset([machine.key(item) for item in items]))
+
+
+@_op("a")
+def _append(machine: Machine) -> None:
+    item = machine.pop()
+    machine.append(machine.stack[-1], [item])
+
+
+@_op("e")
+def _appends(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.append(machine.stack[-1], items)
+
+
+@_op("s")
+def _setitem(machine: Machine) -> None:
+    value, key = machine.pop(), machine.pop()
+    machine.set_items(machine.stack[-1], [key, value])
+
+
+@_op("u")
+def _setitems(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.set_items(machine.stack[-1], items)
+
+
+@_op("p")
+def _put(machine: Machine) -> None:
+    machine.remember(machine.decimal(machine.line()))
+
+
+@_op("q")
+def _binput(machine: Machine) -> None:
+    memo = machine.memo
+    memo[machine.data[machine.at]] = machine.stack[-1]
+    machine.at += 1
+
+
+@_op("r")
+def _long_binput(machine: Machine) -> None:
+    machine.remember(struct.unpack("<I", machine.take(4))[0])
+
+
+@_op(0x94)
+def _memoize(machine: Machine) -> None:
+    machine.remember(len(machine.memo))
+
+
+@_op("g")
+def _get(machine: Machine) -> None:
+    machine.recall(machine.decimal(machine.line()))
+
+
+@_op("h")
+def _binget(machine: Machine) -> None:
+    machine.recall(machine.data[machine.at])
+    machine.at += 1
+
+
+@_op("j")
+def _long_binget(machine: Machine) -> None:
+    machine.recall(struct.unpack("<I", machine.take(4))[0])
+
+
+def _named(machine: Machine, module: str, name: str) -> Global:
+    if len(module) > 1000 or len(name) > 1000:
+        raise LimitError("the name of a global is longer than any real one", found=f"{len(module)} and {len(name)} characters")
+    found = Global(reconstructors.RENAMED.get(module, module), name, machine.opcode)
+    machine.use(found, "named")
+    return found
+
+
+@_op("c")
+def _global(machine: Machine) -> None:
+    module, name = machine.text(machine.line()), machine.text(machine.line())
+    machine.push(reconstructors.constant(_named(machine, module, name)))
+
+
+@_op(0x93)
+def _stack_global(machine: Machine) -> None:
+    name, module = machine.pop(), machine.pop()
+    if type(name) is not str or type(module) is not str:
+        machine.accuse(Global("(computed)", summary(module, 60), machine.opcode), "named", (module, name))
+        machine.push(Record("(computed)", (module, name)))
+        return
+    machine.push(reconstructors.constant(_named(machine, module, name)))
+
+
+def _extension(size: int) -> Action:
+    def action(machine: Machine) -> None:
+        code = int.from_bytes(machine.take(size), "little")
+        name = Global("copyreg", f"extension {code}", machine.opcode)
+        machine.accuse(name, "named")
+        machine.push(name)
+
+    return action
+
+
+for _code, _size in ((0x82, 1), (0x83, 2), (0x84, 4)):
+    _op(_code)(_extension(_size))
+
+
+@_op("R")
+def _reduce(machine: Machine) -> None:
+    args, callee = machine.pop(), machine.pop()
+    machine.push(machine.call(callee, args, "called"))
+
+
+@_op("i")
+def _inst(machine: Machine) -> None:
+    module, name = machine.text(machine.line()), machine.text(machine.line())
+    args = tuple(machine.since_mark())
+    machine.push(machine.call(_named(machine, module, name), args, "called"))
+
+
+@_op("o")
+def _obj(machine: Machine) -> None:
+    items = machine.since_mark()
+    machine.push(machine.call(items[0], tuple(items[1:]), "called"))
+
+
+@_op(0x81)
+def _newobj(machine: Machine) -> None:
+    args, callee = machine.pop(), machine.pop()
+    machine.push(machine.call(callee, args, "made", new=True))
+
+
+@_op(0x92)
+def _newobj_ex(machine: Machine) -> None:
+    keywords, args, callee = machine.pop(), machine.pop(), machine.pop()
+    machine.push(machine.call(callee, (*_arguments(args), keywords) if keywords else args, "made", new=True))
+
+
+@_op("b")
+def _build(machine: Machine) -> None:
+    state = machine.pop()
+    machine.build(machine.stack[-1], state)
+
+
+@_op("P")
+def _persid(machine: Machine) -> None:
+    machine.push(_persistent(machine, machine.text(machine.line())))
+
+
+@_op("Q")
+def _binpersid(machine: Machine) -> None:
+    machine.push(_persistent(machine, machine.pop()))
+
+
+def _persistent(machine: Machine, name: Any) -> Any:
+    if machine.persistent is None:
+        raise machine.bad("a reference to data stored outside the pickle, where there is none", found=summary(name))
+    machine.budget.take(1)
+    return machine.persistent(name)
+
+
+_ESCAPES = {ord("n"): 10, ord("t"): 9, ord("r"): 13, ord("\\"): 92, ord("'"): 39, ord('"'): 34, ord("a"): 7, ord("b"): 8, ord("f"): 12, ord("v"): 11}  # fmt: skip
+
+
+def _unescaped(raw: bytes) -> bytes:
+    """The bytes of a protocol 0 string: Python's own escapes, which repr() wrote."""
+    if b"\\" not in raw:
+        return raw
+    found = bytearray()
+    at = 0
+    while at < len(raw):
+        byte = raw[at]
+        if byte != 92 or at + 1 >= len(raw):
+            found.append(byte)
+            at += 1
+        elif raw[at + 1] == ord("x"):
+            digits = raw[at + 2 : at + 4]
+            try:
+                found.append(int(digits, 16))
+            except ValueError:
+                raise MalformedError("a string with a broken escape", found=repr(digits)) from None
+            at += 4
+        else:
+            known = _ESCAPES.get(raw[at + 1])
+            found += bytes([known]) if known is not None else raw[at : at + 2]
+            at += 2
+    return bytes(found)
