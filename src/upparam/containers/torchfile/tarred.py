@@ -144,4 +144,3 @@ def _tensors(stream: Stream, roots: dict[str, Storage]) -> dict[str, Any]:
         except UpparamError as problem:
             found[key] = Broken(problem)
     return found
-
