@@ -12,6 +12,7 @@ from upparam._version import __version__
 
 COMMANDS: dict[str, str] = {
     "identify": "say what files are, with the evidence",
+    "scan": "say whether loading a file would run something, without running it",
     "inspect": "show what is inside an adapter, module by module",
     "verify": "prove an adapter sound, or say what is wrong",
     "assemble": "put factors and config together into a working adapter",

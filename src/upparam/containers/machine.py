@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from upparam.containers.symbols import (
     Record,
     StorageType,
     Trust,
+    clean,
     settle,
     summary,
 )
@@ -40,6 +42,8 @@ KEPT_BYTES = 256
 MAX_USES = 512
 """Distinct globals a machine reports."""
 _MAX_TUPLE_KEYS = 1000
+_MAX_NESTED = 3
+_NESTED_READ = 1 << 20
 
 
 @dataclass
@@ -130,6 +134,7 @@ class Machine:
         self.opcode = start
         self.tuple_keys = 0
         self.ended = False
+        self.depth = 0
 
     def run(self) -> Any:
         """Interpret up to STOP and return the (symbolic) value. Raises MalformedError or LimitError with the offset."""
@@ -290,8 +295,25 @@ class Machine:
         if how != "named" and known.how == "named":
             known.how, known.offset = how, self.base + self.opcode
             if arguments is not None:
-                known.arguments = summary(arguments)
+                known.arguments = summary(arguments) + (self.nested(arguments) if known.trust is Trust.CODE else "")
         return known
+
+    def nested(self, arguments: Any) -> str:
+        """What a pickle among the arguments of a call would call in its turn."""
+        if self.depth >= _MAX_NESTED or type(arguments) is not tuple:
+            return ""
+        for item in arguments[:4]:
+            raw = item.source.read(item.start, min(item.size, _NESTED_READ)) if type(item) is Blob else item
+            if type(raw) is bytes and raw[:1] == b"\x80" and len(raw) <= _NESTED_READ:
+                self.budget.copy(len(raw))
+                inner = Machine(raw, MemorySource(raw, "nested"), 0, 0, None, self.budget)
+                inner.depth = self.depth + 1
+                with suppress(UpparamError):
+                    inner.run()
+                calls = [use.qualname for use in inner.uses.values() if use.trust is Trust.CODE]
+                if calls:
+                    return f"; a pickle inside calls {', '.join(clean(name, 60) for name in calls[:4])}"
+        return ""
 
     def accuse(self, name: Global, how: str, arguments: Any = None) -> None:
         """Note a use that no data needs, whatever the global is."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from upparam.containers import tars
 from upparam.containers.base import Head, Opaque, TensorFile
 from upparam.containers.evidence import tensor_file
 from upparam.containers.machine import Examination, new_budget
@@ -30,6 +31,11 @@ _MAGIC_TEXT = str(MAGIC).encode()
 
 
 def sniff(head: Head) -> bool:
+    """The magic number, and no tar header around it: torch's own loader tries tar first."""
+    return marked(head) and not tars.sniff(head)
+
+
+def marked(head: Head) -> bool:
     """The magic number, pickled in any protocol, within the first bytes."""
     return _MAGIC_BYTES in head.data[:40] or _MAGIC_TEXT in head.data[:40]
 

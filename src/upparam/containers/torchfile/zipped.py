@@ -34,7 +34,7 @@ def sniff(head: Head) -> bool:
     if first.endswith(".npy") or "/" not in first:
         return False
     try:
-        return _root(read_archive(head.source, Path(head.name))) is not None
+        return root_of(read_archive(head.source, Path(head.name))) is not None
     except UpparamError:
         return False
 
@@ -43,7 +43,7 @@ def _first_name(data: bytes) -> str:
     return data[30 : 30 + int.from_bytes(data[26:28], "little")].decode("latin-1")
 
 
-def _root(archive: ZipArchive) -> str | None:
+def root_of(archive: ZipArchive) -> str | None:
     """The top folder with the main pickle: the one of the first member, as torch's own reader takes it."""
     roots = [
         member.name.removesuffix(MAIN) for member in archive.members if member.name.endswith("/" + MAIN) and member.name.count("/") == 1
@@ -71,10 +71,10 @@ def read(source: Source, path: Path) -> TensorFile:
     return tensor_file(path, name, opened.seen, opened.findings, where=opened.root + MAIN)
 
 
-def take_apart(source: Source, path: Path) -> Opened:
-    """Read the archive and its main pickle; what is wrong with the pickle is left in `seen.problem`."""
-    archive = read_archive(source, path)
-    root = _root(archive)
+def take_apart(source: Source, path: Path, archive: ZipArchive | None = None) -> Opened:
+    """Read the archive (unless it is given) and its main pickle; what is wrong with the pickle is left in `seen.problem`."""
+    archive = archive or read_archive(source, path)
+    root = root_of(archive)
     if root is None:
         raise MalformedError("a torch zip file without its main pickle", file=path, expected=f"a member ROOT/{MAIN}")
     records: dict[str, ZipMember] = {}
