@@ -169,6 +169,20 @@ def test_orphans_unknown_names_and_nothing_at_all() -> None:
         read("diffusers", filled({f"{TO_Q}.lora_A.weight": [4, 320], f"{TO_Q}.lora_B.weight": [320, 5]}))
 
 
+@pytest.mark.parametrize(("dialect", "factor"), [("diffusers", "to_q.lora_{}.weight"), ("diffusers-old", "processor.to_q_lora.{}.weight")])
+def test_a_module_named_twice_loses_nothing(dialect: str, factor: str) -> None:
+    roles = ("A", "B") if dialect == "diffusers" else ("down", "up")
+    inner = TO_Q.removeprefix("unet.").removesuffix("to_q")
+    shapes = {
+        f"{prefix}{inner}{factor.format(role)}": shape
+        for prefix in ("unet.", "")
+        for role, shape in zip(roles, ([4, 320], [320, 4]), strict=True)
+    }
+    adapter = read(dialect, filled(shapes))
+    assert set(adapter.leftovers) == {name for name in shapes if not name.startswith("unet.")}
+    assert {finding.code for finding in adapter.findings} == {"named-twice"} and len(adapter.deltas) == 1
+
+
 def adapter_of(module: str, **more: Any) -> Adapter:
     tensors = filled({"up": [64, 4], "down": [4, 64]})
     return Adapter({Target(module): LoRA(tensors["up"], tensors["down"], **more)}, "test")

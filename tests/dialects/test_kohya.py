@@ -171,6 +171,12 @@ def test_a_module_the_base_lacks_is_left_over_and_said() -> None:
     assert [finding.code for finding in adapter.findings] == ["unknown-module"]
 
 
+def test_a_module_named_twice_loses_nothing() -> None:
+    twice = pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 3072, 768)
+    adapter = read("kohya", filled(attention("sd1.5") | twice))
+    assert set(adapter.leftovers) == set(twice) and [finding.code for finding in adapter.findings] == ["unknown-module"]
+
+
 def test_an_orphan_is_left_over_and_said() -> None:
     tensors = filled(attention("sd1.5"))
     del tensors[f"{LAYER}.lora_up.weight"]

@@ -133,7 +133,7 @@ class Diffusers:
         deltas: dict[str, Delta] = {}
         for module, (form, tensors) in found.items():
             component, path = with_component(module)
-            if "up" not in tensors or "down" not in tensors:
+            if "up" not in tensors or "down" not in tensors or path in deltas:
                 give_back(adapter, module, form, tensors)
                 continue
             deltas[path] = _lora(file, path, tensors, _scaling(path, component, tensors, config))
@@ -181,11 +181,14 @@ def _lora(file: TensorFile, module: str, tensors: Mapping[str, Tensor], scaling:
 
 
 def give_back(adapter: Adapter, module: str, form: str, tensors: Mapping[str, Tensor]) -> None:
-    """Put a module without one of its factors among the leftovers, with a finding."""
+    """Put a module without one of its factors, or named a second time, among the leftovers, with a finding."""
     for role, tensor in tensors.items():
         ending = "alpha" if role == "alpha" else getattr(FORMS[form], role)
         adapter.leftovers[f"{module}.{ending}"] = tensor
-    adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", ", ".join(tensors)))
+    if "up" in tensors and "down" in tensors:
+        adapter.findings.append(error("named-twice", module, "another name in the file means the same module"))
+    else:
+        adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", ", ".join(tensors)))
 
 
 def settle(adapter: Adapter, deltas: Mapping[str, Delta], file: TensorFile, options: ReadOptions) -> None:

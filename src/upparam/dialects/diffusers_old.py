@@ -66,7 +66,12 @@ class DiffusersOld:
             given = found["path"].removesuffix(".processor")
             component, path = with_component(given)
             part = (_TEXT if component.startswith("text_encoder") else _UNET).get(found["part"], found["part"])
-            factors.setdefault(f"{path}.{part}", {})[found["role"]] = (name, tensor)
+            roles = factors.setdefault(f"{path}.{part}", {})
+            if found["role"] in roles:
+                adapter.leftovers[name] = tensor
+                adapter.findings.append(error("named-twice", name, "another name in the file means the same factor"))
+                continue
+            roles[found["role"]] = (name, tensor)
             if path != given:
                 adapter.spelling["bare"] = f"{component}."
         deltas: dict[str, Delta] = {}

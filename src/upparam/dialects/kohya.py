@@ -127,7 +127,7 @@ class Kohya:
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
             if alpha is not None:
-                tensors[f"{module}.alpha"] = _alpha(adapter, self.name, module, alpha, next(iter(spelled.values())))
+                tensors[f"{module}.alpha"] = _alpha(adapter, module, alpha, next(iter(spelled.values())))
         if problems:
             raise RefusedError(
                 f"{len(problems)} things that {self.name} cannot hold", tensor=problems[0].split(": ")[0],
@@ -195,7 +195,11 @@ def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: wo
     elif module not in found.names:
         adapter.leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
         shape = next(iter(built.values())).shape
-        adapter.findings.append(warning("unknown-module", module, f"{found.layout.base.name} has no such module of this shape", f"{shape}"))
+        adapter.findings.append(
+            warning(
+                "unknown-module", module, f"{found.layout.base.name} has no such module of this shape, or it is named twice", f"{shape}"
+            )
+        )
     else:
         for parameter, delta in built.items():
             for target, piece in to_targets(found.layout, found.names[module], delta, told).items():
@@ -226,7 +230,7 @@ def _respelled(name: str, spelling: Mapping[str, str]) -> str:
     return name
 
 
-def _alpha(adapter: Adapter, dialect: str, module: str, value: float, like: Tensor) -> Tensor:
+def _alpha(adapter: Adapter, module: str, value: float, like: Tensor) -> Tensor:
     spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
     form = spelling.get(f"alpha {module}", spelling.get("alpha"))
     dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)

@@ -73,13 +73,16 @@ def _suggested(shapes: Mapping[str, Shape], base: Base | None, stated: str | Non
 
 
 def _explained(one: LayoutMap, shapes: Mapping[str, Shape], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Given name -> the layout's, for those it has with that shape. A second spelling of a module already named is not explained."""
     found: dict[str, str] = {}
+    taken: set[str] = set()
     for given, shape in shapes.items():
         others = (own + given[len(alias) :] for alias, own in aliases if given.startswith(alias))
         for foreign in (given, *others):
             parts = one.to_reference(foreign)
-            if parts and alike(shape, (one.rows(foreign), *parts[0].shape[1:])):
+            if parts and foreign not in taken and alike(shape, (one.rows(foreign), *parts[0].shape[1:])):
                 found[given] = foreign
+                taken.add(foreign)
                 break
     return found
 
@@ -137,7 +140,8 @@ def to_targets(one: LayoutMap, foreign: str, delta: Delta, told: Parts | None = 
 def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | None = None) -> dict[str, Delta]:
     """The foreign modules that these reference targets change, in the order of first appearance; parts of a stacked weight joined.
 
-    `told`, when given, is filled with what the file must say so that joined parts come apart again (metadata PARTS_KEY). Raises RefusedError listing targets that the layout has no name for, and where parts cannot be joined exactly.
+    `told`, when given, is filled with what the file must say so that joined parts come apart again (metadata PARTS_KEY). Raises
+    RefusedError listing targets that the layout has no name for, and where parts cannot be joined exactly.
     """
     from upparam.algorithms.slicing import join, reorder
 
