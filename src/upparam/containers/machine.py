@@ -16,6 +16,7 @@ from typing import Any
 from upparam.containers import reconstructors
 from upparam.containers.base import Opaque
 from upparam.containers.symbols import (
+    Array,
     Blob,
     Budget,
     Global,
@@ -35,7 +36,7 @@ from upparam.limits import (
     MAX_PICKLE_OBJECTS,
     MAX_PICKLE_OPCODES,
 )
-from upparam.tensors import DType, MemorySource, Source
+from upparam.tensors import DType, MemorySource, Source, Tensor
 
 KEPT_BYTES = 256
 """Byte strings longer than this stay in the file as a Blob."""
@@ -43,6 +44,7 @@ MAX_USES = 512
 """Distinct globals a machine reports."""
 _MAX_TUPLE_KEYS = 1000
 _MAX_NESTED = 3
+_WHOLE = (Tensor, Array, dict, list)
 _NESTED_READ = 1 << 20
 
 
@@ -73,6 +75,8 @@ class Examination:
     stop: int = 0
     problem: UpparamError | None = None
     protocol: int = 0
+    pieces: list[tuple[str, Any]] = field(default_factory=list)
+    """What lay finished on the stack when a problem stopped the reading, each under the last text before it."""
     ended: bool = False
     """True when the problem is that the bytes ran out."""
 
@@ -116,6 +120,7 @@ def examine(
         found.value = value if keep else settle(value)
     except UpparamError as problem:
         found.problem = problem
+        found.pieces = machine.pieces()
     found.stop, found.protocol, found.ended = machine.at, machine.protocol, machine.ended
     return found
 
@@ -162,6 +167,19 @@ class Machine:
         except UpparamError as problem:
             raise self.placed(problem) from None
         raise self.cut("the pickle ends without STOP", remedy="the file is truncated; fetch it again")
+
+    def pieces(self) -> list[tuple[str, Any]]:
+        """The objects on the stack, settled; at most one entry for each item of a frame, named by the text before it."""
+        found: list[tuple[str, Any]] = []
+        for frame in [*self.marks, self.stack]:
+            name = ""
+            for item in frame:
+                if type(item) is str:
+                    name = item
+                elif type(item) in _WHOLE:
+                    with suppress(UpparamError):
+                        found.append((name, settle(item)))
+        return found
 
     def placed(self, problem: UpparamError) -> UpparamError:
         """`problem` with the opcode's offset in its text."""

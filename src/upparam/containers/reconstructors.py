@@ -46,6 +46,7 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 _OPAQUE_STORAGES = ("QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage")
+_TENSOR_KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _OPAQUE_VALUES = (
     "qint8", "quint8", "qint32", "quint4x2", "quint2x4", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2", "float4_e2m1fn_x2", "complex32", "uint1", "uint2", "uint3", "uint4", "uint5", "uint6", "uint7", "int1", "int2", "int3", "int4", "int5", "int6", "int7", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric", "per_channel_affine_float_qparams", "strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "contiguous_format", "preserve_format", "channels_last",
 )  # fmt: skip
@@ -57,6 +58,7 @@ def _constants() -> dict[str, Any]:
     for module in ("torch", "torch.cuda", "torch.storage"):
         found |= {f"{module}.{name}": StorageType(DTYPES[dtype]) for name, dtype in _STORAGES.items()}
         found |= {f"{module}.{name}": Opaque(f"torch.{name}") for name in _OPAQUE_STORAGES}
+    found |= {f"{module}.{kind}Tensor": Opaque(f"torch.{kind}Tensor") for module in ("torch", "torch.cuda") for kind in _TENSOR_KINDS}
     found |= {f"torch.storage.{name}": StorageType(None) for name in ("UntypedStorage", "_UntypedStorage")}
     found |= {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
     found |= {f"torch.{name}": Opaque(f"torch.{name}") for name in _OPAQUE_VALUES}

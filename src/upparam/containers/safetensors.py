@@ -123,6 +123,33 @@ def _tensor(source: Source, path: Path, key: str, entry: Any, data: int) -> tupl
     return tensor, start, stop
 
 
+def intact(source: Source, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a damaged file whose entry is right and whose bytes are all there, and the names of the others with the reason.
+
+    Raises MalformedError when the header itself cannot be read.
+    """
+    length = int.from_bytes(source.read(0, min(8, source.size)), "little")
+    if source.size < 8 or length > MAX_SAFETENSORS_HEADER or 8 + length > source.size:
+        raise MalformedError("the file ends inside its header: nothing can be told about its tensors", file=path)
+    try:
+        header = json.loads(source.read(8, length))
+    except (ValueError, RecursionError) as problem:
+        raise MalformedError(f"the header is not valid JSON: {problem}", file=path) from problem
+    tensors: dict[str, Tensor] = {}
+    lost: dict[str, str] = {}
+    for key, entry in header.items() if isinstance(header, dict) else ():
+        if key == "__metadata__":
+            continue
+        try:
+            _check_surrogates(path, {key: entry}, {})
+            tensor, _, _ = _tensor(source, path, key, entry, 8 + length)
+            tensor.check(key)
+            tensors[key] = tensor
+        except MalformedError as problem:
+            lost[key.encode("utf-8", "backslashreplace").decode()] = problem.message
+    return tensors, lost
+
+
 def _check_ranges(path: Path, ranges: list[tuple[int, int, str]], available: int) -> list[Finding]:
     end, last = 0, ""
     for start, stop, key in sorted(ranges):

@@ -102,7 +102,9 @@ class InflatedSource:
                     "the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=at + size - left
                 )
             if not part and self._stream.eof:
-                raise MalformedError("the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=at + size - left)
+                raise MalformedError(
+                    "the compressed data ends early", file=self.name, expected=f"{self.size} bytes", found=at + size - left
+                )
             parts.append(part)
             left -= len(part)
         self._at = at + size
@@ -191,6 +193,57 @@ def read_archive(source: Source, path: Path) -> ZipArchive:
     MAX_ARCHIVE_MEMBERS. No member data is read.
     """
     return _Reader(source, path).run()
+
+
+def members_by_headers(source: Source, path: Path) -> tuple[list[ZipMember], str | None]:
+    """The whole members of an archive whose directory is lost, found by walking the local headers, and the name of the one cut short.
+
+    Where sizes stand behind the data (torch writes so), the end is the first data descriptor that states the distance to it.
+    """
+    found: list[ZipMember] = []
+    at = 0
+    while at + _LOCAL.size <= source.size and len(found) < MAX_ARCHIVE_MEMBERS:
+        fields = _LOCAL.unpack(source.read(at, _LOCAL.size))
+        if fields[0] != b"PK\x03\x04":
+            break
+        _, _, flags, method, _, _, crc, packed, size, named, extra = fields
+        start = at + _LOCAL.size + named + extra
+        if start > source.size:
+            break
+        name = _name(source.read(at + _LOCAL.size, named), flags)
+        if flags & _STREAMED and not packed:
+            ended = _descriptor_after(source, start)
+            if ended is None:
+                return found, name
+            crc, packed, size, at = ended
+        else:
+            if _FULL32 in (size, packed):
+                more = source.read(at + _LOCAL.size + named, extra)
+                size, packed, _ = _Reader(source, path).wide(more, size, packed, 0)
+            at = start + packed
+            if at > source.size:
+                return found, name
+        if not name.endswith("/"):
+            found.append(ZipMember(name, size, packed, method, crc, flags, start, source))
+    return found, None
+
+
+def _descriptor_after(source: Source, start: int) -> tuple[int, int, int, int] | None:
+    """(crc, packed size, size, end) of the data descriptor that belongs to data from `start`."""
+    step, overlap = 1 << 20, 24
+    for base in range(start, source.size, step):
+        block = source.read(base, min(step + overlap, source.size - base))
+        where = block.find(b"PK\x07\x08")
+        while 0 <= where < step and where + 16 <= len(block):
+            crc, packed, size = struct.unpack_from("<LLL", block, where + 4)
+            if packed == base + where - start:
+                return crc, packed, size, base + where + 16
+            if where + 24 <= len(block):
+                crc, wide, size = struct.unpack_from("<LQQ", block, where + 4)
+                if wide == base + where - start:
+                    return crc, wide, size, base + where + 24
+            where = block.find(b"PK\x07\x08", where + 4)
+    return None
 
 
 class _Reader:

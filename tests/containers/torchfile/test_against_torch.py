@@ -101,7 +101,12 @@ def test_nested_objects_and_protocols(tmp_path, form, protocol):
     structure = found.structure
     assert structure["numbers"] == value["numbers"] and structure["text"] == value["text"] and structure["tuple"] == (1, (2, 3))
     assert structure["raw"] == b"\x00\xff" and structure["set"] == {1, 2} and structure["frozen"] == frozenset({"a"})
-    assert structure["size"] == (2, 3) and structure["dtype"] is DTYPES["float16"] and structure["device"] == "cuda:1" and structure["scalar"] == 0.1
+    assert (
+        structure["size"] == (2, 3)
+        and structure["dtype"] is DTYPES["float16"]
+        and structure["device"] == "cuda:1"
+        and structure["scalar"] == 0.1
+    )
     np.testing.assert_array_equal(found.tensors["array"].read(), value["array"])
     np.testing.assert_array_equal(found.tensors["big"].read(), value["big"])
     assert found.tensors["state/weight"].raw() == bits(model.weight) == found.tensors["parameter"].raw()
@@ -225,7 +230,9 @@ def test_what_cannot_be_written_is_refused():
         write(io.BytesIO(), {"a": {"b": object()}})
 
 
-scalars = st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False) | st.text(max_size=20) | st.binary(max_size=20)
+scalars = (
+    st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False) | st.text(max_size=20) | st.binary(max_size=20)
+)
 arrays = st.builds(
     lambda dtype, shape, seed: Tensor.of(np.random.default_rng(seed).integers(0, 100, shape).astype(dtype)),
     st.sampled_from(["float32", "int8", "float16", "uint64", "complex64", "bool"]),

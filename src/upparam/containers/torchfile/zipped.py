@@ -13,7 +13,7 @@ from upparam.containers.base import Head, Opaque, TensorFile
 from upparam.containers.evidence import tensor_file
 from upparam.containers.machine import Examination, examine, new_budget, program
 from upparam.containers.symbols import Broken, Storage, StorageType, summary
-from upparam.containers.zips import ZipArchive, ZipMember, read_archive
+from upparam.containers.zips import ZipArchive, ZipMember, members_by_headers, read_archive
 from upparam.errors import MalformedError, UpparamError
 from upparam.findings import Finding, error
 from upparam.tensors import Source
@@ -97,6 +97,12 @@ def take_apart(source: Source, path: Path, archive: ZipArchive | None = None) ->
                   *[member for member in records if member.startswith(root + "code/")][:4])
         )  # fmt: skip
     return Opened(archive, root, records, findings, seen)
+
+
+def take_apart_damaged(source: Source, path: Path) -> Opened:
+    """The same for an archive without its directory, from the members that are whole."""
+    members, _ = members_by_headers(source, path)
+    return take_apart(source, path, ZipArchive(members, []))
 
 
 def _byteorder(member: ZipMember | None, path: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from upparam.containers import archive, file_source, ggla, gguf, head_of, lookalikes, npy, pickles, safetensors, tars, torchfile, zips
-from upparam.containers.base import Head, leaves
+from upparam.containers.base import Head, Opaque, leaves
 from upparam.containers.evidence import about_unread, about_uses
 from upparam.containers.machine import Examination, Use, examine, new_budget
 from upparam.containers.symbols import Broken, Trust, clean
@@ -20,27 +20,9 @@ from upparam.tensors import MemorySource, Source, Tensor
 
 _MAX_PICKLES = 10_000
 """Pickles one after another in a file that are looked at."""
-_TEXT = (
-    ".txt",
-    ".md",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".csv",
-    ".tsv",
-    ".log",
-    ".py",
-    ".toml",
-    ".jsonl",
-    ".html",
-    ".xml",
-    ".ini",
-    ".cfg",
-    ".sh",
-    ".c",
-    ".h",
-)
-"""Names of text files: a loader does not unpickle them, and prose may begin with a letter that is an opcode."""
+_DISTRUSTED = {"zip-encrypted", "zip-method", "zip-header-mismatch", "zip-hidden-member", "zip-overlap", "zip-sizes", "zip-gap"}
+"""Oddities of a zip that make another reader find other bytes: then pickles are looked for behind every local header too."""
+_NAMED = {".safetensors": "safetensors", ".gguf": "GGUF", ".npy": "npy", ".npz": "npz"}
 _LAMBDA = re.compile(rb'"class_name"\s*:\s*"Lambda"')
 
 
@@ -111,7 +93,11 @@ class _Look:
             return True
         if torchfile.legacy.sniff(head):
             self.named(torchfile.legacy.name)
-            seen, findings = torchfile.legacy.take_apart(source, path)
+            try:
+                seen, findings = torchfile.legacy.take_apart(source, path)
+            except UpparamError:
+                self.pickles(head, source, path)
+                raise
             self.report.findings += findings
             self.examined(seen, path)
             return True
@@ -129,7 +115,7 @@ class _Look:
         if archive.sniff(head):
             return self.packed(source, path, wrapping)
         if pickles.sniff(head) or (start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5):
-            return self.pickles(head, source, path)
+            return self.pickles(head, source, path, wrapping)
         return False
 
     def named(self, name: str) -> None:
@@ -163,14 +149,15 @@ class _Look:
         except LimitError as problem:
             self.broken(problem, path)
 
-    def pickles(self, head: Head, source: Source, path: Path) -> bool:
+    def pickles(self, head: Head, source: Source, path: Path, wrapping: tuple[str, ...] = ()) -> bool:
         """Pickles one after another from the start. False when it is none after all (no mark, nothing named, broken at once)."""
         size = min(source.size, MAX_PICKLE_BYTES)
         data = source.read(0, size)
         budget = new_budget(source.size)
         at = count = 0
         while at < size and count < _MAX_PICKLES:
-            seen = examine(data, source=source, start=at, budget=budget)
+            outside = _Outside()
+            seen = examine(data, source=source, start=at, budget=budget, persistent=outside)
             if seen.problem is not None and count and not seen.code:
                 self.report.findings.append(
                     warning("trailing-bytes", path.name, f"{size - at} bytes follow the pickle", f"it ends at byte {at}")
@@ -181,6 +168,8 @@ class _Look:
             self.named(pickles.name)
             self.examined(seen, path)
             count += 1
+            if outside.asked and not wrapping:
+                self.odd("malformed", path, "the pickle refers to data stored outside, where there is none", f"{outside.asked} references")
             if seen.problem is not None:
                 break
             at = seen.stop
@@ -222,13 +211,17 @@ class _Look:
         head = head_of(source, path)
         if torchfile.tarred.sniff(head):
             self.named(torchfile.tarred.name)
-            seen, findings = torchfile.tarred.take_apart(source, path)
+            try:
+                seen, findings = torchfile.tarred.take_apart(source, path)
+            except UpparamError:
+                self.members([(member.name, member.source) for member in tars.read_archive(source, path).members], path, wrapping, "tar")
+                raise
             self.report.findings += findings
             self.examined(seen, path, "pickle")
             return
         self.named("tar")
         contents = tars.read_archive(source, path)
-        self.report.findings += contents.findings
+        self.report.findings += [_graver(finding, source.size) for finding in contents.findings]
         self.members([(member.name, member.source) for member in contents.members], path, wrapping, "tar")
 
     def members(self, members: list[tuple[str, Source]], path: Path, wrapping: tuple[str, ...], kind: str) -> None:
@@ -263,6 +256,8 @@ class _Look:
         else:
             self.named("npz" if names and all(name.endswith(".npy") for name in names) else "zip")
             self.report.findings += contents.findings
+        if any(finding.code in _DISTRUSTED for finding in contents.findings):
+            self.headers(source, path)
         self.keras(contents, path)
         storage = (
             re.compile(re.escape(root) + r"(data/\d+|byteorder|version|\.data/serialization_id|\.format_version|\.storage_alignment)")
@@ -298,7 +293,7 @@ class _Look:
             named, extra = int.from_bytes(data[at + 26 : at + 28], "little"), int.from_bytes(data[at + 28 : at + 30], "little")
             start = at + 30 + named + extra
             if data[start : start + 1] == b"\x80" and data[start + 1 : start + 2] <= b"\x05":
-                seen = examine(data, source=MemorySource(data, path.name), start=start)
+                seen = examine(data, source=MemorySource(data, path.name), start=start, persistent=_Outside())
                 self.named("zip")
                 self.uses(seen.uses, path, clean(data[at + 30 : at + 30 + named].decode("utf-8", "replace")))
             at = data.find(b"PK\x03\x04", at + 4)
@@ -320,21 +315,24 @@ class _Look:
             self.odd(
                 "keras-lambda", path, "a Keras model with a Lambda layer, which is stored as Python code", "HDF5 attribute model_config"
             )
-        elif not path.name.lower().endswith(_TEXT) and source.size:
+        elif source.size:
             self.bare(source, path)
         if wrapping or self.report.formats:
             return
         look = lookalikes.recognise(head)
         self.report.formats.append(look.kind)
+        claimed = _NAMED.get(path.suffix.lower())
         if look.kind.startswith(("truncated", "broken")):
             self.odd("malformed", path, look.message, *look.evidence)
+        elif claimed and look.kind == "unknown":
+            self.odd("malformed", path, f"named as {claimed}, which it is not", *look.evidence)
         else:
             self.report.findings.append(info("kind", path.name, look.message, *look.evidence))
 
     def bare(self, source: Source, path: Path) -> None:
         """An old-protocol or broken pickle that calls something before it breaks."""
         data = source.read(0, min(source.size, 1 << 20))
-        seen = examine(data, source=MemorySource(data, path.name))
+        seen = examine(data, source=MemorySource(data, path.name), persistent=_Outside())
         called = {name: use for name, use in seen.uses.items() if use.trust is Trust.CODE and use.how != "named" and _identifier(name)}
         if called:
             self.named(pickles.name)
@@ -362,6 +360,28 @@ class _Look:
             ", ".join(clean(member.name, 60) for member in contents.members[:4]),
         )
         self.zip(source, path, (*wrapping, "zip"))
+
+
+def _graver(finding: Finding, size: int) -> Finding:
+    """A tar's oddities as scan sees them: links that lead out of the archive, devices, and an end within a block are errors."""
+    target = finding.evidence[0].partition(" -> ")[2] if finding.evidence else ""
+    leads_out = finding.code == "tar-special-member" and (
+        tars.unsafe(target) or any(word in finding.message for word in ("device", "FIFO"))
+    )
+    if leads_out or (finding.code == "tar-no-end" and size % tars.BLOCK):
+        return error(finding.code, finding.subject, finding.message, *finding.evidence)
+    return finding
+
+
+class _Outside:
+    """What persistent ids mean to a pickle whose container is not known: nothing, but reading goes on behind them."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, name: object) -> Opaque:
+        self.asked += 1
+        return Opaque("data stored outside the pickle")
 
 
 def _identifier(name: str) -> bool:
