@@ -429,7 +429,7 @@ def _streams(canary: str) -> Iterator[Case]:
 
 def _tars(canary: str) -> Iterator[Case]:
     evil = prog(call(g("os", "system"), shell(canary)))
-    count, none = prog(b"K\x01"), prog(b"K\x00")
+    count = prog(b"K\x01")
     entry = prog(tup(i(1), s("cpu"), g("torch", "FloatStorage")))
     stores = count + entry + struct.pack("<q4f", 4, 1, 2, 3, 4) + prog(b"]")
     tensors = count + prog(tup(i(5), i(1), g("torch", "FloatTensor"))) + struct.pack("<iiqqqqq", 2, 0, 2, 2, 2, 1, 0)

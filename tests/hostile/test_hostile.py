@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+
 from upparam.operations.scan import scan_file
 
 from .corpus import hostile

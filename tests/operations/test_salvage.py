@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from upparam.cli import main
 from upparam.containers import open_file
 from upparam.containers.safetensors import write

@@ -43,6 +43,7 @@ KEPT_BYTES = 256
 MAX_USES = 512
 """Distinct globals a machine reports."""
 _MAX_TUPLE_KEYS = 1000
+_MAX_KNOWN = 10_000
 _MAX_NESTED = 3
 _WHOLE = (Tensor, Array, dict, list)
 _NESTED_READ = 1 << 20
@@ -140,6 +141,7 @@ class Machine:
         self.tuple_keys = 0
         self.ended = False
         self.depth = 0
+        self.known: dict[bytes, Any] = {}
 
     def run(self) -> Any:
         """Interpret up to STOP and return the (symbolic) value. Raises MalformedError or LimitError with the offset."""
@@ -726,8 +728,20 @@ def _named(machine: Machine, module: str, name: str) -> Global:
 
 @_op("c")
 def _global(machine: Machine) -> None:
-    module, name = machine.text(machine.line()), machine.text(machine.line())
-    machine.push(reconstructors.constant(_named(machine, module, name)))
+    data, start = machine.data, machine.at
+    middle = data.find(b"\n", start)
+    stop = data.find(b"\n", middle + 1) if middle >= 0 else -1
+    if stop < 0:
+        raise machine.cut("the pickle ends inside a line")
+    machine.at = stop + 1
+    raw = data[start:stop]
+    known = machine.known.get(raw)
+    if known is None:
+        module, name = machine.text(data[start:middle]), machine.text(data[middle + 1 : stop])
+        known = reconstructors.constant(_named(machine, module, name))
+        if len(machine.known) < _MAX_KNOWN:
+            machine.known[raw] = known
+    machine.stack.append(known)
 
 
 @_op(0x93)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from math import prod
 from typing import Any
 
 from upparam.containers.base import Opaque
@@ -171,20 +172,19 @@ class Budget:
 
 def view(storage: Storage, dtype: DType, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, budget: Budget) -> Tensor:
     """A tensor over a storage; `offset` and `strides` in elements. Raises MalformedError or LimitError when the storage cannot back it."""
-    found = Tensor(dtype, shape, storage.source, storage.start + offset * dtype.itemsize, strides, storage.big_endian)
-    if strides is not None and found.is_contiguous:
-        found = Tensor(dtype, shape, storage.source, found.offset, None, storage.big_endian)
-    if offset < 0 or min(shape, default=0) < 0 or (strides is not None and (len(strides) != len(shape) or min(strides, default=0) < 0)):
+    if offset < 0 or (shape and min(shape) < 0) or (strides and min(strides) < 0) or (strides is not None and len(strides) != len(shape)):
         raise MalformedError("a negative size, stride or offset", found=f"shape {shape}, strides {strides}, offset {offset}")
-    if found.numel and offset * dtype.itemsize + found.span > storage.nbytes:
-        raise MalformedError(
-            "the storage ends before the tensor does", expected=f"{offset * dtype.itemsize + found.span} bytes", found=storage.nbytes
-        )
-    if found.nbytes > max(storage.nbytes, MAX_EXPANDED):
-        raise LimitError(
-            "a view repeats a few bytes into more than any real tensor", expected=f"<= {MAX_EXPANDED} bytes", found=found.nbytes
-        )
-    budget.hold(found.nbytes)
+    if strides == contiguous_strides(shape):
+        strides = None
+    itemsize = dtype.itemsize
+    nbytes = prod(shape) * itemsize
+    found = Tensor(dtype, shape, storage.source, storage.start + offset * itemsize, strides, storage.big_endian)
+    span = nbytes if strides is None else found.span
+    if nbytes and offset * itemsize + span > storage.nbytes:
+        raise MalformedError("the storage ends before the tensor does", expected=f"{offset * itemsize + span} bytes", found=storage.nbytes)
+    if nbytes > max(storage.nbytes, MAX_EXPANDED):
+        raise LimitError("a view repeats a few bytes into more than any real tensor", expected=f"<= {MAX_EXPANDED} bytes", found=nbytes)
+    budget.hold(nbytes)
     return found
 
 

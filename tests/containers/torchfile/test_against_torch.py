@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from upparam.containers import open_file
 from upparam.containers.base import LONE, Opaque
 from upparam.containers.torchfile import zipped
@@ -190,7 +191,7 @@ def test_truncation_is_an_error_that_says_so(tmp_path, form):
     whole = path.read_bytes()
     for cut in (len(whole) - 10, len(whole) - 800, len(whole) // 2, 100, 60):
         path.write_bytes(whole[:cut])
-        with pytest.raises(MalformedError, match="truncated|ends|end record|directory"):
+        with pytest.raises(MalformedError, match=r"truncated|ends|end record|directory"):
             open_file(path)
 
 
