@@ -19,8 +19,8 @@ demo: $(VENV)/.core
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh demo/run.sh
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/ruff format --check src tests tools benchmarks
+	$(BIN)/ruff check src tests tools benchmarks demo
+	$(BIN)/ruff format --check src tests tools benchmarks demo
 	$(BIN)/mypy
 
 test: lint

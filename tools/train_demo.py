@@ -34,7 +34,7 @@ def train(model: torch.nn.Module, steps: int, rate: float, shout: bool, generato
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     loss = torch.tensor(0.0)
-    for step in range(steps):
+    for _ in range(steps):
         tokens, labels = batch(128, shout, generator)
         loss = model(input_ids=tokens, labels=labels).loss
         optimizer.zero_grad()
@@ -58,14 +58,21 @@ def main() -> None:
     model.save_pretrained(DEMO / "base")
     (DEMO / "base" / "generation_config.json").unlink(missing_ok=True)
     model = model.to(torch.float32)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
     tuned = get_peft_model(model, lora)
     print("adapter", train(tuned, 1500, 1e-2, True, generator))
     factors = {name.removeprefix("base_model.model."): value.detach() for name, value in tuned.state_dict().items() if "lora_" in name}
     mystery = DEMO / "mystery"
     mystery.mkdir(exist_ok=True)
     for role, mark in (("up", ".lora_B.default.weight"), ("down", ".lora_A.default.weight")):
-        torch.save({name.removesuffix(mark): value for name, value in factors.items() if name.endswith(mark)}, mystery / f"{role}-param.bin")
+        torch.save(
+            {name.removesuffix(mark): value for name, value in factors.items() if name.endswith(mark)}, mystery / f"{role}-param.bin"
+        )
     (mystery / "config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}) + "\n")
 
 

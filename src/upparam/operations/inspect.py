@@ -117,8 +117,8 @@ def singular_values(up: NDArray[np.float64], down: NDArray[np.float64]) -> NDArr
     """Singular values of up @ down, largest first, through r x r matrices: those of Ru Rv' of the two QR factorisations."""
     import numpy as np
 
-    left: NDArray[np.float64] = np.linalg.qr(up, mode="r")
-    right: NDArray[np.float64] = np.linalg.qr(down.T, mode="r")
+    left: NDArray[np.float64] = np.asarray(np.linalg.qr(up, mode="r"))
+    right: NDArray[np.float64] = np.asarray(np.linalg.qr(down.T, mode="r"))
     values: NDArray[np.float64] = np.linalg.svd(left @ right.T, compute_uv=False)
     return values
 

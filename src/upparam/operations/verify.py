@@ -9,7 +9,7 @@ from typing import Any
 
 from upparam.adapter import Adapter
 from upparam.dialects.base import ReadOptions
-from upparam.errors import MismatchError
+from upparam.errors import AmbiguousError, MismatchError, RefusedError
 from upparam.findings import Finding, error, exit_code, info, warning
 from upparam.operations.inspect import ModuleStats, inspect_modules
 from upparam.operations.opening import open_adapter
@@ -62,7 +62,7 @@ def verify(path: Path | str, *, base: Path | str | None = None, options: ReadOpt
     stats = list(inspect_modules(adapter, progress=progress))
     verdict.findings += _numbers(stats, subject)
     if base is not None:
-        verdict.findings += _fit(adapter, Path(base), subject)
+        verdict.findings += _fit(adapter, Path(path), Path(base), options, subject)
     if verdict.sound:
         verdict.findings.append(
             info("sound", subject, f"sound: {len(stats)} targets complete and finite", f"{adapter.dialect}, every factor read")
@@ -148,14 +148,20 @@ def _numbers(stats: list[ModuleStats], subject: str) -> list[Finding]:
     return findings
 
 
-def _fit(adapter: Adapter, base: Path, subject: str) -> list[Finding]:
+def _fit(adapter: Adapter, path: Path, base: Path, options: ReadOptions | None, subject: str) -> list[Finding]:
+    """Whether a merge could place every target: decided from headers, by the merge's own plan."""
     from upparam.checkpoint import Checkpoint
-    from upparam.operations.merge import plan
+    from upparam.operations.merge import open_ingredients
+    from upparam.operations.merge.plan import make_plan
 
+    checkpoint = Checkpoint.open(base)
+    extras = {extra.kind.value for extra in adapter.extras}
     try:
-        plan(Checkpoint.open(base), [(adapter, 1.0)])
-    except MismatchError as problem:
-        return [
-            error("does-not-fit", subject, problem.message, *(part for part in (problem.tensor, problem.expected, problem.found) if part))
-        ]
-    return [info("fits", subject, f"every target and shape fits {base.name}")]
+        ingredients = open_ingredients(checkpoint, path if options is None or options == ReadOptions() else adapter)
+        plan = make_plan(checkpoint, ingredients, drop={"leftovers", *extras})
+    except (MismatchError, AmbiguousError) as problem:
+        parts = (problem.tensor, problem.expected, problem.found)
+        return [error("does-not-fit", subject, problem.message, *(part for part in parts if part))]
+    except RefusedError as problem:
+        return [error("cannot-be-applied", subject, problem.line())]
+    return [info("fits", subject, f"every target and shape fits {base.name}", f"{len(plan.works)} of its weights would change")]

@@ -11,7 +11,17 @@ import pytest
 from upparam.bases import inventory
 from upparam.bases.layouts import layout
 
-FACTORS = (".lora_up.weight", ".lora_B.weight", ".lora_A.weight", ".lora_down.weight", ".alpha", ".dora_scale", ".lora_B.bias", ".lokr_w1", ".lokr_w2")
+FACTORS = (
+    ".lora_up.weight",
+    ".lora_B.weight",
+    ".lora_A.weight",
+    ".lora_down.weight",
+    ".alpha",
+    ".dora_scale",
+    ".lora_B.bias",
+    ".lokr_w1",
+    ".lokr_w2",
+)
 
 
 def module_of(name: str) -> str:
@@ -35,7 +45,12 @@ def onetrainer(name: str) -> str:
         ("flux_control_lora_format", "flux.1-control-dev", "original", control),
         ("flux_lokr_bfl_format", "flux.1-dev", "original", lambda name: name.removeprefix("diffusion_model.")),
         ("flux_lora_diffusers_format", "flux.1-dev", "reference", str),
-        ("flux_lora_diffusers_base_model_format", "flux.1-dev", "reference", lambda name: name.replace("base_model.model.", "transformer.")),
+        (
+            "flux_lora_diffusers_base_model_format",
+            "flux.1-dev",
+            "reference",
+            lambda name: name.replace("base_model.model.", "transformer."),
+        ),
         ("krea2_lora_kohya_format", "krea-2", "kohya", str),
         ("qwen_image_lora_diffusers_format", "qwen-image", "reference", lambda name: f"transformer.{name}"),
     ],
