@@ -131,7 +131,7 @@ _WRAPPER = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.)?")
 _COMPONENT = re.compile(r"^lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)_")
 _COMPONENTS = {
     "unet": ("unet.", "transformer."), "transformer": ("transformer.",), "prior_unet": ("unet.",), "te": ("text_encoder.",),
-    "te1": ("text_encoder.",), "te2": ("text_encoder_2.",), "te3": ("text_encoder_3.", "text_encoder_2."), "text_encoder": ("text_encoder.",),
+    "te1": ("text_encoder.",), "te2": ("text_encoder_2.",), "te3": ("text_encoder_3.", "text_encoder_2.", "text_encoder."), "text_encoder": ("text_encoder.",),
     "text_encoder_2": ("text_encoder_2.",),
 }  # fmt: skip
 
@@ -172,6 +172,9 @@ def _recognise(groups: Sequence[Group], underscored: bool, stated: str | None) -
     for fit in fits:
         _weigh(fit, groups, index)
     sound = [fit for fit in fits if not fit.wrong and fit.agreement >= _ENOUGH]
+    if any(fit.agreement == 1.0 for fit in sound):
+        for fit in sound:
+            fit.weight *= 1.0 if fit.agreement == 1.0 else _LACKING
     shaped = _hints(sound, groups, index) if sound else _poor(fits, groups, index)
     return _with_stated(stated, shaped, {index.names[fit.base]: fit for fit in fits}, groups) if stated else shaped
 
@@ -218,6 +221,8 @@ def _fits(groups: Sequence[Group], index: Index, underscored: bool) -> list[Fit]
     return list(fits.values())
 
 
+_LACKING = 0.05
+"""What is left of a fit that lacks some of the targets where another base has them all."""
 _FUSED = re.compile(r"(qkv|query_key_value|c_attn|qkv_proj|gate_up_proj)$")
 
 
