@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +27,12 @@ CONTAINERS: tuple[Container | ModuleType, ...] = (
     pickles,
 )
 """Every container that can be told from its bytes, most specific first. Headerless files carry no mark: see `raw`."""
+
+
+@cache
+def plugins() -> tuple[Container, ...]:
+    """Containers that installed packages add (entry points of the group `upparam.containers`); asked after all of ours."""
+    return tuple(point.load() for point in entry_points(group="upparam.containers"))
 
 
 def head_of(source: Source, path: Path) -> Head:
@@ -69,12 +77,15 @@ def open_file(path: Path | str) -> TensorFile:
 
 def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorFile]:
     head = head_of(source, path)
-    for container in CONTAINERS:
-        if container.sniff(head):
-            file = container.read(source, path)
-            file.wrapping = wrapping
-            return [file]
-    if not archive.sniff(head):
+    container = next((container for container in CONTAINERS if container.sniff(head)), None)
+    wrapped = container is None and archive.sniff(head)
+    if container is None and not wrapped:
+        container = next((container for container in plugins() if container.sniff(head)), None)
+    if container is not None:
+        file: TensorFile = container.read(source, path)
+        file.wrapping = wrapping
+        return [file]
+    if not wrapped:
         return []
     if len(wrapping) >= MAX_ARCHIVE_NESTING:
         raise LimitError("archives nested deeper than any real download", file=path, expected=f"<= {MAX_ARCHIVE_NESTING}")
