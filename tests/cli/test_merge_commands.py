@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.operations.merging import load, save
 
-from operations.merging import load, save
 from upparam.cli import main
 
 RNG = np.random.default_rng(4)

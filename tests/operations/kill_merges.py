@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tests.operations.merging import NUMPY, adapter, lora, save
 
-from operations.merging import NUMPY, adapter, lora, save
 from upparam.operations.merge import merge
 from upparam.operations.merge.inplace import Journal, journal_path, undo
 

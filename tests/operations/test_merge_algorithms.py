@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from tests.operations.merging import adapter, load, lora, round_once, save
 
-from operations.merging import adapter, load, lora, round_once, save
 from upparam.adapter import Target
 from upparam.algorithms.base import BAKED, Delta, RowReader, Scaling, Update
 from upparam.errors import MalformedError

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.operations.merging import NUMPY, adapter, load, lora, round_once, save
 
-from operations.merging import NUMPY, adapter, load, lora, round_once, save
 from upparam.containers import open_file
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge import merge, prepare

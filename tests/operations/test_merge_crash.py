@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.operations.merging import adapter, lora, save
 
-from operations.merging import adapter, lora, save
 from upparam.errors import UnreadableError
 from upparam.operations.merge import merge
 
@@ -69,7 +69,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from operations.merging import adapter, lora
+from tests.operations.merging import adapter, lora
 from upparam.operations.merge import merge
 base, layers = Path(sys.argv[1]), int(sys.argv[2])
 rng = np.random.default_rng(0)

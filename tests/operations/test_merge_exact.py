@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.operations.merging import NUMPY, adapter, load, lora, round_once, save
 
-from operations.merging import NUMPY, adapter, load, lora, round_once, save
 from upparam.errors import RefusedError
 from upparam.operations.merge import kernel, merge, stream
 from upparam.operations.merge.rounding import narrow, ordered, round_to_odd

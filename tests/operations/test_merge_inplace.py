@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.operations.merging import NUMPY, adapter, load, lora, ordered_distance, save
 
-from operations.merging import NUMPY, adapter, load, lora, ordered_distance, save
 from upparam.adapter import Adapter
 from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
 from upparam.operations.merge import merge, stream

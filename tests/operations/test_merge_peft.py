@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.operations.merging import load, ordered_distance
 
-from operations.merging import load, ordered_distance
 from upparam.checkpoint import Checkpoint
 from upparam.operations.merge import merge
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.operations.merging import adapter, load, lora, save
 
-from operations.merging import adapter, load, lora, save
 from upparam.adapter import Extra, ExtraKind, Target
 from upparam.errors import AmbiguousError, MismatchError, OutputExistsError, RefusedError, UsageError
 from upparam.operations.merge import merge, prepare

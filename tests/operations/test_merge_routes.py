@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.operations.merging import NUMPY, round_once
 
-from operations.merging import NUMPY, round_once
 from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, best_route, routes
 from upparam.tensors import DTYPES
 

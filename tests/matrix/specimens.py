@@ -1,0 +1,190 @@
+"""Adapters that between them use every feature a dialect may or may not hold, on real inventories, filled from a seed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
+from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.bases import inventory
+from upparam.bases.base import Module
+from upparam.tensors import Tensor
+
+MODULES = {
+    "sd1.5": (
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_q",
+    ),
+    "flux.1-dev": (
+        "transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k", "transformer.transformer_blocks.0.attn.to_v",
+        "transformer.transformer_blocks.3.ff.net.0.proj", "transformer.single_transformer_blocks.1.attn.to_q",
+        "transformer.single_transformer_blocks.1.attn.to_k", "transformer.single_transformer_blocks.1.attn.to_v",
+        "transformer.single_transformer_blocks.1.proj_mlp",
+    ),
+    "llama-3-8b": (
+        "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj", "model.layers.7.self_attn.o_proj",
+    ),
+    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc", "transformer.h.5.attn.c_proj"),
+    "sam-vit-b": (),
+}  # fmt: skip
+"""The targets of the specimens of each base; for SAM every qkv of the image encoder, q and v rows, as its trainers do."""
+CONV = {"sd1.5": ("unet.down_blocks.0.resnets.0.conv1", "unet.down_blocks.0.attentions.0.proj_in")}
+TEXT = {
+    "sd1.5": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder.text_model.encoder.layers.3.mlp.fc1"),
+    "flux.1-dev": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",),
+}
+EMBEDDING = {"llama-3-8b": "model.embed_tokens", "gpt2": "transformer.wte"}
+HEAD = {"llama-3-8b": "lm_head"}
+
+
+def module(base: str, path: str) -> Module:
+    found = inventory.load(base).by_path.get(path)
+    assert found is not None, f"{path} is not a module of {base}"
+    return found
+
+
+def values(shape: tuple[int, ...], key: str) -> Tensor:
+    rng = np.random.default_rng(zlib.crc32(key.encode()))
+    return Tensor.of((rng.standard_normal(shape) * 0.05).astype(np.float16))
+
+
+def lora(
+    base: str, path: str, rank: int = 4, scaling: Scaling | None = None, mid: bool = False, rows: tuple[int, int] | None = None
+) -> LoRA:
+    out, into, *kernel = module(base, path).canonical
+    out = rows[1] - rows[0] if rows else out
+    key, ones = f"{path}{rows}", [1] * len(kernel)
+    down = (rank, into, *(ones if mid else kernel))
+    core = values((rank, rank, *kernel), key + "mid") if mid else None
+    return LoRA(values((out, rank, *ones), key + "up"), values(down, key + "down"), scaling or Scaling(alpha=float(rank)), core)
+
+
+def targets(base: str) -> list[Target]:
+    if base != "sam-vit-b":
+        return [Target(path) for path in MODULES[base]]
+    blocks = [found.path for found in inventory.load(base).modules if found.path.endswith(".attn.qkv")]
+    return [Target(path, rows) for path in blocks for rows in ((0, 768), (1536, 2304))]
+
+
+def adapter(base: str, deltas: dict[Target, Delta], extras: list[Extra] | None = None) -> Adapter:
+    transposed = True if any(module(base, target.module).kind == "Conv1D" for target in deltas) else None
+    hint = BaseHint(base, 1.0, ("a specimen",), True)
+    return Adapter(deltas, "specimen", extras=extras or [], base=hint, layout="reference", transposed_base=transposed)
+
+
+def plain(base: str) -> Adapter:
+    return adapter(base, {target: lora(base, target.module, rows=target.rows) for target in targets(base)})
+
+
+def every_attention(base: str) -> Adapter:
+    """Every linear of every attention of the UNet, which dialects that number their modules need."""
+    paths = [
+        found.path for found in inventory.load(base).modules
+        if found.path.startswith("unet.") and ".transformer_blocks." in found.path and found.path.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    ]  # fmt: skip
+    return adapter(base, {Target(path): lora(base, path, 1, Scaling(alpha=1.0)) for path in paths})
+
+
+def scaled(base: str) -> Adapter:
+    scaling = Scaling(alpha=2.0)
+    return adapter(base, {target: lora(base, target.module, scaling=scaling, rows=target.rows) for target in targets(base)})
+
+
+def mixed(base: str) -> Adapter:
+    """Ranks and alphas that differ from module to module."""
+    return adapter(
+        base,
+        {
+            target: lora(base, target.module, 2 + index % 3, Scaling(alpha=1.0 + index % 2), rows=target.rows)
+            for index, target in enumerate(targets(base))
+        },
+    )
+
+
+def rslora(base: str) -> Adapter:
+    scaling = Scaling(ScaleRule.ALPHA_OVER_SQRT_RANK, 8.0)
+    return adapter(base, {target: lora(base, target.module, scaling=scaling, rows=target.rows) for target in targets(base)})
+
+
+def conv(base: str) -> Adapter:
+    return adapter(base, {Target(path): lora(base, path) for path in CONV[base]})
+
+
+def locon(base: str) -> Adapter:
+    return adapter(base, {Target(CONV[base][0]): lora(base, CONV[base][0], mid=True)})
+
+
+def text_encoder(base: str) -> Adapter:
+    return adapter(base, plain(base).deltas | {Target(path): lora(base, path) for path in TEXT[base]})
+
+
+def embedding(base: str) -> Adapter:
+    path = EMBEDDING[base]
+    rows, width = module(base, path).canonical
+    delta = LoRA(values((rows, 4), path + "up"), values((4, width), path + "down"), Scaling(alpha=4.0), embedding=True)
+    return adapter(base, {**plain(base).deltas, Target(path): delta})
+
+
+def token(base: str) -> Adapter:
+    extra = Extra(ExtraKind.TEXTUAL_INVERSION, "<s1>", values((1, 768), "token"))
+    return adapter(base, every_attention(base).deltas, [extra])
+
+
+def saved_head(base: str) -> Adapter:
+    path = HEAD[base]
+    out, into = 8, module(base, path).canonical[1]
+    return adapter(base, plain(base).deltas, [Extra(ExtraKind.SAVED_MODULE, f"{path}.weight", values((out, into), path))])
+
+
+def dora(base: str) -> Adapter:
+    from upparam.algorithms.dora import DoRA
+
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        inner = lora(base, target.module, rows=target.rows)
+        deltas[target] = DoRA(inner.up, inner.down, values((inner.shape[0],), f"{target}m"), scaling=inner.scaling)
+    return adapter(base, deltas)
+
+
+def loha(base: str) -> Adapter:
+    from upparam.algorithms.loha import LoHa
+
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out, into = module(base, target.module).canonical[:2]
+        key = str(target)
+        deltas[target] = LoHa(
+            values((out, 3), key + "1a"), values((3, into), key + "1b"), values((out, 3), key + "2a"), values((3, into), key + "2b"),
+            scaling=Scaling(alpha=3.0),
+        )  # fmt: skip
+    return adapter(base, deltas)
+
+
+FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
+    "plain": (plain, tuple(MODULES)),
+    "every attention": (every_attention, ("sd1.5",)),
+    "alpha": (scaled, tuple(MODULES)),
+    "mixed ranks": (mixed, tuple(MODULES)),
+    "rsLoRA": (rslora, ("llama-3-8b",)),
+    "conv": (conv, tuple(CONV)),
+    "conv with mid": (locon, tuple(CONV)),
+    "text encoder": (text_encoder, tuple(TEXT)),
+    "embedding": (embedding, tuple(EMBEDDING)),
+    "token": (token, ("sd1.5",)),
+    "saved module": (saved_head, tuple(HEAD)),
+    "DoRA": (dora, ("sd1.5", "flux.1-dev", "llama-3-8b")),
+    "LoHa": (loha, ("sd1.5", "llama-3-8b")),
+}
+"""Feature -> what builds it, and the bases it is shown on."""
+
+
+@cache
+def specimen(feature: str, base: str) -> Any:
+    return FEATURES[feature][0](base)
