@@ -7,9 +7,9 @@ from pathlib import Path
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.hostile.asm import sft
+from tests.hostile.corpus import hostile
 
-from hostile.asm import sft
-from hostile.corpus import hostile
 from upparam.containers import safetensors
 from upparam.errors import MalformedError
 from upparam.operations.scan.fast import safetensors_tensors
