@@ -16,8 +16,8 @@ from tests.operations.merging import adapter, lora, save
 from upparam.errors import UnreadableError
 from upparam.operations.merge import merge
 
-TESTS = Path(__file__).parents[1]
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]), "OPENBLAS_NUM_THREADS": "1"}
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OPENBLAS_NUM_THREADS": "1"}
 
 
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
