@@ -288,3 +288,12 @@ def test_memory_sources() -> None:
 
 def test_contiguous_strides() -> None:
     assert contiguous_strides((2, 3, 4)) == (12, 4, 1) and contiguous_strides(()) == () and contiguous_strides((3, 0, 2)) == (2, 2, 1)
+
+
+def test_doubles_are_exact_for_every_float16() -> None:
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(Tensor.of(every).doubles(), every.astype(np.float64))
+    finite = every[np.isfinite(every)].reshape(-1, 31)
+    found = Tensor.of(finite).doubles()
+    np.testing.assert_array_equal(found.view(np.uint64), finite.astype(np.float64).view(np.uint64))
+    assert Tensor.of(np.zeros((0, 3), np.float16)).doubles().shape == (0, 3)

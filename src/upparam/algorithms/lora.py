@@ -82,11 +82,11 @@ class LoRA(Delta):
         """(up (out, r), down (r, prod(rest))) in float64, mid contracted into down; up @ down = dW before the scale."""
         import numpy as np
 
-        up = self.up.read().astype(np.float64).reshape(self.up.shape[0], self.rank)
-        down = self.down.read().astype(np.float64).reshape(self.rank, -1)
+        up = self.up.doubles().reshape(self.up.shape[0], self.rank)
+        down = self.down.doubles().reshape(self.rank, -1)
         if self.mid is not None:
             # dW[o, i, k] = sum_pq up[o, p] mid[p, q, k] down[q, i]
-            mid = self.mid.read().astype(np.float64).reshape(self.rank, self.rank, -1)
+            mid = self.mid.doubles().reshape(self.rank, self.rank, -1)
             down = np.einsum("pqk,qi->pik", mid, down).reshape(self.rank, -1)
         return up, down
 

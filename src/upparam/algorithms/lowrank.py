@@ -1,6 +1,6 @@
 """Singular values and truncation of up @ down through the factors: only r x r matrices are ever decomposed, dW is never formed.
 
-With up = Q B (B = S V^T from the eigenvectors of the Gram matrix up^T up) the squared singular values of up @ down are the eigenvalues
+With up = Q B (B from the Cholesky factor or the eigenvectors of the Gram matrix up^T up) the squared singular values of up @ down are the eigenvalues
 of B (down down^T) B^T. Squaring costs digits: singular values are known to about sqrt(r eps) |up| |down|. Where that is too coarse for
 the truncation asked for, both factors go through QR instead, whose error is eps |up| |down|. Everything is in float64.
 """
@@ -93,18 +93,23 @@ class Spectral:
     def factors(self, rank: int) -> tuple[Matrix, Matrix]:
         """(up (out, rank), down (rank, in)): the best approximation of that rank, the singular values shared evenly.
 
-        Signs are settled (the largest entry of each column of up is positive), so that equal matrices give equal factors. Values that
-        are zero give zero columns and rows.
+        Signs are settled (each column of up leans towards a fixed vector), so that equal matrices give equal factors. Values that are
+        zero give zero columns and rows.
         """
         import numpy as np
 
         rank = min(rank, len(self.sigma))
         half = np.sqrt(self.sigma[:rank])
-        up = self.left @ (self.mix[:, :rank] * half)
-        signs = np.sign(up[np.abs(up).argmax(axis=0), np.arange(rank)])
-        signs[signs == 0] = 1.0
-        up *= signs
-        return up, ((signs * half)[:, None] * self.mixed[:rank]) @ self.right
+        compass = np.cos(np.arange(self.left.shape[0], dtype=np.float64) ** 1.5)
+        half_signed = np.where((compass @ self.left) @ self.mix[:, :rank] < 0, -half, half)
+        return self.left @ (self.mix[:, :rank] * half_signed), (half_signed[:, None] * self.mixed[:rank]) @ self.right
+
+    def gap(self, up: Matrix, down: Matrix) -> float:
+        """||dW - up @ down||_F for other factors, through r x k matrices: known to about 1e-8 of the norms."""
+        core = (self.mix * self.sigma) @ self.mixed
+        cross = float(((self.left.T @ up) * (core @ (self.right @ down.T))).sum())
+        own = float(((up.T @ up) * (down @ down.T)).sum())
+        return sqrt(max(self.norm**2 - 2 * cross + own, 0.0))
 
     def tail(self, rank: int) -> float:
         """The Frobenius norm of what keeping `rank` values loses: the error of the best approximation."""
@@ -122,21 +127,39 @@ def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
     import numpy as np
 
     rank = up.shape[1]
-    ours, theirs = up.T @ up, down @ down.T
+    with np.errstate(over="ignore", invalid="ignore"):
+        ours, theirs = up.T @ up, down @ down.T
     size = sqrt(float(np.trace(ours)) * float(np.trace(theirs)))
     if not isfinite(size):
         raise MalformedError("a factor holds values that are not finite, or too large to square")
     eps = float(np.finfo(np.float64).eps)
-    squares, vectors = np.linalg.eigh(ours)
-    known = squares > rank * eps * max(float(squares[-1]), 0.0)
-    root = np.sqrt(squares[known])
-    turn = root[:, None] * vectors[:, known].T  # B: up = Q B
+    turn, back = _root(ours)
     values, rotation = np.linalg.eigh(turn @ theirs @ turn.T)
     values, rotation = values[::-1], rotation[:, ::-1]
     sigma = np.sqrt(np.maximum(values, 0.0))
     inverse = np.divide(1.0, sigma, out=np.zeros_like(sigma), where=sigma > 0)
-    mix = (vectors[:, known] / root) @ rotation
-    return Spectral(up, mix, sigma, inverse[:, None] * (rotation.T @ turn), down, sqrt(rank * eps) * size)
+    return Spectral(up, back @ rotation, sigma, inverse[:, None] * (rotation.T @ turn), down, sqrt(rank * eps) * size)
+
+
+def _root(gram: Matrix) -> tuple[Matrix, Matrix]:
+    """(B, C), both (r, r), with B^T B = gram and C its inverse: from the Cholesky factor, or the eigenvectors where it is nearly singular.
+
+    Directions that cannot be told from none are zero in both.
+    """
+    import numpy as np
+
+    try:
+        lower = np.linalg.cholesky(gram)
+        diagonal = np.diagonal(lower)
+        if diagonal.min() > 1e-5 * diagonal.max():
+            return lower.T, np.linalg.inv(lower).T
+    except np.linalg.LinAlgError:
+        pass
+    squares, vectors = np.linalg.eigh(gram)
+    known = squares > len(squares) * float(np.finfo(np.float64).eps) * max(float(squares[-1]), 0.0)
+    root = np.sqrt(np.where(known, squares, 0.0))
+    inverse = np.divide(1.0, root, out=np.zeros_like(root), where=known)
+    return root[:, None] * vectors.T, vectors * inverse
 
 
 def qr_spectral(up: Matrix, down: Matrix) -> Spectral:

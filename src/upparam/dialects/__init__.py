@@ -6,6 +6,7 @@ import importlib
 from functools import cache
 from importlib.metadata import entry_points
 
+from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Dialect, Match
 from upparam.errors import UsageError
@@ -43,3 +44,13 @@ def matches(file: TensorFile) -> list[Match]:
             if match is not None:
                 found.append(match)
     return sorted(found, key=lambda match: -match.confidence)
+
+
+def restated(adapter: Adapter) -> Adapter:
+    """The adapter with what its metadata says about ranks and alphas made true again, after an operation that changed them.
+
+    Only a dialect that has such statements has a `restated` of its own; elsewhere nothing is said and nothing changes.
+    """
+    own = getattr(get(adapter.dialect), "restated", None) if adapter.dialect in DIALECTS else None
+    changed: Adapter = adapter if own is None else own(adapter)
+    return changed

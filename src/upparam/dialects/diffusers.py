@@ -353,7 +353,7 @@ def _number(value: float) -> float | int:
 
 
 def _says(text: str | None, deltas: Mapping[str, Delta]) -> bool:
-    """True when the adapter metadata brought along gives each of these modules its scale: it is then kept verbatim."""
+    """True when the adapter metadata brought along gives each of these modules its rank and scale: it is then kept verbatim."""
     if text is None:
         return False
     try:
@@ -364,7 +364,8 @@ def _says(text: str | None, deltas: Mapping[str, Delta]) -> bool:
         return False
     for module, delta in deltas.items():
         component, _, path = module.partition(".")
-        if _configured(config, component, path, delta.rank or 1).value(delta.rank) != delta.scale:
+        said = _configured(config, component, path, delta.rank or 1)
+        if said.divisor is not None or said.value(delta.rank) != delta.scale:
             return False
     return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
@@ -137,6 +138,10 @@ class Kohya:
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
+
+    def restated(self, adapter: Adapter) -> Adapter:
+        """The adapter with `ss_network_dim` and `ss_network_alpha`, where its metadata has them, as its deltas are."""
+        return replace(adapter, metadata=kohya_metadata.restated(adapter))
 
     def spell_parameter(self, parameter: str, delta: Delta) -> dict[str, Tensor]:
         """The words of a delta of one parameter of a module."""

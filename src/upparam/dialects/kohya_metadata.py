@@ -71,14 +71,25 @@ def written(adapter: Adapter, tensors: Mapping[str, Tensor], base: Base | None, 
     return metadata
 
 
-def _filled(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:
+def restated(adapter: Adapter) -> dict[str, str]:
+    """The adapter's metadata with the rank and alpha it states as the deltas now have them; what it does not state is not added.
+
+    'Dynamic' where they differ, as kohya-ss/sd-scripts networks/resize_lora.py writes.
+    """
+    return adapter.metadata | {key: value for key, value in _dimensions(adapter).items() if key in adapter.metadata}
+
+
+def _dimensions(adapter: Adapter) -> dict[str, str]:
     ranks = adapter.ranks()
     alphas = {delta.alpha for delta in adapter.deltas.values()}
-    found = {
-        "ss_network_module": module,
+    return {
         "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(next(iter(alphas))) if len(alphas) == 1 and None not in alphas else "Dynamic",
     }
+
+
+def _filled(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:
+    found = {"ss_network_module": module, **_dimensions(adapter)}
     model = _MODELS.get(base.name) if base is not None else None
     if model is None:
         return found

@@ -13,7 +13,7 @@ class Receipt:
     """The outcome of an operation that wrote something.
 
     `counts` are the numbers that matter (tensors, bytes, elements changed, ...), `proofs` the checks done on what was written and
-    read back, each a full statement; `outputs` the paths written.
+    read back, each a full statement; `outputs` the paths written; `modules` facts about each module, for machines only.
     """
 
     operation: str
@@ -23,6 +23,7 @@ class Receipt:
     proofs: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     seconds: float | None = None
+    modules: list[dict[str, Any]] = field(default_factory=list)
 
     def line(self) -> str:
         """The one-line receipt."""
@@ -44,4 +45,6 @@ class Receipt:
         }
         if self.seconds is not None:
             facts["seconds"] = round(self.seconds, 3)
+        if self.modules:
+            facts["modules"] = self.modules
         return facts | {"findings": [finding.facts() for finding in self.findings]}

@@ -1,0 +1,344 @@
+"""Resize: an adapter of smaller rank, each module cut to its best approximation through the factors; dW is never formed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from math import prod, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.algorithms.lowrank import RankRule
+from upparam.algorithms.slicing import stack
+from upparam.atomic import refuse_existing
+from upparam.dialects import restated
+from upparam.errors import RefusedError, UpparamError
+from upparam.findings import Finding, warning
+from upparam.operations.convert import write_adapter
+from upparam.operations.merge import default_threads, pin_blas
+from upparam.operations.opening import open_adapter
+from upparam.operations.receipt import Receipt
+from upparam.operations.spool import Keep, Spool
+from upparam.progress import Progress, silent
+from upparam.tensors import DType, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from upparam.dialects.base import ReadOptions
+
+AlphaRule = Literal["scale", "keep", "rank"]
+"""What becomes of alpha when the rank changes from r to k; the adapter's effect is the same under each.
+
+`scale` keeps the effective multiplier, so that alpha becomes alpha k / r and the factors hold the same up @ down; `keep` keeps the number
+alpha and `rank` sets it to k, the factors taking over what the multiplier loses or gains. A multiplier that is not made from alpha stays.
+"""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What resizing did to one module (or to the parts of a fused weight that share their down factor).
+
+    `energy` is the share of ||dW||^2 kept, `error` = ||dW - dW'|| / ||dW|| with dW' as stored, rounding included, `optimum` the smallest
+    error any factors of that rank (in that form) can have before rounding; None where it is not computed.
+    """
+
+    targets: tuple[str, ...]
+    algorithm: str
+    rank: int | None
+    new_rank: int | None
+    energy: float
+    error: float
+    optimum: float | None
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+
+def resize(
+    adapter: Adapter | Path | str,
+    out: Path | str,
+    rule: RankRule,
+    *,
+    to: str | None = None,
+    alpha: AlphaRule = "scale",
+    read: ReadOptions | None = None,
+    force: bool = False,
+    verify: bool = True,
+    drop: Collection[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Receipt:
+    """Write `adapter` resized by `rule` to `out`, in dialect `to` (its own when None). Memory is bounded by the largest module.
+
+    Raises what `resized` and `upparam.operations.convert.write_adapter` raise.
+    """
+    begun = time.monotonic()
+    out = Path(out)
+    refuse_existing(out, force)
+    pin_blas()
+    source = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read)
+    with Spool(out.absolute().parent) as spool:
+        result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)
+        receipt = write_adapter(result, out, to or source.dialect, read=read, force=force, verify=verify, drop=drop)
+    receipt.operation = "resize"
+    if not isinstance(adapter, Adapter):
+        receipt.inputs = [str(adapter)]
+    receipt.counts = {**_summary(cuts), **receipt.counts}
+    receipt.modules = [cut.facts() for cut in cuts]
+    receipt.seconds = time.monotonic() - begun
+    return receipt
+
+
+def resized(
+    adapter: Adapter,
+    rule: RankRule,
+    *,
+    alpha: AlphaRule = "scale",
+    keep: Keep = Tensor.of,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> tuple[Adapter, list[Cut]]:
+    """The adapter with every delta cut to the rank that `rule` chooses for it, and what that did to each.
+
+    A LoRA stays one (with its Tucker core, kernel, dtypes and embedding mark); one whose rank is small enough already keeps its bits.
+    Parts of a fused weight that share their down factor are cut as one and go on sharing it. Other additive algorithms become LoRAs.
+    Deltas without a rank (DoRA, IA3, OFT, norms and biases) stay as they are, with a warning. `keep` takes the new arrays.
+
+    Raises RefusedError when the effective scale is not known, when nothing can be resized, and when a result does not fit its dtype.
+    """
+    jobs, findings = _jobs(adapter)
+    if not jobs:
+        raise RefusedError("no delta here has a rank to change", file=_file(adapter), found=", ".join(adapter.algorithms()) or "no deltas")
+    deltas = dict(adapter.deltas)
+    cuts: list[Cut] = []
+
+    def work(job: Job) -> tuple[Delta, Cut]:
+        try:
+            return _resize(job, rule, alpha, keep)
+        except UpparamError as problem:
+            raise type(problem)(
+                problem.message, file=problem.file or _file(adapter), tensor=problem.tensor or str(job.targets[0]),
+                expected=problem.expected, found=problem.found, remedy=problem.remedy,
+            ) from problem  # fmt: skip
+
+    for job, (delta, cut) in zip(jobs, in_threads(work, jobs, [job.size for job in jobs], threads, progress), strict=True):
+        cuts.append(cut)
+        deltas.update(job.parts(delta))
+    result = replace(adapter, deltas=deltas, findings=[*adapter.findings, *findings])
+    return restated(result), cuts
+
+
+def in_threads(
+    work: Callable[[Any], Any], items: Sequence[Any], sizes: Sequence[int], threads: int | None, progress: Progress
+) -> Iterable[Any]:
+    """The results of `work` for each item, in order, computed on `threads` threads. The first exception stops the rest."""
+    total, done = sum(sizes), 0
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future, size in zip(futures, sizes, strict=True):
+                yield future.result()
+                done += size
+                progress(done, total, "")
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+class Job(NamedTuple):
+    """One delta to cut, and the targets it stands for: several when it is stacked from parts that share their down factor."""
+
+    targets: tuple[Target, ...]
+    delta: Delta
+    rows: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of the factors."""
+        return sum(factor.numel for factor in self.delta.factors().values())
+
+    def parts(self, delta: Delta) -> dict[Target, Delta]:
+        """The resized delta as each target's own."""
+        if len(self.targets) == 1:
+            return {self.targets[0]: delta}
+        assert isinstance(delta, LoRA)
+        found: dict[Target, Delta] = {}
+        at = 0
+        for target, rows in zip(self.targets, self.rows, strict=True):
+            found[target] = replace(delta, up=delta.up.rows(at, at + rows))
+            at += rows
+        return found
+
+
+def _jobs(adapter: Adapter) -> tuple[list[Job], list[Finding]]:
+    """The deltas that have a rank, parts that share factors joined, and a warning for each that stays as it is."""
+    groups: dict[object, list[Target]] = {}
+    findings: list[Finding] = []
+    for target, delta in adapter.deltas.items():
+        if type(delta) is LoRA:
+            groups.setdefault(_shared(delta), []).append(target)
+        elif delta.additive and len(delta.shape) > 1:
+            groups[target] = [target]
+        else:
+            findings.append(warning("not-resized", str(target), f"a {delta.algorithm} delta has no rank to change and stays as it is"))
+    jobs = []
+    for targets in groups.values():
+        deltas = [adapter.deltas[target] for target in targets]
+        first = deltas[0]
+        if len(targets) > 1:
+            first = replace(first, up=stack([delta.up for delta in deltas if isinstance(delta, LoRA)]))  # type: ignore[type-var]
+        jobs.append(Job(tuple(targets), first, tuple(delta.shape[0] for delta in deltas)))
+    return jobs, findings
+
+
+def _shared(delta: LoRA) -> object:
+    """What parts cut from one fused delta have in common: the very same view of down and mid, the same scale."""
+    views = [
+        (id(tensor.source), tensor.offset, tensor.shape, tensor.strides, tensor.dtype)
+        for tensor in (delta.down, delta.mid)
+        if tensor is not None
+    ]
+    return (*views, delta.scaling, delta.embedding, delta.up.dtype)
+
+
+def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
+    names = tuple(str(target) for target in job.targets)
+    delta = job.delta
+    scale = delta.known_scale()
+    conv = prod(delta.shape[2:]) > 1
+    if type(delta) is LoRA and delta.mid is not None:
+        return _resize_tucker(delta, names, rule, alpha, keep)
+    import numpy as np
+
+    from upparam.algorithms.lowrank import truncate
+
+    up, down = _low_rank(delta, rule, conv)
+    dtypes = _dtypes(delta)
+    found, rank = truncate(up, down, rule, conv=conv, resolution=max(_epsilon(dtype) for dtype in dtypes))
+    if type(delta) is LoRA and rank >= delta.rank:
+        return delta, Cut(names, delta.algorithm, delta.rank, delta.rank, 1.0, 0.0, 0.0)
+    scaling, factor = rescaled(delta.scaling if type(delta) is LoRA else Scaling(alpha=scale * rank), scale, rank, alpha)
+    norm = found.norm
+    if norm == 0.0:
+        new_up, new_down = up[:, :rank] * 0.0, down[:rank]
+    else:
+        new_up, new_down = found.factors(rank)
+    lead = sqrt(abs(factor)) * (-1.0 if factor < 0 else 1.0)
+    stored_up, stored_down = _stored(new_up * lead, dtypes[0]), _stored(new_down * abs(lead), dtypes[1])
+    error = found.gap(stored_up.astype(np.float64), stored_down.astype(np.float64) / factor) / norm if norm else 0.0
+    kernel = delta.shape[2:]
+    result = LoRA(
+        keep(stored_up.reshape(delta.shape[0], rank, *(1 for _ in kernel))), keep(stored_down.reshape(rank, delta.shape[1], *kernel)),
+        scaling, embedding=type(delta) is LoRA and delta.embedding,
+    )  # fmt: skip
+    optimum = found.tail(rank) / norm if norm else 0.0
+    return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - optimum**2, error, optimum)
+
+
+def _resize_tucker(delta: LoRA, names: tuple[str, ...], rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
+    import numpy as np
+
+    from upparam.algorithms.lowrank import difference, tucker_truncate
+
+    assert delta.mid is not None
+    old, kernel = delta.rank, delta.mid.shape[2:]
+    cap = rule.cap(conv=True)
+    if rule.lost is None and (cap is None or cap >= old):
+        return delta, Cut(names, delta.algorithm, old, old, 1.0, 0.0, 0.0)
+    up = delta.up.read().astype(np.float64).reshape(-1, old)
+    mid = delta.mid.read().astype(np.float64).reshape(old, old, -1)
+    down = delta.down.read().astype(np.float64).reshape(old, -1)
+    new_up, new_mid, new_down, lost = tucker_truncate(up, mid, down, rule)
+    rank = new_up.shape[1]
+    if rank >= old:
+        return delta, Cut(names, delta.algorithm, old, old, 1.0, 0.0, 0.0)
+    scaling, factor = rescaled(delta.scaling, delta.known_scale(), rank, alpha)
+    share = abs(factor) ** (1 / 3)
+    stored_up = _stored(new_up * (share if factor >= 0 else -share), delta.up.dtype)
+    stored_mid, stored_down = _stored(new_mid * share, delta.mid.dtype), _stored(new_down * share, delta.down.dtype)
+    whole = np.einsum("pqx,qi->pix", mid, down).reshape(old, -1)
+    cut = np.einsum("pqx,qi->pix", stored_mid.astype(np.float64), stored_down.astype(np.float64)).reshape(rank, -1)
+    norm = sqrt(max(float(((up.T @ up) * (whole @ whole.T)).sum()), 0.0))
+    error = difference(up, whole, stored_up.astype(np.float64), cut / factor) / norm if norm else 0.0
+    result = LoRA(
+        keep(stored_up.reshape(-1, rank, *delta.up.shape[2:])), keep(stored_down.reshape(rank, -1, *delta.down.shape[2:])),
+        scaling, keep(stored_mid.reshape(rank, rank, *kernel)), delta.embedding,
+    )  # fmt: skip
+    return result, Cut(names, delta.algorithm, old, rank, 1.0 - lost, error, None)
+
+
+def rescaled(scaling: Scaling, scale: float, rank: int, rule: AlphaRule) -> tuple[Scaling, float]:
+    """(what to store about the multiplier for factors of this rank, what up @ down must be multiplied by so that the effect stays)."""
+    if scaling.rule not in (ScaleRule.ALPHA_OVER_RANK, ScaleRule.ALPHA_OVER_SQRT_RANK) or scaling.alpha is None:
+        return scaling, 1.0
+    divisor = sqrt(rank) if scaling.rule is ScaleRule.ALPHA_OVER_SQRT_RANK else rank
+    number = {"scale": scale * divisor, "keep": scaling.alpha, "rank": float(rank)}[rule]
+    new = Scaling(scaling.rule, number)
+    if rule == "scale" or scale == 0.0:
+        return Scaling(scaling.rule, scale * divisor), 1.0
+    return new, scale / (number / divisor)
+
+
+def _low_rank(delta: Delta, rule: RankRule, conv: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(up, down) in float64 with up @ down = dW before the scale."""
+    update = delta.load()
+    pair = update.low_rank()
+    if pair is not None:
+        return pair
+    raise RefusedError(f"a {delta.algorithm} delta has no factors to resize")
+
+
+def _dtypes(delta: Delta) -> tuple[DType, DType]:
+    """The dtypes of the new up and down: the old ones', or those of the first factor of another algorithm."""
+    if isinstance(delta, LoRA):
+        return delta.up.dtype, delta.down.dtype
+    first = next(iter(delta.factors().values())).dtype
+    return first, first
+
+
+def _epsilon(dtype: DType) -> float:
+    """Half the distance from 1 to the next number: the largest relative rounding error."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype.numpy).eps) / 2
+
+
+def _stored(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
+    import ml_dtypes
+
+    largest = float(max(values.max(initial=0.0), -values.min(initial=0.0)))
+    if largest > float(ml_dtypes.finfo(dtype.numpy).max):
+        raise RefusedError(
+            f"the resized factors do not fit in {dtype}", found=f"{largest:.3g}", remedy="change the dtype with 'upparam edit'"
+        )
+    stored: NDArray[Any] = values.astype(dtype.numpy)
+    return stored
+
+
+def _summary(cuts: Sequence[Cut]) -> dict[str, Any]:
+    changed = [cut for cut in cuts if cut.new_rank != cut.rank]
+    counts: dict[str, Any] = {"resized": len(changed), "kept": len(cuts) - len(changed)}
+    if changed:
+        counts["ranks"] = f"{_range(cut.rank for cut in changed)} to {_range(cut.new_rank for cut in changed)}"
+        counts["energy_kept"] = f"{min(cut.energy for cut in changed):.4g} or more"
+        counts["error"] = f"{max(cut.error for cut in changed):.3g} or less"
+    return counts
+
+
+def _range(ranks: Iterable[int | None]) -> str:
+    known = sorted({rank for rank in ranks if rank is not None})
+    if not known:
+        return "none"
+    return str(known[0]) if len(known) == 1 else f"{known[0]}-{known[-1]}"
+
+
+def _file(adapter: Adapter) -> str | None:
+    return adapter.files[0] if adapter.files else None

@@ -1,0 +1,249 @@
+"""Resize against numpy's full SVD of the materialised dW, through every form a LoRA has, and through the real file formats."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import BAKED, ScaleRule, Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.algorithms.lowrank import RankRule
+from upparam.cli import main
+from upparam.containers import open_file
+from upparam.errors import MalformedError, OutputExistsError, RefusedError
+from upparam.operations.opening import open_adapter
+from upparam.operations.resize import resize, resized
+from upparam.tensors import Tensor, same_bits
+
+from .merging import adapter, save
+
+
+def random_lora(
+    rows: int, columns: int, rank: int, seed: int = 0, dtype: object = np.float32, alpha: float | None = None, kernel: tuple[int, ...] = ()
+) -> LoRA:
+    random = np.random.default_rng(seed)
+    fall = np.logspace(0, -1.5, rank)
+    up = (random.standard_normal((rows, rank)) * fall).astype(dtype).reshape(rows, rank, *(1 for _ in kernel))
+    down = random.standard_normal((rank, columns, *kernel)).astype(dtype)
+    return LoRA(Tensor.of(up), Tensor.of(down), Scaling(alpha=alpha))
+
+
+def dense(delta: object) -> np.ndarray:
+    """scale * dW as a matrix (out, rest), from the definition."""
+    assert isinstance(delta, LoRA)
+    up, down = delta.matrices()
+    return delta.known_scale() * (up @ down)
+
+
+def best(matrix: np.ndarray, rank: int) -> float:
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    return float(np.linalg.norm(sigma[rank:]))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
+def test_equals_the_full_svd(dtype: object, kernel: tuple[int, ...]) -> None:
+    delta = random_lora(70, 50, 24, dtype=dtype, alpha=12.0, kernel=kernel)
+    result, (cut,) = resized(adapter({"m": delta}), RankRule(8))
+    new = result.deltas[Target("m")]
+    assert isinstance(new, LoRA)
+    assert (new.rank, new.shape, new.scale) == (8, delta.shape, delta.scale)
+    assert (new.up.dtype, new.down.dtype) == (delta.up.dtype, delta.down.dtype)
+    assert len(new.up.shape) == len(delta.up.shape)
+    whole = dense(delta)
+    norm = float(np.linalg.norm(whole))
+    achieved = float(np.linalg.norm(whole - dense(new)))
+    epsilon = float(ml_dtypes.finfo(np.dtype(dtype)).eps)
+    assert achieved <= 1.0001 * best(whole, 8) + epsilon * norm
+    assert cut.error == pytest.approx(achieved / norm, rel=1e-6)
+    assert cut.optimum == pytest.approx(best(whole, 8) / norm, rel=1e-6)
+    assert cut.energy == pytest.approx(1 - (best(whole, 8) / norm) ** 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 10), st.integers(0, 2**32 - 1))
+def test_gauge_does_not_matter(rows: int, columns: int, rank: int, seed: int) -> None:
+    delta = random_lora(rows, columns, rank, seed, np.float64)
+    random = np.random.default_rng(seed)
+    turn, _ = np.linalg.qr(random.standard_normal((rank, rank)))
+    gauge = turn * np.logspace(0, 2, rank)
+    up, down = delta.matrices()
+    other = LoRA(Tensor.of(up @ gauge), Tensor.of(np.linalg.solve(gauge, down)))
+    keep = max(1, rank // 2)
+    (one, (first,)), (two, (second,)) = (resized(adapter({"m": one}), RankRule(keep)) for one in (delta, other))
+    assert first.error == pytest.approx(second.error, abs=1e-7)
+    np.testing.assert_allclose(np.linalg.norm(dense(one.deltas[Target("m")])), np.linalg.norm(dense(two.deltas[Target("m")])), rtol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_concatenation_and_back(rank: int) -> None:
+    """An adapter put on top of itself has twice the rank and resizes back to itself, times two."""
+    delta = random_lora(40, 60, rank)
+    doubled = LoRA(Tensor.of(np.hstack([delta.up.read()] * 2)), Tensor.of(np.vstack([delta.down.read()] * 2)), Scaling())
+    result, (cut,) = resized(adapter({"m": doubled}), RankRule(error=1e-5))
+    new = result.deltas[Target("m")]
+    assert new.rank == rank
+    assert cut.error < 1e-6
+    np.testing.assert_allclose(dense(new), 2 * dense(delta), atol=1e-5)
+
+
+def test_small_enough_already_keeps_its_bits() -> None:
+    delta = random_lora(20, 30, 4, alpha=3.0)
+    result, (cut,) = resized(adapter({"m": delta}), RankRule(8), alpha="rank")
+    assert result.deltas[Target("m")] is delta
+    assert (cut.rank, cut.new_rank, cut.error) == (4, 4, 0.0)
+
+
+@pytest.mark.parametrize("rule", ["scale", "keep", "rank"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        Scaling(), Scaling(alpha=4.0), Scaling(alpha=-4.0), Scaling(alpha=0.0), Scaling(ScaleRule.ALPHA_OVER_SQRT_RANK, 4.0),
+        Scaling(alpha=4.0, divisor=32.0), Scaling(ScaleRule.EXPLICIT, multiplier=20.0), BAKED,
+    ],
+)  # fmt: skip
+def test_alpha_rules_keep_the_effect(rule: str, scaling: Scaling) -> None:
+    delta = replace(random_lora(30, 20, 8, dtype=np.float64), scaling=scaling)
+    result, (cut,) = resized(adapter({"m": delta}), RankRule(4), alpha=rule)  # type: ignore[arg-type]
+    new = result.deltas[Target("m")]
+    whole = dense(delta)
+    assert np.linalg.norm(whole - dense(new)) == pytest.approx(best(whole, 4), rel=1e-9, abs=1e-12)
+    assert cut.error == pytest.approx(cut.optimum, rel=1e-6)
+    if scaling.rule is ScaleRule.ALPHA_OVER_RANK and scaling.alpha:
+        assert new.alpha == pytest.approx({"scale": delta.known_scale() * 4, "keep": scaling.alpha, "rank": 4.0}[rule])
+        assert rule != "scale" or new.scale == pytest.approx(delta.scale)
+
+
+def test_rules_choose_each_module_its_rank() -> None:
+    deltas = {f"m{seed}": random_lora(40, 30, 10, seed) for seed in range(4)}
+    deltas["flat"] = LoRA(Tensor.of(np.eye(40, 10)), Tensor.of(np.eye(10, 30)))
+    for rule in (RankRule(error=0.2), RankRule(energy=0.96), RankRule(fro=0.98), RankRule(6, energy=0.999)):
+        result, cuts = resized(adapter(deltas), rule)
+        for (name, delta), cut in zip(deltas.items(), cuts, strict=True):
+            sigma = np.linalg.svd(dense(delta), compute_uv=False)
+            expected = RankRule.choose(rule, sigma[:10])
+            assert result.deltas[Target(name)].rank == cut.new_rank == expected
+
+
+def test_parts_that_share_their_down_stay_together() -> None:
+    """q, k and v cut from one fused LoRA are resized as one: the fused weight's optimum, and one down factor still."""
+    whole = random_lora(90, 40, 16)
+    deltas = {Target("q"): replace(whole, up=whole.up.rows(0, 30)), Target("k"): replace(whole, up=whole.up.rows(30, 60)),
+              Target("v"): replace(whole, up=whole.up.rows(60, 90))}  # fmt: skip
+    result, cuts = resized(Adapter(dict(deltas), "test"), RankRule(6))
+    assert len(cuts) == 1 and cuts[0].targets == ("q", "k", "v")
+    parts = [result.deltas[target] for target in deltas]
+    assert all(same_bits(part.factors()["down"], parts[0].factors()["down"]) for part in parts)
+    stacked = np.vstack([dense(part) for part in parts])
+    assert np.linalg.norm(dense(whole) - stacked) == pytest.approx(best(dense(whole), 6), rel=1e-4)
+
+
+def test_tucker_stays_tucker() -> None:
+    random = np.random.default_rng(0)
+    fall = 1.7 ** -np.arange(12)
+    mid = random.standard_normal((12, 12, 3, 3)) * fall[:, None, None, None] * fall[None, :, None, None]
+    up, down = random.standard_normal((40, 12, 1, 1)), random.standard_normal((12, 30, 1, 1))
+    delta = LoRA(*(Tensor.of(part.astype(np.float32)) for part in (up, down)), Scaling(alpha=6.0), Tensor.of(mid.astype(np.float32)))
+    for rule in (RankRule(5), RankRule(99, conv_rank=5), RankRule(error=0.1)):
+        result, (cut,) = resized(adapter({"m": delta}), rule)
+        new = result.deltas[Target("m")]
+        assert isinstance(new, LoRA) and new.mid is not None
+        assert (new.shape, new.scale) == (delta.shape, delta.scale)
+        assert new.mid.shape == (cut.new_rank, cut.new_rank, 3, 3)
+        whole = dense(delta)
+        gap = np.linalg.norm(whole - dense(new)) / np.linalg.norm(whole)
+        assert cut.error == pytest.approx(gap, rel=1e-4)
+        assert gap < 0.1
+    for enough in (RankRule(12), RankRule(5, conv_rank=20)):
+        assert resized(adapter({"m": delta}), enough)[0].deltas[Target("m")] is delta
+
+
+def test_embedding_and_zero() -> None:
+    embedding = replace(random_lora(100, 16, 8), embedding=True)
+    untrained = LoRA(Tensor.of(np.zeros((20, 8), np.float16)), Tensor.of(np.ones((8, 10), np.float16)))
+    result, cuts = resized(adapter({"e": embedding, "z": untrained}), RankRule(4))
+    new = result.deltas[Target("e")]
+    assert isinstance(new, LoRA) and new.embedding and new.rank == 4
+    zero = result.deltas[Target("z")]
+    assert zero.rank == 4 and not dense(zero).any() and zero.factors()["down"].read().all()
+    assert (cuts[1].error, cuts[1].energy) == (0.0, 1.0)
+
+
+def test_what_cannot_be_resized_is_said() -> None:
+    bad = LoRA(Tensor.of(np.full((4, 2), np.nan, np.float32)), Tensor.of(np.ones((2, 4), np.float32)))
+    with pytest.raises(MalformedError) as caught:
+        resized(adapter({"some.module": bad}), RankRule(1))
+    assert caught.value.tensor == "some.module"
+    unknown = replace(random_lora(4, 4, 2), scaling=Scaling(ScaleRule.UNKNOWN))
+    with pytest.raises(RefusedError):
+        resized(adapter({"m": unknown}), RankRule(1))
+    with pytest.raises(RefusedError):
+        resized(adapter({}), RankRule(1))
+    huge = LoRA(Tensor.of(np.full((4, 2), 6e4, np.float16)), Tensor.of(np.full((2, 4), 6e4, np.float16)), Scaling(alpha=2**24))
+    with pytest.raises(RefusedError, match="float16"):
+        resized(adapter({"m": huge}), RankRule(1), alpha="rank")
+
+
+def kohya_file(path: Path, rank: int = 8) -> Path:
+    arrays: dict[str, np.ndarray] = {}
+    random = np.random.default_rng(0)
+    prefix = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    for name, rows, columns in (("to_q", 320, 320), ("to_k", 320, 320)):
+        arrays[f"{prefix}_{name}.lora_up.weight"] = random.standard_normal((rows, rank)).astype(np.float16)
+        arrays[f"{prefix}_{name}.lora_down.weight"] = random.standard_normal((rank, columns)).astype(np.float16)
+        arrays[f"{prefix}_{name}.alpha"] = np.array(rank / 2, np.float16)
+    return save(path, arrays, {"ss_network_dim": str(rank), "ss_network_alpha": str(rank / 2), "ss_other": "kept"})
+
+
+def test_kohya_file_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = kohya_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert main(["resize", str(source), "--rank", "4", "-o", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["counts"]["resized"] == 2
+    assert facts["counts"]["ranks"] == "8 to 4"
+    assert [module["new_rank"] for module in facts["modules"]] == [4, 4]
+    assert all(0 < module["optimum"] <= module["error"] < 1 for module in facts["modules"])
+    file = open_file(out)
+    assert file.metadata == {"ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_other": "kept"}
+    assert {tensor.dtype.name for tensor in file.tensors.values()} == {"float16"}
+    before, after = open_adapter(source), open_adapter(out)
+    for target, delta in before.deltas.items():
+        new = after.deltas[target]
+        assert (new.rank, new.scale) == (4, delta.scale)
+        whole = dense(delta)
+        assert np.linalg.norm(whole - dense(new)) <= 1.001 * best(whole, 4)
+    assert sorted(tmp_path.iterdir()) == [source, out]
+    with pytest.raises(OutputExistsError):
+        resize(source, out, RankRule(2))
+    assert main(["resize", str(source), "-o", str(tmp_path / "none.safetensors")]) == 2
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_memory_and_disk_give_the_same(tmp_path: Path) -> None:
+    source = kohya_file(tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    resize(source, out, RankRule(3), threads=2)
+    inside, _ = resized(open_adapter(source), RankRule(3), threads=1)
+    after = open_adapter(out)
+    for target, delta in inside.deltas.items():
+        for role, factor in delta.factors().items():
+            assert same_bits(factor, after.deltas[target].factors()[role])
+
+
+def test_diffusers_config_says_the_new_rank(tmp_path: Path) -> None:
+    """Metadata that states r=8 must not outlive the resize: diffusers would make layers of the wrong size."""
+    source = kohya_file(tmp_path / "in.safetensors")
+    resize(source, tmp_path / "diffusers", RankRule(6), to="diffusers")
+    resize(tmp_path / "diffusers", tmp_path / "again", RankRule(4))
+    file = open_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
+    config = json.loads(file.metadata["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 2)
