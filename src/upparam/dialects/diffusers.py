@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Target
@@ -140,6 +141,10 @@ class Diffusers:
             _note(adapter.spelling, module, path, form, tensors)
         settle(adapter, deltas, file, options)
         return adapter
+
+    def restated(self, adapter: Adapter) -> Adapter:
+        """The adapter without the config its header brought, which would give layers their old ranks; a new one is written."""
+        return replace(adapter, metadata={key: value for key, value in adapter.metadata.items() if key != METADATA_KEY})
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """A folder with `pytorch_lora_weights.safetensors`. Raises RefusedError for extras and for deltas diffusers does not load."""
@@ -353,7 +358,7 @@ def _number(value: float) -> float | int:
 
 
 def _says(text: str | None, deltas: Mapping[str, Delta]) -> bool:
-    """True when the adapter metadata brought along gives each of these modules its rank and scale: it is then kept verbatim."""
+    """True when the adapter metadata brought along gives each of these modules its scale: it is then kept verbatim."""
     if text is None:
         return False
     try:
@@ -364,8 +369,7 @@ def _says(text: str | None, deltas: Mapping[str, Delta]) -> bool:
         return False
     for module, delta in deltas.items():
         component, _, path = module.partition(".")
-        said = _configured(config, component, path, delta.rank or 1)
-        if said.divisor is not None or said.value(delta.rank) != delta.scale:
+        if _configured(config, component, path, delta.rank or 1).value(delta.rank) != delta.scale:
             return False
     return True
 
