@@ -329,19 +329,7 @@ class Tensor:
 
     def doubles(self) -> NDArray[np.float64]:
         """The elements as a fresh, writable, C-contiguous float64 array: exact for every real dtype but 64-bit integers."""
-        import numpy as np
-
-        array = self.read()
-        if self.dtype.name == "float16" and array.size:
-            # Exponent and fraction moved to their places in a float32, whose bias is 112 larger: three times as fast as numpy's cast.
-            bits = array.view(np.int16).astype(np.int32)
-            bits <<= 13
-            bits &= np.int32(-0x70002000)  # 0x8FFFE000: the sign without its copies
-            single = bits.view(np.float32)
-            single *= np.float32(2.0**112)
-            if max(single.max(), -single.min()) < 65536.0:  # what infinities and NaNs come out as
-                return single.astype(np.float64)
-        return array.astype(np.float64)
+        return doubles(self.read())
 
     def scalar(self) -> float:
         """The only element, read without numpy (alphas are read while identifying). Raises MalformedError when there is not exactly one."""
@@ -440,6 +428,22 @@ class Tensor:
                     "parts that do not stack", expected=f"{first.dtype} (*, {first.shape[1:]})", found=f"{part.dtype} {part.shape}"
                 )
         return Tensor(first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), JoinedSource(parts))
+
+
+def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
+    """The array as float64, a copy. float16 takes a third of the time of numpy's own cast."""
+    import numpy as np
+
+    if array.dtype == np.float16 and array.size:
+        # Exponent and fraction moved to their places in a float32, whose exponent counts from 112 lower.
+        bits = array.view(np.int16).astype(np.int32)
+        bits <<= 13
+        bits &= np.int32(-0x70002000)  # 0x8FFFE000: the sign without its copies
+        single = bits.view(np.float32)
+        single *= np.float32(2.0**112)
+        if max(single.max(), -single.min()) < 65536.0:  # what infinities and NaNs come out as
+            return single.astype(np.float64)
+    return array.astype(np.float64)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -104,12 +104,12 @@ class Spectral:
         half_signed = np.where((compass @ self.left) @ self.mix[:, :rank] < 0, -half, half)
         return self.left @ (self.mix[:, :rank] * half_signed), (half_signed[:, None] * self.mixed[:rank]) @ self.right
 
-    def gap(self, up: Matrix, down: Matrix) -> float:
-        """||dW - up @ down||_F for other factors, through r x k matrices: known to about 1e-8 of the norms."""
+    def gap(self, up: Matrix, down: Matrix, factor: float = 1.0) -> float:
+        """||dW - factor * up @ down||_F for other factors, through r x k matrices: known to about 1e-8 of the norms."""
         core = (self.mix * self.sigma) @ self.mixed
         cross = float(((self.left.T @ up) * (core @ (self.right @ down.T))).sum())
         own = float(((up.T @ up) * (down @ down.T)).sum())
-        return sqrt(max(self.norm**2 - 2 * cross + own, 0.0))
+        return sqrt(max(self.norm**2 - 2 * factor * cross + factor**2 * own, 0.0))
 
     def tail(self, rank: int) -> float:
         """The Frobenius norm of what keeping `rank` values loses: the error of the best approximation."""

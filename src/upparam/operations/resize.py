@@ -25,7 +25,7 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.progress import Progress, silent
-from upparam.tensors import DType, Tensor
+from upparam.tensors import DType, Tensor, doubles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -216,8 +216,6 @@ def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
     conv = prod(delta.shape[2:]) > 1
     if type(delta) is LoRA and delta.mid is not None:
         return _resize_tucker(delta, names, rule, alpha, keep)
-    import numpy as np
-
     from upparam.algorithms.lowrank import truncate
 
     up, down = _low_rank(delta, rule, conv)
@@ -228,12 +226,14 @@ def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
     scaling, factor = rescaled(delta.scaling if type(delta) is LoRA else Scaling(alpha=scale * rank), scale, rank, alpha)
     norm = found.norm
     if norm == 0.0:
-        new_up, new_down = up[:, :rank] * 0.0, down[:rank]
+        new_up, new_down = up[:, :rank] * 0.0, down[:rank].copy()
     else:
         new_up, new_down = found.factors(rank)
-    lead = sqrt(abs(factor)) * (-1.0 if factor < 0 else 1.0)
-    stored_up, stored_down = _stored(new_up * lead, dtypes[0]), _stored(new_down * abs(lead), dtypes[1])
-    error = found.gap(stored_up.astype(np.float64), stored_down.astype(np.float64) / factor) / norm if norm else 0.0
+    if factor != 1.0:
+        new_up *= sqrt(abs(factor)) * (-1.0 if factor < 0 else 1.0)
+        new_down *= sqrt(abs(factor))
+    stored_up, stored_down = _stored(new_up, dtypes[0]), _stored(new_down, dtypes[1])
+    error = found.gap(doubles(stored_up), doubles(stored_down), 1 / factor) / norm if norm else 0.0
     kernel = delta.shape[2:]
     result = LoRA(
         keep(stored_up.reshape(delta.shape[0], rank, *(1 for _ in kernel))), keep(stored_down.reshape(rank, delta.shape[1], *kernel)),
@@ -253,9 +253,9 @@ def _resize_tucker(delta: LoRA, names: tuple[str, ...], rule: RankRule, alpha: A
     cap = rule.cap(conv=True)
     if rule.lost is None and (cap is None or cap >= old):
         return delta, Cut(names, delta.algorithm, old, old, 1.0, 0.0, 0.0)
-    up = delta.up.read().astype(np.float64).reshape(-1, old)
-    mid = delta.mid.read().astype(np.float64).reshape(old, old, -1)
-    down = delta.down.read().astype(np.float64).reshape(old, -1)
+    up = delta.up.doubles().reshape(-1, old)
+    mid = delta.mid.doubles().reshape(old, old, -1)
+    down = delta.down.doubles().reshape(old, -1)
     new_up, new_mid, new_down, lost = tucker_truncate(up, mid, down, rule)
     rank = new_up.shape[1]
     if rank >= old:
