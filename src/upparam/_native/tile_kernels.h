@@ -121,36 +121,33 @@ TARGET static inline __attribute__((always_inline)) int NAME(block16)(
             VF a = (VF)(bits ^ sign);
             VU code;
             VU doubt = (VU)(a <= limit) ^ 0xFFFFFFFFu; /* also true for NaN */
-            VF mid, near;
-            if (half) {
+            if (exact) {
+                /* The true value lies within `reach` of a: the bound of the sum, 2e-37 for what underflows (and so that the sign of a
+                 * zero is always settled), and the roundings of value, low and high, together below 2^-24 + 2^-23 of a. The element is
+                 * certain where both ends round alike; an end beyond zero carries a sign bit and never does. */
+                VF norm;
+                memcpy(&norm, column_norm + j * LANES, sizeof norm);
+                VF bound = row_bound[i] - (VF){0}, tiny = 2e-37f - (VF){0}, part_of_a = 1.8e-07f - (VF){0};
+                VF reach = FMA(a, part_of_a, FMA(norm, bound, tiny));
+                VU low = (VU)(a - reach), high = (VU)(a + reach);
+                if (half) {
+                    code = NAME(half_code)((VF)high);
+                    doubt |= (VU)(NAME(half_code)((VF)low) != code) | (VU)((VI)low < 0);
+                } else { /* ties lie strictly between the ends, so rounding them upward is as good as to even */
+                    high += 0x8000u;
+                    low += 0x8000u;
+                    code = high >> 16;
+                    doubt |= (VU)((low ^ high) > 0xFFFFu);
+                }
+            } else if (half)
                 code = NAME(half_code)(a);
-                VU small = (VU)(a < 6.103515625e-05f);
-                near = (VF)((VU)(a + 1.220703125e-04f) & small) + (VF)((VU)a & ~small);
-                VU below = (0x1FFFu & ~small) | (0xFFFu & small);
-                mid = (VF)(((VU)near & ~below) | ((below + 1u) >> 1));
-            } else {
+            else
                 code = (((VU)a) + 0x7FFFu + (((VU)a >> 16) & 1u)) >> 16;
-                near = a;
-                mid = (VF)(((VU)a & 0xFFFF0000u) | 0x8000u);
-            }
             code |= sign >> 16;
 #ifndef HALF_UP
             if (half) /* Inf and NaN came out of half_value as large numbers */
                 doubt |= (VU)((old & 0x7C00u) == 0x7C00u);
 #endif
-            if (exact) {
-                VF norm;
-                memcpy(&norm, column_norm + j * LANES, sizeof norm);
-                /* the bound of the sum, the rounding of the addition (2^-24, doubled), and of `near` where fp16 is subnormal (2^-36) */
-                VF bound = norm * row_bound[i] + a * 1.1920929e-07f + 2e-37f;
-                if (half)
-                    bound += 1.4551915228366852e-11f;
-                VF off = near - mid;
-                off = (VF)((VU)off & 0x7FFFFFFFu);
-                doubt |= (VU)(off <= bound);
-                /* a bound that reaches into the next binade, whose neighbours lie closer: a quarter of the spacing is enough to tell */
-                doubt |= (VU)(bound >= a * (half ? 1.220703125e-04f : 9.765625e-04f));
-            }
             code = (code & ~doubt) | (old & doubt);
             *changed += __builtin_popcount(LANE_BITS((VU)(code != old)));
             mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
