@@ -48,10 +48,10 @@ def timed(command: list[str], **extra: str) -> Run:
     return Run(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def generate(call: str, path: Path) -> Path:
+def generate(call: str, path: Path, module: str = "merge_inputs") -> Path:
     """Make an input in a process of its own: a child's peak memory as the system counts it starts at its parent's."""
     if not path.exists():
-        code = f"import sys, merge_inputs as m; from pathlib import Path; path = Path(sys.argv[1]); m.{call}"
+        code = f"import sys, {module} as m; from pathlib import Path; path = Path(sys.argv[1]); m.{call}"
         subprocess.run([sys.executable, "-c", code, str(path.absolute())], check=True, cwd=HERE)
     return path
 
