@@ -1,0 +1,211 @@
+"""PEFT's `adapter_config.json`: the scale it gives each module, and a whole config for an adapter that came from elsewhere.
+
+Sources: huggingface/peft src/peft/tuners/lora/config.py, src/peft/tuners/lora/layer.py (scaling), src/peft/utils/other.py
+(get_pattern_key), src/peft/tuners/tuners_utils.py (check_target_module_exists).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import isclose
+from typing import Any
+
+from upparam.adapter import Adapter, ExtraKind, Target
+from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
+from upparam.bases import inventory
+from upparam.bases.base import Base
+from upparam.dialects.base import ReadOptions
+from upparam.errors import MalformedError, UsageError
+
+FILE = "adapter_config.json"
+
+
+def number(config: Mapping[str, Any], key: str) -> float | None:
+    """A number of the config; None when it is absent or null. Raises MalformedError for anything else."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise MalformedError(f"{key} is not a number", file=FILE, found=repr(value))
+    return float(value)
+
+
+def patterned(patterns: Any, module: str, default: float | None) -> float | None:
+    """The first pattern's value that matches the end of the module's path, else the default (peft's get_pattern_key)."""
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        try:
+            if isinstance(value, (int, float)) and re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        except re.error:
+            continue
+    return default
+
+
+def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options: ReadOptions) -> Scaling:
+    """The scale of one module: lora_alpha / r (/ sqrt(r) with use_rslora), each by its pattern; what the user said where no config does.
+
+    Raises UsageError when the user says another alpha or scale than the config.
+    """
+    if config is None or number(config, "lora_alpha") is None:
+        rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config and config.get("use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
+        if options.scale is not None:
+            return Scaling(ScaleRule.EXPLICIT, multiplier=options.scale)
+        return UNKNOWN if options.alpha is None else Scaling(rule, options.alpha)
+    alpha = patterned(config.get("alpha_pattern"), module, number(config, "lora_alpha"))
+    r = patterned(config.get("rank_pattern"), module, number(config, "r"))
+    rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get("use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
+    scaling = Scaling(rule, alpha, divisor=r if r is not None and r != rank else None)
+    if options.alpha is not None and options.alpha != alpha:
+        raise UsageError(
+            "the config says another alpha", file=FILE, tensor=module, expected=f"{alpha:g}", found=f"--alpha {options.alpha:g}"
+        )
+    value = scaling.value(rank)
+    if options.scale is not None and (value is None or not isclose(value, options.scale, rel_tol=1e-9)):
+        raise UsageError("the config says another scale", file=FILE, tensor=module, expected=value, found=f"--scale {options.scale:g}")
+    return scaling
+
+
+def still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Iterable[str], transposed: bool | None) -> bool:
+    """Whether a config that came with an adapter describes these modules as they are now."""
+    if not config or config.get("peft_type") not in (None, "LORA") or config.get("enable_lora"):
+        return False
+    for module, delta in names.items():
+        r = patterned(config.get("rank_pattern"), module, number(config, "r"))
+        scale, said = delta.scale, scaling_of(config, module, delta.rank or 0, ReadOptions()).value(delta.rank)
+        if r != delta.rank or not targeted(config.get("target_modules"), module):
+            return False
+        if scale is None or said is None or not isclose(scale, said, rel_tol=1e-12):
+            return False
+    listed = config.get("modules_to_save") or ()
+    if any(not any(path.rsplit(".", 1)[0].endswith(word) for word in listed) for path in saved) and config.get("task_type") is None:
+        return False
+    return transposed is None or bool(config.get("fan_in_fan_out")) is transposed
+
+
+def targeted(targets: Any, module: str) -> bool:
+    """Whether `target_modules` means this module: a regular expression over the path, or a list of path endings."""
+    if isinstance(targets, str):
+        try:
+            return targets == "all-linear" or re.fullmatch(targets, module) is not None
+        except re.error:
+            return False
+    return isinstance(targets, Sequence) and any(module == word or module.endswith(f".{word}") for word in targets)
+
+
+def restated(config: Mapping[str, Any], base_name: str | None) -> dict[str, Any]:
+    """What a rewritten config keeps of an old one: what does not follow from the tensors."""
+    kept = ("base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "revision", "init_lora_weights", "auto_mapping")
+    found = {key: config[key] for key in kept if key in config}
+    if found.get("base_model_name_or_path") is None and base_name is not None:
+        found["base_model_name_or_path"] = base_name
+    return found
+
+
+_CONV1D = "Conv1D"
+
+
+def made(adapter: Adapter, names: Mapping[str, Delta], saved: Sequence[str], biases: Sequence[str], base: Base | None) -> dict[str, Any]:
+    """A complete LoraConfig for these modules (by PEFT's names). `saved` and `biases` are parameter paths saved whole.
+
+    r and lora_alpha are those most modules have; rank_pattern and alpha_pattern say the rest. target_modules are endings of paths where
+    the base shows that these mean exactly the adapter's modules, whole paths otherwise.
+    """
+    ranks = {module: delta.rank or 0 for module, delta in names.items()}
+    rooted = all(delta.scaling.rule is ScaleRule.ALPHA_OVER_SQRT_RANK and delta.scaling.divisor is None for delta in names.values())
+    alphas = {module: _alpha(delta, rooted) for module, delta in names.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "alpha_pattern": {_pattern(module, names): _plain(value) for module, value in alphas.items() if value != alpha},
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "bias": "none" if not biases else "lora_only" if {path.rsplit(".", 1)[0] for path in biases} <= set(names) else "all",
+        "fan_in_fan_out": adapter.transposed_base is True or _conv1d(names, base),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted({path.rsplit(".", 1)[0] for path in saved}) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {_pattern(module, names): value for module, value in ranks.items() if value != rank},
+        "revision": None,
+        "target_modules": target_modules(list(names), base),
+        "task_type": _task(saved),
+        "use_dora": any(delta.algorithm == "dora" for delta in names.values()),
+        "use_rslora": rooted,
+    } | restated(adapter.config, _model_id(adapter))
+
+
+def _alpha(delta: Delta, rooted: bool) -> float:
+    rank, scaling = delta.rank or 1, delta.scaling
+    if scaling.alpha is not None and scaling.divisor is None and (rooted or scaling.rule is ScaleRule.ALPHA_OVER_RANK):
+        return scaling.alpha
+    return delta.known_scale() * rank
+
+
+def _plain(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _pattern(module: str, names: Mapping[str, Delta]) -> str:
+    """A pattern that means this module among the adapter's and no other."""
+    own = re.escape(module)
+    return own if sum(bool(re.match(rf"(.*\.)?({own})$", name)) for name in names) == 1 else f"^{own}"
+
+
+def target_modules(modules: Sequence[str], base: Base | None) -> list[str]:
+    """Endings that mean exactly these modules of the base; whole paths where no endings do, or the base is not known."""
+    if base is not None:
+        everything = [found.path for found in base.modules if found.kind not in ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d")]
+        endings = sorted({path.rsplit(".", 1)[-1] for path in modules})
+        meant = {path for path in everything if any(path == word or path.endswith(f".{word}") for word in endings)}
+        if not any(word.isdigit() for word in endings) and {_tail(path, meant, modules) for path in meant} == set(modules):
+            return endings
+    return sorted(modules)
+
+
+def _tail(path: str, meant: set[str], modules: Sequence[str]) -> str:
+    """The adapter's name of a base module: the same, or without the component in front of a pipeline's."""
+    bare = path.split(".", 1)[-1]
+    return path if path in modules or bare not in modules or bare in meant else bare
+
+
+def _conv1d(names: Mapping[str, Delta], base: Base | None) -> bool:
+    return base is not None and any((found := base.by_path.get(module)) is not None and found.kind == _CONV1D for module in names)
+
+
+def _task(saved: Sequence[str]) -> str | None:
+    """The task that a saved head tells of; None where it leaves several possible."""
+    heads = {path.split(".")[-2] for path in saved if "." in path}
+    if "score" in heads:
+        return "SEQ_CLS"
+    if "qa_outputs" in heads:
+        return "QUESTION_ANS"
+    return None
+
+
+def _model_id(adapter: Adapter) -> str | None:
+    """The model id of a base that the adapter itself or the user named."""
+    hint = adapter.base
+    if hint is None or not hint.stated:
+        return None
+    if "/" in hint.name:
+        return hint.name
+    known = inventory.known().get(hint.name)
+    return known.ids[0] if known is not None and known.ids else hint.name
+
+
+def extras_by_kind(adapter: Adapter) -> tuple[list[str], list[str], list[str]]:
+    """(saved parameters, biases, what PEFT cannot hold), each by name."""
+    saved = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.SAVED_MODULE]
+    biases = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.BIAS]
+    other = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.name not in saved and extra.name not in biases]
+    return saved, biases, other
+
+
+Names = Mapping[Target, str]
