@@ -430,8 +430,8 @@ class Tensor:
         return Tensor(first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), JoinedSource(parts))
 
 
-def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
-    """The array as float64, a copy. float16 takes a third of the time of numpy's own cast."""
+def singles(array: NDArray[Any]) -> NDArray[np.float32]:
+    """The array as float32, a copy; exact for every float dtype but float64. float16 takes a fifth of the time of numpy's own cast."""
     import numpy as np
 
     if array.dtype == np.float16 and array.size:
@@ -442,8 +442,15 @@ def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
         single = bits.view(np.float32)
         single *= np.float32(2.0**112)
         if max(single.max(), -single.min()) < 65536.0:  # what infinities and NaNs come out as
-            return single.astype(np.float64)
-    return array.astype(np.float64)
+            return single
+    return array.astype(np.float32)
+
+
+def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
+    """The array as float64, a copy. float16 takes a third of the time of numpy's own cast."""
+    import numpy as np
+
+    return (singles(array) if array.dtype == np.float16 else array).astype(np.float64)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
@@ -20,10 +19,11 @@ from upparam.dialects import restated
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.operations.convert import write_adapter
-from upparam.operations.merge import default_threads, pin_blas
+from upparam.operations.merge import pin_blas
 from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
+from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import DType, Tensor, doubles
 
@@ -134,23 +134,6 @@ def resized(
         deltas.update(job.parts(delta))
     result = replace(adapter, deltas=deltas, findings=[*adapter.findings, *findings])
     return restated(result), cuts
-
-
-def in_threads(
-    work: Callable[[Any], Any], items: Sequence[Any], sizes: Sequence[int], threads: int | None, progress: Progress
-) -> Iterable[Any]:
-    """The results of `work` for each item, in order, computed on `threads` threads. The first exception stops the rest."""
-    total, done = sum(sizes), 0
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future, size in zip(futures, sizes, strict=True):
-                yield future.result()
-                done += size
-                progress(done, total, "")
-        finally:
-            for future in futures:
-                future.cancel()
 
 
 class Job(NamedTuple):

@@ -1,0 +1,308 @@
+"""Extract: the adapter that turns one model into another, from the difference of their weights, with the achieved error computed."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind
+from upparam.algorithms.base import Scaling, tiles
+from upparam.algorithms.lora import LoRA
+from upparam.algorithms.lowrank import RankRule
+from upparam.atomic import refuse_existing
+from upparam.bases.base import Base
+from upparam.checkpoint import Checkpoint
+from upparam.dialects.base import ReadOptions
+from upparam.errors import RefusedError, UsageError
+from upparam.findings import Finding, info, warning
+from upparam.operations.convert import write_adapter
+from upparam.operations.extract.difference import Difference, difference, same_weights
+from upparam.operations.extract.pairing import Pair, Pairing, pair
+from upparam.operations.merge import pin_blas
+from upparam.operations.merge.plan import wanted
+from upparam.operations.receipt import Receipt
+from upparam.operations.spool import Keep, Spool
+from upparam.operations.threads import in_threads
+from upparam.progress import Progress, silent
+from upparam.tensors import DTYPES, DType, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One module's difference and what was made of it.
+
+    `norm` = ||tuned - base||; `error` = ||tuned - base - dW|| / norm with dW as stored, measured element by element; `optimum` a lower
+    bound of the error of any dW of this rank; `floor` the largest singular value that rounding of the stored weights can explain;
+    `smallest` the smallest singular value kept, `next` the largest found of those left out.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    rank: int
+    norm: float
+    error: float
+    optimum: float
+    floor: float
+    smallest: float
+    next: float
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The adapter, the base both models are of, and what was done to each module that differs. `below` are differences within the rounding noise."""
+
+    adapter: Adapter
+    base: Base
+    modules: list[Extracted]
+    below: list[str]
+    unchanged: int
+
+
+def extract(
+    tuned: Path | str,
+    base: Path | str,
+    out: Path | str,
+    to: str,
+    rule: RankRule | None = None,
+    *,
+    auto: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    dtype: str | None = None,
+    seed: int = 0,
+    force: bool = False,
+    verify: bool = True,
+    drop: Collection[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Receipt:
+    """Write the adapter that turns the model at `base` into the one at `tuned` to `out`, in dialect `to`.
+
+    Raises what `extracted` and `upparam.operations.convert.write_adapter` raise: a dialect that cannot hold changed norms and biases
+    refuses them until they are given up by name in `drop` (`saved-module`, `bias`, `other`).
+    """
+    begun = time.monotonic()
+    out = Path(out)
+    refuse_existing(out, force)
+    pin_blas()
+    with Spool(out.absolute().parent) as spool:
+        result = extracted(
+            Checkpoint.open(tuned), Checkpoint.open(base), rule, auto=auto, only=only, skip=skip, dtype=dtype, seed=seed,
+            keep=spool.keep, threads=threads, progress=progress,
+        )  # fmt: skip
+        receipt = write_adapter(result.adapter, out, to, read=ReadOptions(base=result.base), force=force, verify=verify, drop=drop)
+    receipt.operation = "extract"
+    receipt.inputs = [str(tuned), str(base)]
+    receipt.counts = {**_summary(result), **receipt.counts}
+    receipt.modules = [module.facts() for module in result.modules]
+    receipt.seconds = time.monotonic() - begun
+    return receipt
+
+
+def extracted(
+    tuned: Checkpoint,
+    base: Checkpoint,
+    rule: RankRule | None = None,
+    *,
+    auto: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    dtype: str | None = None,
+    seed: int = 0,
+    keep: Keep = Tensor.of,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Extraction:
+    """The difference of two models of one base as an adapter: a LoRA for each changed matrix or convolution, extras for what else changed.
+
+    `rule` says how many singular values to keep; `auto` keeps those above what rounding to the stored dtypes can explain, `rule` then
+    being a further limit. `only` and `skip` are globs over module paths. Factors get `dtype`, or that of the tuned weight (float32 where
+    it has none of float32, float16, bfloat16). Scale is 1. The result depends on `seed` and not on the number of threads.
+
+    Raises UsageError without a rule, MismatchError where the models do not fit, RefusedError when they are equal, when a weight is
+    quantised, and with `auto` when a difference has no low rank.
+    """
+    if rule is None and not auto:
+        raise UsageError("no rank rule", expected="a rank, energy, error, fro or auto")
+    wide = None if dtype is None else _dtype(dtype)
+    pairing = pair(tuned, base, lambda name: wanted(name, only, skip))
+    jobs = list(pairing.pairs)
+
+    def work(job: Pair) -> _Made:
+        return _make(job, rule, auto, wide, seed, keep)
+
+    adapter = Adapter(
+        {}, "extracted", base=BaseHint(pairing.base.name, 1.0, pairing.base.evidence, True), files=(str(tuned.path),),
+        transposed_base=True if any(job.transposed for job in jobs) else None,
+    )  # fmt: skip
+    result = Extraction(adapter, pairing.base, [], [], 0)
+    unchanged = 0
+    full: list[str] = []
+    for job, made in zip(jobs, in_threads(work, jobs, [job.tuned.nbytes for job in jobs], threads, progress), strict=True):
+        if isinstance(made, Extra):
+            adapter.extras.append(made)
+        elif isinstance(made, tuple):
+            delta, module = made
+            adapter.deltas[job.target] = delta
+            result.modules.append(module)
+        elif made == "below":
+            result.below.append(str(job.target))
+        elif made == "full":
+            full.append(str(job.target))
+        else:
+            unchanged += 1
+    if full:
+        raise RefusedError(
+            f"{len(full)} differences have no low rank: more values lie above the rounding noise than an adapter is worth", file=tuned.path,
+            tensor=full[0], found=_listed(full), remedy="give --rank, --energy or --error as a limit, or leave them out with --skip",
+        )  # fmt: skip
+    _leftover(adapter, pairing)
+    adapter.findings += _findings(result, pairing, tuned, base)
+    if not adapter.deltas and not adapter.extras:
+        raise RefusedError(
+            "there is nothing to extract", file=tuned.path,
+            found=f"{len(result.below)} differences within rounding noise" if result.below else f"all {unchanged} weights are equal",
+            remedy="see what the models are with 'upparam identify'",
+        )  # fmt: skip
+    return Extraction(adapter, pairing.base, result.modules, result.below, unchanged)
+
+
+_Made = Extra | tuple[LoRA, Extracted] | str
+"""What became of a pair: an extra, a delta and its facts, or why there is none: 'same', 'below' the noise, 'full' rank."""
+
+
+class _NotLowRank(Exception):
+    """More values lie above the noise than factors are worth."""
+
+
+def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed: int, keep: Keep) -> _Made:
+    from upparam.algorithms.krylov import Dense, leading, optimum
+
+    if job.target.parameter != "weight" or len(job.shape) < 2 or (job.transposed and len(job.shape) > 2):
+        if same_weights(job.tuned, job.base):
+            return "same"
+        kind = ExtraKind.BIAS if job.target.parameter == "bias" else ExtraKind.SAVED_MODULE
+        return Extra(kind, f"{job.target.module}.{job.target.parameter}", job.tuned)
+    gap = difference(job.tuned, job.base, str(job.target))
+    if gap is None:
+        return "same"
+    conv = prod(job.shape[2:]) > 1
+    cap = rule.cap(conv) if rule is not None else None
+    seeds = (seed, zlib.crc32(str(job.target).encode()))
+    try:
+        found = leading(
+            Dense(gap.matrix, gap.exact), gap.total, _want(gap, rule, auto, conv), start=24 if cap is None else cap + 8, seed=seeds
+        )
+    except _NotLowRank:
+        return "full"
+    rank = len(found.sigma)
+    if rank == 0:
+        return "below"
+    up, down = found.factors()
+    dtype = wide or (job.tuned.dtype if job.tuned.dtype.name in ("float32", "float16", "bfloat16") else DTYPES["float32"])
+    stored_up, stored_down = up.astype(dtype.numpy), down.astype(dtype.numpy)
+    facts = Extracted(
+        str(job.target), job.shape, rank, gap.norm, _error(gap, stored_up, stored_down), optimum(gap.total, found) / gap.norm, gap.floor,
+        float(found.sigma[-1]), sqrt(float(found.following[0])) if found.following.size else 0.0,
+    )  # fmt: skip
+    if job.transposed:
+        stored_up, stored_down = stored_down.T, stored_up.T
+    kernel = job.shape[2:]
+    delta = LoRA(
+        keep(stored_up.reshape(job.shape[0], rank, *(1 for _ in kernel))), keep(stored_down.reshape(rank, *job.shape[1:])),
+        Scaling(alpha=float(rank)), embedding=job.kind == "Embedding",
+    )  # fmt: skip
+    return delta, facts
+
+
+def _want(gap: Difference, rule: RankRule | None, auto: bool, conv: bool) -> Callable[[NDArray[np.float64]], int]:
+    """How many of the singular values found so far to keep; all of them asks for more."""
+    rows, columns = gap.matrix.shape
+    # Factors of this rank hold half as many numbers as the matrix itself.
+    worth = rows * columns // (2 * (rows + columns))
+
+    def want(sigma: NDArray[np.float64]) -> int:
+        count = len(sigma) if rule is None else rule.choose(sigma, conv, gap.total)
+        if auto:
+            count = min(count, int((sigma > gap.floor).sum()))
+            if count == len(sigma) and worth < count < min(rows, columns):
+                raise _NotLowRank
+        return count
+
+    return want
+
+
+def _error(gap: Difference, up: NDArray[Any], down: NDArray[Any]) -> float:
+    """||difference - up @ down|| / ||difference|| with the factors as stored, tile by tile."""
+    import numpy as np
+
+    kind = np.float64 if gap.exact else np.float32
+    left, right = up.astype(kind), down.astype(kind)
+    total = 0.0
+    for start, stop in tiles(gap.matrix.shape):
+        rest = left[start:stop] @ right
+        np.subtract(gap.matrix[start:stop], rest, out=rest)
+        total += float(np.einsum("ij,ij->", rest, rest, dtype=np.float64))
+    return sqrt(total / gap.total)
+
+
+def _leftover(adapter: Adapter, pairing: Pairing) -> None:
+    """Tensors of both models that are no module of the base (a VAE, buffers) and differ: extras that no adapter holds."""
+    for name, (mine, theirs) in pairing.unnamed.items():
+        if mine.shape != theirs.shape or not same_weights(mine, theirs):
+            adapter.extras.append(Extra(ExtraKind.OTHER, name, mine))
+
+
+def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Checkpoint) -> list[Finding]:
+    found: list[Finding] = [*tuned.findings, *base.findings]
+    if result.below:
+        found.append(
+            warning(
+                "below-noise", str(tuned.path), f"{len(result.below)} weights differ by no more than rounding to their dtype can explain", _listed(result.below)
+            )
+        )  # fmt: skip
+    for names, checkpoint in ((pairing.only_tuned, tuned), (pairing.only_base, base)):
+        if names:
+            found.append(info("only-in-one", str(checkpoint.path), f"{len(names)} tensors are in this model alone", _listed(names)))
+    return found
+
+
+def _dtype(name: str) -> DType:
+    known = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    wide = known.get(name, name)
+    if wide not in known.values():
+        raise UsageError("no dtype for factors", expected="float32, float16 or bfloat16", found=name)
+    return DTYPES[wide]
+
+
+def _summary(result: Extraction) -> dict[str, Any]:
+    counts: dict[str, Any] = {"extracted": len(result.modules), "unchanged": result.unchanged}
+    if result.below:
+        counts["within_rounding_noise"] = len(result.below)
+    if result.modules:
+        ranks = sorted({module.rank for module in result.modules})
+        worst = max(result.modules, key=lambda module: module.error)
+        counts["ranks"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        counts["error"] = f"{worst.error:.3g} or less"
+        ratios = [module.error / module.optimum for module in result.modules if module.optimum > 1e-3]
+        if ratios:
+            counts["over_the_optimum"] = f"{max(ratios):.4f}x or less"
+    return counts
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

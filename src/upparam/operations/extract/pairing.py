@@ -1,0 +1,165 @@
+"""Two checkpoints side by side: which tensor of one is which of the other, and which module of the base both mean.
+
+Each is located by itself, so a fine-tune in the authors' single file pairs with a base in diffusers' folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from upparam.adapter import Target
+from upparam.algorithms.slicing import take_rows
+from upparam.bases.base import Base, Module
+from upparam.bases.header import base_from_shapes
+from upparam.bases.layouts import Order, available, layout
+from upparam.checkpoint import Checkpoint
+from upparam.errors import MismatchError, RefusedError
+from upparam.operations.merge.matching import by_component, renaming
+from upparam.tensors import Tensor
+
+_PARAMETERS = ("weight", "bias")
+
+
+class Lying(NamedTuple):
+    """Where a parameter of a reference module lies in a checkpoint: the tensor's name, its rows (None: all), their order, and whether
+    the first two axes are swapped."""
+
+    tensor: str
+    rows: tuple[int, int] | None
+    order: Order
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint's tensors under the reference names of its base: (module, parameter) -> where it lies."""
+
+    checkpoint: Checkpoint
+    base: Base
+    places: Mapping[tuple[str, str], Lying]
+
+    def tensor(self, key: tuple[str, str]) -> Tensor:
+        """The parameter as the reference has it but for the transposition: a view. Raises RefusedError for a quantised weight."""
+        place = self.places[key]
+        file, tensor = self.checkpoint.tensors[place.tensor]
+        if place.tensor in {file.qualified(name) for name in file.quantised}:
+            raise RefusedError(
+                "a quantised weight cannot be compared", file=file.path, tensor=place.tensor,
+                remedy="extract from unquantised models, or leave it out with --skip",
+            )  # fmt: skip
+        if place.rows is not None:
+            tensor = tensor.rows(*place.rows)
+        return tensor if place.order.plain else take_rows(tensor, place.order.reference_rows(tensor.shape[0]).tolist())
+
+
+class Pair(NamedTuple):
+    """One parameter of one module in both checkpoints. `shape` is the weight's as (out, in, *kernel); with `transposed` the stored ones are (in, out)."""
+
+    target: Target
+    kind: str
+    shape: tuple[int, ...]
+    tuned: Tensor
+    base: Tensor
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Both checkpoints matched. `alone` are tensors that only one has, `unnamed` pairs of equal names that are no module of the base."""
+
+    base: Base
+    pairs: tuple[Pair, ...]
+    unnamed: Mapping[str, tuple[Tensor, Tensor]]
+    only_tuned: tuple[str, ...]
+    only_base: tuple[str, ...]
+
+
+def locate(checkpoint: Checkpoint) -> Located:
+    """The naming that finds most of the base's modules in the checkpoint."""
+    shapes = checkpoint.shapes
+    base = base_from_shapes(shapes, config=checkpoint.config, name=str(checkpoint.path))
+    best: dict[tuple[str, str], Lying] = {}
+    for name in ("reference", *available(base)[1:]):
+        found = _lying(base, name, shapes)
+        if len(found) > len(best):
+            best = found
+        if sum(parameter == "weight" for _, parameter in best) == len(base.modules):
+            break
+    return Located(checkpoint, base, best)
+
+
+def _lying(base: Base, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, str], Lying]:
+    one = layout(base, name)
+    wanted: dict[Target, tuple[tuple[str, str], Lying]] = {}
+    for module in base.modules:
+        place = one.to_foreign(module.path)
+        if place is None:
+            continue
+        part = place.part
+        transposed = part.transposed or (name == "reference" and module.canonical != module.shape)
+        for parameter in _PARAMETERS:
+            owner, _, leaf = one.tensor_name(place.foreign, parameter).rpartition(".")
+            lying = Lying("", part.span, part.order, transposed and parameter == "weight")
+            wanted[Target(owner, part.span, leaf)] = (module.path, parameter), lying
+    found: dict[tuple[str, str], Lying] = {}
+    for component, targets in by_component(wanted).items():
+        weights = [target for target in targets if wanted[target][0][1] == "weight"]
+        change = renaming(weights, shapes, component)
+        for target in targets:
+            path = change(target.module)
+            tensor = target.parameter if not path else f"{path}.{target.parameter}"
+            key, lying = wanted[target]
+            if path is not None and tensor in shapes and (lying.rows is None or lying.rows[1] <= shapes[tensor][0]):
+                found[key] = lying._replace(tensor=tensor)
+    return found
+
+
+def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool]) -> Pairing:
+    """Match two checkpoints of one model, those modules only whose path is `chosen`.
+
+    Raises MismatchError when they share no module and when a weight has another shape in one of them, RefusedError for quantised weights.
+    """
+    one, other = locate(tuned), locate(base)
+    modules = {module.path: module for module in one.base.modules}
+    pairs = []
+    for key in one.places:
+        if key in other.places and chosen(key[0]):
+            module = modules[key[0]]
+            pairs.append(_pair(key, module, one.tensor(key), other.tensor(key), one.places[key].transposed, other.places[key].transposed))
+    if not one.places.keys() & other.places.keys():
+        raise MismatchError(
+            "the two models have no module in common", file=tuned.path,
+            expected=f"names of {other.base.name}", found=f"names of {one.base.name}", remedy="give the model it was trained from",
+        )  # fmt: skip
+    named = {place.tensor for place in one.places.values()}
+    theirs_named = {place.tensor for place in other.places.values()}
+    rest = [name for name in tuned.tensors if name not in named and chosen(name)]
+    common = {name: (tuned.tensors[name][1], base.tensors[name][1]) for name in rest if name in base.tensors and name not in theirs_named}
+    missing = [".".join(key) for key in one.places if key not in other.places]
+    lacking = [".".join(key) for key in other.places if key not in one.places]
+    return Pairing(
+        one.base, tuple(pairs), common, (*missing, *(name for name in rest if name not in common)),
+        (*lacking, *(name for name in base.tensors if name not in theirs_named and name not in common)),
+    )  # fmt: skip
+
+
+def _pair(key: tuple[str, str], module: Module, mine: Tensor, theirs: Tensor, transposed: bool, other_transposed: bool) -> Pair:
+    path, parameter = key
+    shape = mine.shape
+    if transposed:
+        shape = (shape[1], shape[0], *shape[2:])
+    if parameter == "weight" and prod(module.shape) == prod(shape):
+        shape = module.canonical  # a 1x1 convolution where the file has a Linear, or the other way round
+    if transposed != other_transposed and len(theirs.shape) == 2:
+        theirs = theirs.T
+    if theirs.shape != mine.shape and theirs.numel == mine.numel and theirs.shape[:1] == mine.shape[:1]:
+        theirs = theirs.reshape(mine.shape)
+    if theirs.shape != mine.shape:
+        raise MismatchError(
+            "a weight has another shape in the other model", tensor=".".join(key), expected=theirs.shape, found=mine.shape,
+            remedy="leave it out with --skip",
+        )  # fmt: skip
+    return Pair(Target(path, None, parameter), module.kind, shape, mine, theirs, transposed)

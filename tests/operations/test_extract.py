@@ -1,0 +1,269 @@
+"""Extract against the full SVD, against the adapter that was merged, and through the real diffusers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.operations.merging import NUMPY, adapter, load, lora, save
+
+from upparam.adapter import Adapter, ExtraKind, Target
+from upparam.algorithms.lora import LoRA
+from upparam.algorithms.lowrank import RankRule
+from upparam.checkpoint import Checkpoint
+from upparam.cli import main
+from upparam.errors import MalformedError, MismatchError, RefusedError, UsageError
+from upparam.operations.extract import extract, extracted
+from upparam.operations.extract.difference import difference, same_weights
+from upparam.operations.merge import merge
+from upparam.operations.opening import open_adapter
+from upparam.tensors import Tensor
+
+WEIGHTS = {"layers.0.q_proj": (256, 256), "layers.0.up_proj": (640, 256), "layers.1.q_proj": (256, 256), "layers.1.down_proj": (256, 640)}
+
+
+def base_file(path: Path, dtype: str = "float32", seed: int = 0, **more: Any) -> Path:
+    random = np.random.default_rng(seed)
+    arrays = {f"{name}.weight": (random.standard_normal(shape) * 0.03).astype(NUMPY[dtype]) for name, shape in WEIGHTS.items()}
+    arrays["layers.0.norm.weight"] = np.ones(256, NUMPY[dtype])
+    arrays["layers.0.q_proj.bias"] = np.zeros(256, NUMPY[dtype])
+    return save(path, arrays | more)
+
+
+def trained(rank: int, names: Any = tuple(WEIGHTS), amplitude: float = 3e-3, seed: int = 1) -> Adapter:
+    """An adapter as training leaves it: singular values falling by a factor of ten."""
+    random = np.random.default_rng(seed)
+    fall = np.logspace(0, -1, rank)
+    deltas = {}
+    for name in names:
+        rows, columns = WEIGHTS[name]
+        up = random.standard_normal((rows, rank)) * fall * amplitude / np.sqrt(rank)
+        deltas[name] = lora(up.astype(np.float32), random.standard_normal((rank, columns)).astype(np.float32))
+    return adapter(deltas)
+
+
+def dense(delta: Any) -> np.ndarray:
+    return delta.load().rows(0, delta.shape[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("rank", [4, 8, 16, 32, 64])
+def test_extract_after_merge_finds_the_rank(tmp_path: Path, dtype: str, rank: int) -> None:
+    base = base_file(tmp_path / "base.safetensors", dtype)
+    meant = trained(rank, list(WEIGHTS)[:3])
+    merge(base, meant, tmp_path / "merged.safetensors")
+    result = extracted(Checkpoint.open(tmp_path / "merged.safetensors"), Checkpoint.open(base), auto=True)
+    assert result.unchanged == 3 and not result.below and not result.adapter.extras
+    assert {target.module: delta.rank for target, delta in result.adapter.deltas.items()} == dict.fromkeys(list(WEIGHTS)[:3], rank)
+    for module in result.modules:
+        delta = meant.deltas[Target(module.target)]
+        assert module.smallest > module.floor > module.next
+        # What rounding added is what is missing, and what is kept is nearer to the truth than the stored difference.
+        gap = float(np.linalg.norm(dense(delta) - dense(result.adapter.deltas[Target(module.target)])))
+        noise = module.error * module.norm
+        assert gap <= (2e-6 if dtype == "float32" else 1.0) * module.norm
+        assert gap <= 1.01 * max(noise, 1e-6 * module.norm)
+        stored = load(tmp_path / "merged.safetensors")[f"{module.target}.weight"].astype(np.float64)
+        true = stored - load(base)[f"{module.target}.weight"].astype(np.float64)
+        new = result.adapter.deltas[Target(module.target)]
+        assert module.error == pytest.approx(float(np.linalg.norm(true - dense(new))) / module.norm, rel=1e-3, abs=1e-7)
+
+
+def test_error_of_a_full_fine_tune_is_the_optimum(tmp_path: Path) -> None:
+    base = base_file(tmp_path / "base.safetensors")
+    random = np.random.default_rng(3)
+    weights = load(base)
+    spread = {}
+    for name, shape in WEIGHTS.items():
+        left, _ = np.linalg.qr(random.standard_normal((shape[0], 200)))
+        right, _ = np.linalg.qr(random.standard_normal((shape[1], 200)))
+        spread[name] = (left * np.arange(1, 201) ** -0.5) @ right.T * 0.05
+        weights[f"{name}.weight"] = (weights[f"{name}.weight"] + spread[name]).astype(np.float32)
+    tuned = save(tmp_path / "tuned.safetensors", weights)
+    result = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(12))
+    for module in result.modules:
+        best = float(np.linalg.norm(np.arange(13, 201) ** -0.5)) * 0.05
+        assert best <= module.error * module.norm * 1.0001
+        assert module.error * module.norm <= 1.005 * best
+        assert module.optimum * module.norm <= best * 1.0001
+        assert module.error <= 1.01 * module.optimum
+    by_error = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(error=0.5))
+    for module in by_error.modules:
+        values = np.arange(1, 201) ** -0.5
+        assert module.rank == RankRule(error=0.5).choose(values)
+        assert module.error <= 0.5
+    with pytest.raises(RefusedError, match="no low rank"):
+        extracted(Checkpoint.open(tuned), Checkpoint.open(base), auto=True)
+    capped = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(12), auto=True)
+    assert {module.rank for module in capped.modules} == {12}
+
+
+def test_norms_biases_and_strangers_are_extras(tmp_path: Path) -> None:
+    base = base_file(tmp_path / "base.safetensors", buffer=np.arange(4.0, dtype=np.float32))
+    weights = load(base)
+    weights["layers.0.norm.weight"] = weights["layers.0.norm.weight"] + np.float32(0.1)
+    weights["layers.0.q_proj.bias"] = weights["layers.0.q_proj.bias"] - np.float32(0.2)
+    weights["buffer"] = weights["buffer"] * np.float32(2)
+    weights["only_here"] = np.zeros(3, np.float32)
+    tuned = save(tmp_path / "tuned.safetensors", weights)
+    result = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(4))
+    assert not result.adapter.deltas
+    kinds = {extra.name: (extra.kind, extra.tensor.read()) for extra in result.adapter.extras}
+    assert {name: kind for name, (kind, _) in kinds.items()} == {
+        "layers.0.norm.weight": ExtraKind.SAVED_MODULE, "layers.0.q_proj.bias": ExtraKind.BIAS, "buffer": ExtraKind.OTHER,
+    }  # fmt: skip
+    for name, (_, value) in kinds.items():
+        assert np.array_equal(value, weights[name])
+    assert any(finding.code == "only-in-one" and "only_here" in finding.evidence[0] for finding in result.adapter.findings)
+    skipped = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(4), skip=["*norm", "buffer"])
+    assert [extra.name for extra in skipped.adapter.extras] == ["layers.0.q_proj.bias"]
+    again = tmp_path / "again.safetensors"
+    merge(base, Adapter({}, "test", skipped.adapter.extras), again)
+    assert np.array_equal(load(again)["layers.0.q_proj.bias"], weights["layers.0.q_proj.bias"])
+
+
+def test_a_model_saved_in_another_dtype_is_unchanged(tmp_path: Path) -> None:
+    base = base_file(tmp_path / "base.safetensors", "float32")
+    half = save(tmp_path / "half.safetensors", {name: value.astype(np.float16) for name, value in load(base).items()})
+    with pytest.raises(RefusedError, match="nothing to extract"):
+        extracted(Checkpoint.open(half), Checkpoint.open(base), RankRule(4))
+    meant = trained(8, list(WEIGHTS)[:2])
+    merge(base, meant, tmp_path / "merged.safetensors", dtype="float16")
+    result = extracted(Checkpoint.open(tmp_path / "merged.safetensors"), Checkpoint.open(base), auto=True)
+    assert {target.module: delta.rank for target, delta in result.adapter.deltas.items()} == dict.fromkeys(list(WEIGHTS)[:2], 8)
+
+
+def test_what_rounding_has_swallowed_is_said(tmp_path: Path) -> None:
+    """A difference far below one unit in the last place of bfloat16 leaves stray flips: nothing to extract, and it says why."""
+    base = base_file(tmp_path / "base.safetensors", "bfloat16")
+    merge(base, trained(4, ["layers.0.up_proj"], amplitude=2e-5), tmp_path / "merged.safetensors")
+    with pytest.raises(RefusedError, match="within rounding noise"):
+        extracted(Checkpoint.open(tmp_path / "merged.safetensors"), Checkpoint.open(base), auto=True)
+    both = trained(4, ["layers.0.up_proj"], amplitude=2e-5)
+    both.deltas |= trained(4, ["layers.1.down_proj"]).deltas
+    merge(base, both, tmp_path / "both.safetensors")
+    result = extracted(Checkpoint.open(tmp_path / "both.safetensors"), Checkpoint.open(base), auto=True)
+    assert result.below == ["layers.0.up_proj"]
+    assert [finding.code for finding in result.adapter.findings] == ["below-noise"]
+
+
+def test_threads_do_not_matter_and_the_seed_does(tmp_path: Path) -> None:
+    base = base_file(tmp_path / "base.safetensors", "float16")
+    merge(base, trained(40), tmp_path / "merged.safetensors")
+    merged = Checkpoint.open(tmp_path / "merged.safetensors")
+
+    def factors(**options: Any) -> dict[str, bytes]:
+        found = extracted(merged, Checkpoint.open(base), RankRule(8), dtype="float32", **options).adapter
+        return {f"{target}.{role}": factor.raw() for target, delta in found.deltas.items() for role, factor in delta.factors().items()}
+
+    assert factors(threads=1) == factors(threads=3) == factors(seed=0)
+    assert factors(seed=0) != factors(seed=1)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    base = base_file(tmp_path / "base.safetensors")
+    other = save(tmp_path / "other.safetensors", {"something.weight": np.ones((3, 3), np.float32)})
+    with pytest.raises(MismatchError):
+        extracted(Checkpoint.open(other), Checkpoint.open(base), RankRule(1))
+    grown = save(tmp_path / "grown.safetensors", load(base) | {"layers.0.q_proj.weight": np.ones((300, 256), np.float32)})
+    with pytest.raises(MismatchError) as caught:
+        extracted(Checkpoint.open(grown), Checkpoint.open(base), RankRule(1))
+    assert caught.value.tensor == "layers.0.q_proj.weight"
+    broken = load(base)
+    broken["layers.1.q_proj.weight"][3, 4] = np.nan
+    with pytest.raises(MalformedError) as seen:
+        extracted(Checkpoint.open(save(tmp_path / "nan.safetensors", broken)), Checkpoint.open(base), RankRule(1))
+    assert seen.value.tensor == "layers.1.q_proj"
+    with pytest.raises(UsageError):
+        extracted(Checkpoint.open(base), Checkpoint.open(base))
+
+
+def test_conv1d_comes_out_transposed(tmp_path: Path) -> None:
+    """GPT-2 stores (in, out): the adapter's factors are those of the weight as (out, in)."""
+    random = np.random.default_rng(0)
+    names = ("h.0.attn.c_attn", "h.0.mlp.c_fc", "h.0.mlp.c_proj")
+    shapes = ((128, 384), (128, 512), (512, 128))
+    arrays = {f"{name}.weight": random.standard_normal(shape).astype(np.float32) * 0.02 for name, shape in zip(names, shapes, strict=True)}
+    base = save(tmp_path / "base" / "model.safetensors", arrays)
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2"}')
+    deltas = {
+        name: lora(random.standard_normal((shape[1], 4)) * 1e-3, random.standard_normal((4, shape[0])))
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    merge(base.parent, adapter(deltas), tmp_path / "merged")
+    result = extracted(Checkpoint.open(tmp_path / "merged"), Checkpoint.open(base.parent), auto=True)
+    assert result.adapter.transposed_base is True
+    for target, delta in result.adapter.deltas.items():
+        meant = deltas[target.module]
+        assert (delta.rank, delta.shape) == (4, meant.shape)
+        np.testing.assert_allclose(dense(delta), dense(meant), atol=1e-6)
+
+
+def test_differences_and_noise() -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((300, 400)).astype(np.float32) * np.float32(0.05)
+    for dtype in ("float16", "bfloat16"):
+        stored = Tensor.of(weight.astype(NUMPY[dtype]))
+        assert same_weights(stored, Tensor.of(weight)) and same_weights(Tensor.of(weight), stored)
+        assert difference(stored, Tensor.of(weight), "x") is None
+        # The rounding itself, taken as a difference, has no singular value above the floor.
+        moved = Tensor.of((weight * 1.0001).astype(np.float32))
+        gap = difference(moved, stored, "x")
+        assert gap is not None and not gap.exact
+        rounding = weight.astype(np.float64) - weight.astype(NUMPY[dtype]).astype(np.float64)
+        largest = float(np.linalg.svd(rounding, compute_uv=False)[0])
+        assert largest < gap.floor < 2.5 * largest
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Adapter]:
+    """A tiny SD pipeline on disk as diffusers saves it, and one with an adapter over attention and convolutions merged by torch."""
+    from tests.dialects.pipelines import base_of, merged, sd15, seeded
+
+    folder = tmp_path_factory.mktemp("pipelines")
+    pipe = sd15()
+    pipe.unet.save_pretrained(folder / "base" / "unet")
+    unet = base_of(pipe)
+    adapter = seeded(unet, lambda path: path.startswith("unet.") and (".attn1." in path or ".conv1" in path), rank=3)
+    merged(pipe, adapter)
+    pipe.unet.save_pretrained(folder / "tuned" / "unet")
+    return folder / "base", folder / "tuned", adapter
+
+
+def test_diffusers_loads_what_was_extracted(
+    pipelines: tuple[Path, Path, Adapter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from tests.dialects.pipelines import outputs, sd15
+
+    base, tuned, meant = pipelines
+    out = tmp_path / "extracted"
+    assert main(["extract", str(tuned), str(base), "--to", "diffusers", "--auto", "-o", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["counts"]["extracted"] == len(meant.deltas) and facts["counts"]["ranks"] == "3"
+    found = open_adapter(out)
+    assert set(found.deltas) == set(meant.deltas)
+    for target, delta in found.deltas.items():
+        assert isinstance(delta, LoRA) and delta.shape == meant.deltas[target].shape
+        np.testing.assert_allclose(dense(delta), dense(meant.deltas[target]), atol=2e-6)
+    pipe = sd15()
+    pipe.load_lora_weights(str(out))
+    wanted = UNet2DConditionModel.from_pretrained(tuned / "unet")
+    pipe_tuned = sd15()
+    pipe_tuned.unet = wanted
+    assert torch.allclose(outputs(pipe)[0], outputs(pipe_tuned)[0], atol=1e-5)
+
+
+def test_only_and_conv_rank(pipelines: tuple[Path, Path, Adapter], tmp_path: Path) -> None:
+    base, tuned, _ = pipelines
+    receipt = extract(tuned, base, tmp_path / "out", "diffusers", RankRule(2, conv_rank=1), only=["*conv1*", "*to_q"])
+    ranks = {module["target"]: module["rank"] for module in receipt.modules}
+    assert ranks and all(rank == (1 if "conv1" in target else 2) for target, rank in ranks.items())
+    assert any("conv1" in target for target in ranks) and any("to_q" in target for target in ranks)
+    with pytest.raises(RefusedError):
+        extract(tuned, base, tmp_path / "none", "diffusers", RankRule(2), only=["nothing"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
