@@ -443,14 +443,16 @@ def singles(array: NDArray[Any]) -> NDArray[np.float32]:
         single *= np.float32(2.0**112)
         if max(single.max(), -single.min()) < 65536.0:  # what infinities and NaNs come out as
             return single
-    return array.astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return array.astype(np.float32)
 
 
 def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
     """The array as float64, a copy. float16 takes a third of the time of numpy's own cast."""
     import numpy as np
 
-    return (singles(array) if array.dtype == np.float16 else array).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return (singles(array) if array.dtype == np.float16 else array).astype(np.float64)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upparam.adapter import Adapter, Target
-from upparam.algorithms.base import BAKED, ScaleRule, Scaling
+from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.cli import main
@@ -247,3 +247,65 @@ def test_diffusers_config_says_the_new_rank(tmp_path: Path) -> None:
     file = open_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
     config = json.loads(file.metadata["lora_adapter_metadata"])
     assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 2)
+
+
+class Kronecker(Delta):
+    """An algorithm without low-rank form, as a stand-in for those that have their own files: dW = left (x) right."""
+
+    algorithm = "kronecker"
+
+    def __init__(self, left: np.ndarray, right: np.ndarray, alpha: float) -> None:
+        self.left, self.right, self.scaling = left, right, Scaling(alpha=alpha)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return 4
+
+    def factors(self) -> dict[str, Tensor]:
+        return {"left": Tensor.of(self.left), "right": Tensor.of(self.right)}
+
+    def load(self) -> Update:
+        whole, scale, shape = np.kron(self.left, self.right).astype(np.float64), self.known_scale(), self.shape
+
+        class Whole(Update):
+            def rows(self, start: int, stop: int) -> np.ndarray:
+                return scale * whole[start:stop]
+
+        update = Whole()
+        update.shape, update.scale = shape, scale
+        return update
+
+
+@pytest.mark.parametrize("rule", [RankRule(10), RankRule(error=0.2), RankRule(energy=0.9)])
+@pytest.mark.parametrize("alpha", ["scale", "keep", "rank"])
+def test_other_algorithms_become_lora(rule: RankRule, alpha: str) -> None:
+    random = np.random.default_rng(0)
+    fall = np.logspace(0, -2, 12)
+    left = random.standard_normal((12, 12)).astype(np.float32) * fall.astype(np.float32)
+    delta = Kronecker(left, random.standard_normal((16, 20)).astype(np.float32), 2.0)
+    result, (cut,) = resized(adapter({"m": delta}), rule, alpha=alpha)  # type: ignore[arg-type]
+    new = result.deltas[Target("m")]
+    whole = delta.load().rows(0, delta.shape[0])
+    sigma = np.linalg.svd(whole, compute_uv=False)
+    assert type(new) is LoRA and new.rank == cut.new_rank == rule.choose(sigma)
+    gap = float(np.linalg.norm(whole - dense(new)))
+    assert gap <= 1.005 * best(whole, new.rank) + 1e-6 * float(np.linalg.norm(whole))
+    assert cut.error == pytest.approx(gap / np.linalg.norm(whole), rel=1e-5)
+    assert cut.algorithm == "kronecker"
+
+
+def test_deltas_without_a_rank_stay_and_are_said() -> None:
+    class Fixed(Kronecker):
+        algorithm = "fixed"
+        additive = False
+
+    fixed = Fixed(np.eye(2), np.eye(2), 4.0)
+    result, cuts = resized(adapter({"a": fixed, "b": random_lora(20, 20, 8)}), RankRule(2))
+    assert result.deltas[Target("a")] is fixed and len(cuts) == 1
+    assert [finding.code for finding in result.findings] == ["not-resized"]
+    with pytest.raises(RefusedError, match="rank to change"):
+        resized(adapter({"a": fixed}), RankRule(2))

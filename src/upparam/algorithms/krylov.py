@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Protocol
 
+from upparam.algorithms.base import tiles
 from upparam.errors import MalformedError
 
 if TYPE_CHECKING:
@@ -73,6 +74,39 @@ class Dense:
         out = np.zeros((self.shape[1], block.shape[1]))
         for start in range(0, self.shape[0], self._step):
             out += self.matrix[start : start + self._step].astype(np.float64).T @ block[start : start + self._step]
+        return out
+
+
+class Rows:
+    """A matrix of which rows can be made, a tile at a time (an algorithm's dW): `rows(start, stop)` gives float64 (stop - start, columns)."""
+
+    def __init__(self, shape: tuple[int, int], rows: Callable[[int, int], NDArray[np.float64]]) -> None:
+        import numpy as np
+
+        self.shape, self.dtype = shape, np.float64
+        self._rows = rows
+
+    def total(self) -> float:
+        """||A||_F^2."""
+        found = 0.0
+        for start, stop in tiles(self.shape):
+            part = self._rows(start, stop)
+            found += float((part * part).sum())
+        return found
+
+    def apply(self, block: NDArray[Any]) -> NDArray[Any]:
+        """A @ block."""
+        import numpy as np
+
+        return np.vstack([self._rows(start, stop) @ block for start, stop in tiles(self.shape)])
+
+    def adjoint(self, block: NDArray[Any]) -> NDArray[Any]:
+        """A^T @ block."""
+        import numpy as np
+
+        out = np.zeros((self.shape[1], block.shape[1]))
+        for start, stop in tiles(self.shape):
+            out += self._rows(start, stop).T @ block[start:stop]
         return out
 
 

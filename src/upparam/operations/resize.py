@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from upparam.adapter import Adapter, Target
-from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update, tiles
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.algorithms.slicing import stack
@@ -201,7 +201,11 @@ def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
         return _resize_tucker(delta, names, rule, alpha, keep)
     from upparam.algorithms.lowrank import truncate
 
-    up, down = _low_rank(delta, rule, conv)
+    update = delta.load()
+    pair = update.low_rank()
+    if pair is None:
+        return _project(delta, update, names, rule, alpha, keep)
+    up, down = pair
     dtypes = _dtypes(delta)
     found, rank = truncate(up, down, rule, conv=conv, resolution=max(_epsilon(dtype) for dtype in dtypes))
     if type(delta) is LoRA and rank >= delta.rank:
@@ -217,11 +221,7 @@ def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
         new_down *= sqrt(abs(factor))
     stored_up, stored_down = _stored(new_up, dtypes[0]), _stored(new_down, dtypes[1])
     error = found.gap(doubles(stored_up), doubles(stored_down), 1 / factor) / norm if norm else 0.0
-    kernel = delta.shape[2:]
-    result = LoRA(
-        keep(stored_up.reshape(delta.shape[0], rank, *(1 for _ in kernel))), keep(stored_down.reshape(rank, delta.shape[1], *kernel)),
-        scaling, embedding=type(delta) is LoRA and delta.embedding,
-    )  # fmt: skip
+    result = _lora(delta, stored_up, stored_down, scaling, keep)
     optimum = found.tail(rank) / norm if norm else 0.0
     return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - optimum**2, error, optimum)
 
@@ -270,13 +270,39 @@ def rescaled(scaling: Scaling, scale: float, rank: int, rule: AlphaRule) -> tupl
     return new, scale / (number / divisor)
 
 
-def _low_rank(delta: Delta, rule: RankRule, conv: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(up, down) in float64 with up @ down = dW before the scale."""
-    update = delta.load()
-    pair = update.low_rank()
-    if pair is not None:
-        return pair
-    raise RefusedError(f"a {delta.algorithm} delta has no factors to resize")
+def _project(delta: Delta, update: Update, names: tuple[str, ...], rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
+    """A LoRA from the leading singular vectors of a dW that only gives its rows: products with tiles of it, as many as `rule` wants."""
+    from upparam.algorithms.krylov import Rows, leading, optimum
+
+    conv = prod(delta.shape[2:]) > 1
+    matrix = Rows((delta.shape[0], prod(delta.shape[1:])), update.rows)
+    total = matrix.total()
+    cap = rule.cap(conv)
+    found = leading(matrix, total, lambda sigma: rule.choose(sigma, conv, total), start=24 if cap is None else cap + 8)
+    rank = len(found.sigma)
+    up, down = found.factors()
+    # The rows carry the scale; what the new alpha gives the factors need not hold.
+    scaling, factor = rescaled(Scaling(alpha=update.scale * rank), update.scale, rank, alpha)
+    multiplier = update.scale / factor
+    up, down = (up / multiplier, down) if multiplier else (up, down)
+    dtype = _dtypes(delta)[0]
+    stored_up, stored_down = _stored(up, dtype), _stored(down, dtype)
+    lost = 0.0
+    for start, stop in tiles(matrix.shape):
+        rest = update.rows(start, stop) - multiplier * (doubles(stored_up[start:stop]) @ doubles(stored_down))
+        lost += float((rest * rest).sum())
+    norm = sqrt(total)
+    best = optimum(total, found) / norm if norm else 0.0
+    result = _lora(delta, stored_up, stored_down, scaling, keep)
+    return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - best**2, sqrt(lost) / norm if norm else 0.0, best)
+
+
+def _lora(delta: Delta, up: NDArray[Any], down: NDArray[Any], scaling: Scaling, keep: Keep) -> LoRA:
+    rank, kernel = up.shape[1], delta.shape[2:]
+    return LoRA(
+        keep(up.reshape(delta.shape[0], rank, *(1 for _ in kernel))), keep(down.reshape(rank, delta.shape[1], *kernel)), scaling,
+        embedding=bool(getattr(delta, "embedding", False)),
+    )  # fmt: skip
 
 
 def _dtypes(delta: Delta) -> tuple[DType, DType]:
