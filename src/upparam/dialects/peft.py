@@ -14,14 +14,16 @@ from typing import Any
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
+from upparam.algorithms.slicing import unjoin
 from upparam.bases import inventory
 from upparam.bases.base import Base
+from upparam.bases.layouts import layout
 from upparam.bases.recognise import recognise
 from upparam.containers.base import TensorFile
 from upparam.dialects import peft_config
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.peft_names import WRAPPER, Sorted, is_checkpoint, part_of, sort
-from upparam.dialects.placing import PARTS_KEY, Parts, alike, base_of, take_parts, to_foreign, to_targets
+from upparam.dialects.placing import alike, base_of, to_foreign
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, RefusedError
 from upparam.findings import error, info, warning
 from upparam.tensors import Tensor
@@ -74,7 +76,7 @@ class Peft:
         config = bundle.side_json(peft_config.FILE)
         _refuse_prompts(file, config)
         metadata = dict(file.metadata)
-        told = take_parts(metadata)
+        told = _take_slices(metadata)
         adapter = Adapter({}, self.name, metadata=metadata, config=config or {}, files=(str(file.path),), findings=list(file.findings))
         if config is not None and config.get("fan_in_fan_out") is not None:
             adapter.transposed_base = True if config["fan_in_fan_out"] else None
@@ -94,8 +96,7 @@ class Peft:
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """`adapter_model.safetensors` and a complete `adapter_config.json`. Raises RefusedError for what PEFT has no place for."""
         base = base_of(adapter, options)
-        told: Parts = {}
-        deltas = _whole(adapter, base, told)
+        deltas = _whole(adapter, base)
         component, renamed = _without_component(deltas)
         saved, biases, problems = peft_config.extras_by_kind(adapter)
         tensors: dict[str, Tensor] = {}
@@ -122,8 +123,8 @@ class Peft:
         if not peft_config.still_true(config, names, saved, adapter.transposed_base):
             config = peft_config.made(adapter, names, saved, biases, _of_component(base, component))
         metadata = {"format": "pt", **adapter.metadata}
-        if told:
-            metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
+        if slices := _slices(adapter, deltas, renamed):
+            metadata[SLICES_KEY] = json.dumps(slices, separators=(",", ":"))
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         return Package({WEIGHTS: NamedTensors(tensors, metadata), peft_config.FILE: text.encode()})
 
@@ -219,7 +220,7 @@ class _Naming:
         return self.add + path.removeprefix(self.strip)
 
 
-def _place(adapter: Adapter, deltas: Mapping[Target, Delta], told: Parts, config: Mapping[str, Any] | None, options: ReadOptions) -> None:
+def _place(adapter: Adapter, deltas: Mapping[Target, Delta], told: Slices, config: Mapping[str, Any] | None, options: ReadOptions) -> None:
     """Name the base and put each delta under its reference target; names that no base explains stay as they are."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target, delta in deltas.items():
@@ -244,7 +245,8 @@ def _place(adapter: Adapter, deltas: Mapping[Target, Delta], told: Parts, config
         adapter.spelling |= {"strip": naming.strip, "add": naming.add}
     for target, delta in deltas.items():
         if naming is None or base is None:
-            adapter.deltas[target] = delta
+            for rows, piece in _apart(delta, told.get(target.module)):
+                adapter.deltas[Target(target.module, rows or target.rows)] = piece
             continue
         path = naming(target.module)
         known = base.by_path.get(path)
@@ -258,12 +260,8 @@ def _place(adapter: Adapter, deltas: Mapping[Target, Delta], told: Parts, config
                     *([f"there it is {known.canonical}"] if known else []),
                 )
             )
-        if told and path in told and target.rows is None:
-            from upparam.bases.layouts import layout
-
-            adapter.deltas |= to_targets(layout(base, "reference"), path, delta, told)
-        else:
-            adapter.deltas[Target(path, target.rows)] = delta
+        for rows, piece in _apart(delta, told.get(target.module)):
+            adapter.deltas[Target(path, rows or target.rows)] = piece
 
 
 def _naming(base: Base, shapes: Mapping[str, tuple[int, ...]]) -> _Naming | None:
@@ -344,7 +342,7 @@ def _check_ranks(adapter: Adapter, config: Mapping[str, Any], subject: str) -> N
     for target, delta in adapter.deltas.items():
         path = strip + target.module.removeprefix(add)
         r = peft_config.patterned(config.get("rank_pattern"), path, peft_config.number(config, "r"))
-        if r is not None and delta.rank is not None and r != delta.rank and delta.algorithm in ("lora", "dora"):
+        if target.rows is None and r is not None and delta.rank is not None and r != delta.rank and delta.algorithm in ("lora", "dora"):
             wrong.append(f"{path}: {delta.rank}, config {r:g}")
     if wrong:
         adapter.findings.append(
@@ -354,7 +352,7 @@ def _check_ranks(adapter: Adapter, config: Mapping[str, Any], subject: str) -> N
         )
 
 
-def _whole(adapter: Adapter, base: Base | None, told: Parts) -> dict[Target, Delta]:
+def _whole(adapter: Adapter, base: Base | None) -> dict[Target, Delta]:
     """The adapter's deltas on whole modules: slices of a fused weight joined."""
     if adapter.layout not in ("reference", "peft", "diffusers"):
         raise RefusedError(
@@ -368,9 +366,65 @@ def _whole(adapter: Adapter, base: Base | None, told: Parts) -> dict[Target, Del
             "parts of fused weights are joined by the base's shapes, and the base is not known",
             file=adapter.files[0] if adapter.files else None, tensor=str(next(iter(adapter.deltas))), remedy="name it with --base",
         )  # fmt: skip
-    from upparam.bases.layouts import layout
+    return {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), adapter.deltas).items()}
 
-    return {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), adapter.deltas, told).items()}
+
+SLICES_KEY = "upparam.slices"
+"""Metadata that says which rows and ranks of a module's factors were deltas of their own: {module: [[row, row, rank, rank, alpha], ...]}."""
+Slices = dict[str, list[list[float | None]]]
+
+
+def _slices(adapter: Adapter, whole: Mapping[Target, Delta], names: Mapping[Target, str]) -> Slices:
+    """How the joined modules were made, so that reading gives the slices back bit for bit."""
+    found: Slices = {}
+    for target, delta in adapter.deltas.items():
+        if target.rows is not None and type(delta) is LoRA:
+            found.setdefault(names[Target(target.module)], []).append([*target.rows, 0, delta.rank, delta.alpha])
+    for target, delta in whole.items():
+        pieces = found.get(names[target], [])
+        if pieces and delta.rank == sum(int(piece[3] or 0) for piece in pieces) and len(pieces) > 1:
+            at = 0
+            for piece in sorted(pieces, key=lambda piece: piece[0] or 0):
+                piece[2:4] = [at, at + int(piece[3] or 0)]
+                at = int(piece[3] or 0)
+    return found
+
+
+def _take_slices(metadata: dict[str, str]) -> Slices:
+    """The note of `_slices` in a file's metadata, removed from it; {} when there is none of that form."""
+    try:
+        value = json.loads(metadata.pop(SLICES_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _apart(delta: Delta, told: Any) -> list[tuple[tuple[int, int] | None, Delta]]:
+    """(rows, delta) of the slices a note tells of; [(None, delta)] where there is no note or the factors do not bear it out."""
+    whole: list[tuple[tuple[int, int] | None, Delta]] = [(None, delta)]
+    if not isinstance(told, list) or not told:
+        return whole
+    if not all(isinstance(piece, list) and len(piece) == 5 and all(type(value) is int for value in piece[:4]) for piece in told):
+        return whole
+    spans: list[tuple[int, int]] = []
+    notes: list[list[float | None] | None] = []
+    at = 0
+    for low, high, first, last, alpha in sorted(told):
+        if not at <= low < high <= delta.shape[0]:
+            return whole
+        if low > at:
+            spans.append((at, low))
+            notes.append(None)
+        spans.append((low, high))
+        notes.append([first, last, alpha])
+        at = high
+    if at < delta.shape[0]:
+        spans.append((at, delta.shape[0]))
+        notes.append(None)
+    pieces = unjoin(delta, spans, notes)
+    if pieces is None:
+        return whole
+    return [(span, piece) for span, piece in zip(spans, pieces, strict=True) if piece is not None]
 
 
 def _without_component(deltas: Mapping[Target, Delta]) -> tuple[str, dict[Target, str]]:

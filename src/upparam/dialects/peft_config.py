@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isclose
 from typing import Any
 
-from upparam.adapter import Adapter, ExtraKind, Target
+from upparam.adapter import Adapter, ExtraKind
 from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.bases import inventory
 from upparam.bases.base import Base
@@ -122,7 +122,7 @@ def made(adapter: Adapter, names: Mapping[str, Delta], saved: Sequence[str], bia
         "auto_mapping": None,
         "base_model_name_or_path": None,
         "bias": "none" if not biases else "lora_only" if {path.rsplit(".", 1)[0] for path in biases} <= set(names) else "all",
-        "fan_in_fan_out": adapter.transposed_base is True or _conv1d(names, base),
+        "fan_in_fan_out": _conv1d(adapter, names, base),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -175,8 +175,10 @@ def _tail(path: str, meant: set[str], modules: Sequence[str]) -> str:
     return path if path in modules or bare not in modules or bare in meant else bare
 
 
-def _conv1d(names: Mapping[str, Delta], base: Base | None) -> bool:
-    return base is not None and any((found := base.by_path.get(module)) is not None and found.kind == _CONV1D for module in names)
+def _conv1d(adapter: Adapter, names: Mapping[str, Delta], base: Base | None) -> bool:
+    """Whether the base stores these weights as (in, out): its module classes say, else what the adapter said itself."""
+    kinds = {found.kind for module in names if base is not None and (found := base.by_path.get(module)) is not None}
+    return _CONV1D in kinds if kinds - {""} else adapter.transposed_base is True
 
 
 def _task(saved: Sequence[str]) -> str | None:
@@ -206,6 +208,3 @@ def extras_by_kind(adapter: Adapter) -> tuple[list[str], list[str], list[str]]:
     biases = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.BIAS]
     other = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.name not in saved and extra.name not in biases]
     return saved, biases, other
-
-
-Names = Mapping[Target, str]
