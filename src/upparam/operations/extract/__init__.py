@@ -21,7 +21,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import RefusedError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import write_adapter
-from upparam.operations.extract.difference import Difference, difference, same_weights
+from upparam.operations.extract.difference import Difference, Workspace, difference, same_weights, square
 from upparam.operations.extract.pairing import Pair, Pairing, pair
 from upparam.operations.merge import pin_blas
 from upparam.operations.merge.plan import wanted
@@ -140,9 +140,10 @@ def extracted(
     wide = None if dtype is None else _dtype(dtype)
     pairing = pair(tuned, base, lambda name: wanted(name, only, skip))
     jobs = list(pairing.pairs)
+    space = Workspace()
 
     def work(job: Pair) -> _Made:
-        return _make(job, rule, auto, wide, seed, keep)
+        return _make(job, rule, auto, wide, seed, keep, space)
 
     adapter = Adapter(
         {}, "extracted", base=BaseHint(pairing.base.name, 1.0, pairing.base.evidence, True), files=(str(tuned.path),),
@@ -188,7 +189,7 @@ class _NotLowRank(Exception):
     """More values lie above the noise than factors are worth."""
 
 
-def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed: int, keep: Keep) -> _Made:
+def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed: int, keep: Keep, space: Workspace) -> _Made:
     from upparam.algorithms.krylov import Dense, leading, optimum
 
     if job.target.parameter != "weight" or len(job.shape) < 2 or (job.transposed and len(job.shape) > 2):
@@ -196,7 +197,7 @@ def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed
             return "same"
         kind = ExtraKind.BIAS if job.target.parameter == "bias" else ExtraKind.SAVED_MODULE
         return Extra(kind, f"{job.target.module}.{job.target.parameter}", job.tuned)
-    gap = difference(job.tuned, job.base, str(job.target))
+    gap = difference(job.tuned, job.base, str(job.target), space)
     if gap is None:
         return "same"
     conv = prod(job.shape[2:]) > 1
@@ -204,7 +205,7 @@ def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed
     seeds = (seed, zlib.crc32(str(job.target).encode()))
     try:
         found = leading(
-            Dense(gap.matrix, gap.exact), gap.total, _want(gap, rule, auto, conv), start=24 if cap is None else cap + 8, seed=seeds
+            Dense(gap.matrix, gap.exact), gap.total, _want(gap, rule, auto, conv), start=32 if cap is None else cap + 16, seed=seeds
         )
     except _NotLowRank:
         return "full"
@@ -231,14 +232,14 @@ def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed
 def _want(gap: Difference, rule: RankRule | None, auto: bool, conv: bool) -> Callable[[NDArray[np.float64]], int]:
     """How many of the singular values found so far to keep; all of them asks for more."""
     rows, columns = gap.matrix.shape
-    # Factors of this rank hold half as many numbers as the matrix itself.
-    worth = rows * columns // (2 * (rows + columns))
+    # Factors of this rank hold three quarters as many numbers as the matrix itself; of a small one any rank is worth having.
+    worth = rows * columns * 3 // (4 * (rows + columns)) if min(rows, columns) > 128 else rows
 
     def want(sigma: NDArray[np.float64]) -> int:
         count = len(sigma) if rule is None else rule.choose(sigma, conv, gap.total)
         if auto:
             count = min(count, int((sigma > gap.floor).sum()))
-            if count == len(sigma) and worth < count < min(rows, columns):
+            if count > worth:
                 raise _NotLowRank
         return count
 
@@ -252,10 +253,10 @@ def _error(gap: Difference, up: NDArray[Any], down: NDArray[Any]) -> float:
     kind = np.float64 if gap.exact else np.float32
     left, right = up.astype(kind), down.astype(kind)
     total = 0.0
-    for start, stop in tiles(gap.matrix.shape):
+    for start, stop in tiles(gap.matrix.shape, 1 << 18):
         rest = left[start:stop] @ right
         np.subtract(gap.matrix[start:stop], rest, out=rest)
-        total += float(np.einsum("ij,ij->", rest, rest, dtype=np.float64))
+        total += square(rest)
     return sqrt(total / gap.total)
 
 

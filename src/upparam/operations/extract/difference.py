@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 PLAIN = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
 """Names of dtypes whose elements are the weights themselves."""
+_TILE = 1 << 18
+"""Elements subtracted at a time: a megabyte, which stays in the cache."""
 _SAMPLED = 512
 """Rows whose rounding is looked at."""
 _SAFETY = 1.15
@@ -55,8 +58,34 @@ def same_weights(tuned: Tensor, base: Tensor) -> bool:
     return True
 
 
-def difference(tuned: Tensor, base: Tensor, name: str) -> Difference | None:
-    """The difference as a matrix; None when there is none. Raises RefusedError for weights that are not plain floats, MalformedError when not finite.
+class Workspace(threading.local):
+    """Each thread's memory for one difference at a time: fresh pages for every matrix would cost as much as the subtraction."""
+
+    def __init__(self) -> None:
+        import numpy as np
+
+        self._buffer = np.empty(0, np.float32)
+
+    def matrix(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """A float32 matrix of that shape, not initialised; the one given before is lost."""
+        import numpy as np
+
+        size = shape[0] * shape[1]
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.float32)
+        return self._buffer[:size].reshape(shape)
+
+
+def square(part: NDArray[Any]) -> float:
+    """The sum of squares, in float64."""
+    import numpy as np
+
+    wide = part.astype(np.float64)
+    return float(np.vdot(wide, wide))
+
+
+def difference(tuned: Tensor, base: Tensor, name: str, space: Workspace | None = None) -> Difference | None:
+    """The difference as a matrix in `space`; None when there is none. Raises RefusedError for weights that are not plain floats, MalformedError when not finite.
 
     The noise is that of one rounding of each element to the coarser of the two dtypes: standard deviation ulp / sqrt(12). A random
     matrix of independent entries with these deviations has a largest singular value of about its largest row norm plus its largest
@@ -76,12 +105,12 @@ def difference(tuned: Tensor, base: Tensor, name: str) -> Difference | None:
     tuned, base = tuned.reshape(shape), base.reshape(shape)
     coarse = max((tuned.dtype, base.dtype), key=_epsilon)
     rows, columns = shape
-    matrix = np.empty(shape, np.float32)
+    matrix = (space or Workspace()).matrix(shape)
     total = 0.0
     across = np.zeros(columns)
     largest_row = 0.0
     stride = max(1, rows // _SAMPLED)
-    for start, stop in tiles(shape):
+    for start, stop in tiles(shape, _TILE):
         one, other = tuned.rows(start, stop).read(), base.rows(start, stop).read()
         part = matrix[start:stop]
         if one.dtype.itemsize == 8 or other.dtype.itemsize == 8:
@@ -90,7 +119,7 @@ def difference(tuned: Tensor, base: Tensor, name: str) -> Difference | None:
         else:
             first = singles(one)
             np.subtract(first, singles(other), out=part)
-        total += float(np.einsum("ij,ij->", part, part, dtype=np.float64))
+        total += square(part)
         sample = first[(-start) % stride :: stride]
         if sample.size:
             variance = _variance(sample, coarse)
