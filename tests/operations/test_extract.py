@@ -267,3 +267,96 @@ def test_only_and_conv_rank(pipelines: tuple[Path, Path, Adapter], tmp_path: Pat
     with pytest.raises(RefusedError):
         extract(tuned, base, tmp_path / "none", "diffusers", RankRule(2), only=["nothing"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]], filled: dict[str, np.ndarray]) -> Path:
+    """A float16 checkpoint of full size that takes no room: every tensor zero but those given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header: dict[str, Any] = {}
+    at = 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [at, at := at + 2 * int(np.prod(shape))]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + at)
+        for name, value in filled.items():
+            assert value.shape == shapes[name]
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+            stream.write(value.astype(np.float16).tobytes())
+    return path
+
+
+def test_authors_single_file_against_diffusers_folders(tmp_path: Path) -> None:
+    """A fine-tune in Stability's layout (what EveryDream2 writes) and a base in diffusers' folders: paired by the modules both mean."""
+    from upparam.bases import inventory
+    from upparam.bases.layouts import layout
+
+    known = inventory.load("sd1.5")
+    ldm = layout(known, "ldm")
+    single = {ldm.tensor_name(foreign): parts[0].shape for foreign, parts in ldm.foreign.items()}
+    folders = {component: {} for component in ("unet", "text_encoder")}
+    for module in known.modules:
+        component, _, path = module.path.partition(".")
+        folders[component][f"{path}.weight"] = module.shape
+    random = np.random.default_rng(0)
+    wanted = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (1280, 1280),
+        "unet.mid_block.attentions.0.proj_in": (1280, 1280, 1, 1),
+        "unet.mid_block.resnets.0.conv1": (1280, 1280, 3, 3),
+        "text_encoder.text_model.encoder.layers.3.mlp.fc1": (3072, 768),
+    }
+    changed, before = {}, {"unet": {}, "text_encoder": {}}
+    for module, shape in wanted.items():
+        weight = random.standard_normal(shape) * 0.02
+        rows, rest = shape[0], int(np.prod(shape[1:]))
+        delta = random.standard_normal((rows, 4)) @ random.standard_normal((4, rest)) * 2e-3
+        component, _, path = module.partition(".")
+        before[component][f"{path}.weight"] = weight
+        place = ldm.to_foreign(module)
+        assert place is not None
+        stored = weight.astype(np.float16).astype(np.float64)
+        changed[ldm.tensor_name(place.foreign)] = (stored + delta.reshape(shape)).reshape(single[ldm.tensor_name(place.foreign)])
+    tuned = sparse(tmp_path / "tuned.safetensors", single, changed)
+    for component, shapes in folders.items():
+        sparse(tmp_path / "base" / component / "model.safetensors", shapes, before[component])
+    receipt = extract(tuned, tmp_path / "base", tmp_path / "kohya.safetensors", "kohya", auto=True, only=list(wanted))
+    assert receipt.counts["extracted"] == 4
+    found = open_adapter(tmp_path / "kohya.safetensors")
+    assert {target.module: (delta.rank, delta.shape) for target, delta in found.deltas.items()} == {
+        module: (4, shape) for module, shape in wanted.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_peft_loads_what_was_extracted(tmp_path: Path, kind: str) -> None:
+    """A model that peft merged and transformers saved gives back an adapter with which peft makes the same model again."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=120,
+        )  # fmt: skip
+        model: Any = transformers.LlamaForCausalLM(config)
+        options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    else:
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=120, n_positions=32))
+        options = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    model.save_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=5, lora_alpha=10, **options))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned = wrapped.merge_and_unload()
+    tuned.save_pretrained(tmp_path / "tuned")
+    receipt = extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", "peft", auto=True)
+    assert receipt.counts["ranks"] == "5"
+    loaded = peft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), str(tmp_path / "out"))
+    tokens = torch.arange(1, 20)[None]
+    tuned.eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(tokens).logits, tuned(tokens).logits, atol=2e-5)
