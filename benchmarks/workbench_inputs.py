@@ -37,3 +37,60 @@ def sdxl_lora(path: Path, rank: int = 64, every: int = 1) -> Path:
     with path.open("wb") as stream:
         write(stream, tensors, metadata)
     return path
+
+
+def tuned_llama(folder: Path, base: Path, rank: int | None, dtype: str = "bfloat16") -> Path:
+    """The checkpoint at `base` after training: every linear layer of its blocks plus a delta of this rank, rounded to its dtype.
+
+    `rank` None: as full fine-tuning leaves it, singular values falling with the square root of their number; made from a few dense draws.
+    """
+    import shutil
+
+    from upparam.containers import open_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(7)
+    cache: dict[tuple[int, ...], np.ndarray] = {}
+    for file in sorted(base.iterdir()):
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+            continue
+        tensors = dict(open_file(file).tensors)
+        for name, tensor in tensors.items():
+            if name.endswith("proj.weight"):
+                delta = _low(random, tensor.shape, rank) if rank else _full(random, tensor.shape, cache)
+                tensors[name] = Tensor.computed(tensor.dtype, tensor.shape, _sum(tensor, delta))
+        with (folder / file.name).open("wb") as stream:
+            write(stream, tensors, {"format": "pt"})
+    return folder
+
+
+def _low(random: np.random.Generator, shape: tuple[int, ...], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    fall = np.logspace(0, -1, rank, dtype=np.float32)
+    up = random.standard_normal((shape[0], rank), np.float32) * fall * 2e-3 / np.sqrt(rank, dtype=np.float32)
+    return up, random.standard_normal((rank, shape[1]), np.float32)
+
+
+def _full(random: np.random.Generator, shape: tuple[int, ...], cache: dict[tuple[int, ...], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Orthonormal columns with falling values, once for each shape; other modules get its columns in another order of signs."""
+    count = min(shape) // 2
+    if shape not in cache:
+        cache[shape] = np.linalg.qr(random.standard_normal((shape[0], count), np.float32))[0]
+    values = np.arange(1, count + 1, dtype=np.float32) ** -0.5 * 0.3
+    return cache[shape] * values, random.standard_normal((count, shape[1]), np.float32) / np.sqrt(shape[1], dtype=np.float32)
+
+
+def _sum(tensor: Tensor, delta: tuple[np.ndarray, np.ndarray]):  # type: ignore[no-untyped-def]
+    return lambda: (tensor.read().astype(np.float32) + delta[0] @ delta[1]).astype(tensor.dtype.numpy)
+
+
+def sd15_tuned(path: Path, base: Path, rank: int = 16) -> Path:
+    """The SD 1.5 checkpoint at `base` with a LoRA of this rank merged into its attention and feed-forward layers."""
+    import merge_inputs
+
+    from upparam.operations.merge import merge
+
+    adapter = merge_inputs.kohya(path.with_suffix(".lora"), rank)
+    merge(base, adapter, path, sync=False)
+    adapter.unlink()
+    return path

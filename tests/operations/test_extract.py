@@ -360,3 +360,44 @@ def test_peft_loads_what_was_extracted(tmp_path: Path, kind: str) -> None:
     tuned.eval()
     with torch.no_grad():
         assert torch.allclose(loaded(tokens).logits, tuned(tokens).logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("trained_as", ["fused", "apart"])
+def test_fused_projections(tmp_path: Path, trained_as: str) -> None:
+    """OpenCLIP stacks q, k and v in one weight. Where one LoRA was trained on it, the parts share its down; else each part has its own rank."""
+    from upparam.bases import inventory
+    from upparam.bases.layouts import layout
+
+    known = inventory.load("sdxl")
+    sgm = layout(known, "sgm")
+    shapes = {sgm.tensor_name(foreign): (sgm.rows(foreign), *parts[0].shape[1:]) for foreign, parts in sgm.foreign.items()}
+    module = "text_encoder_2.text_model.encoder.layers.3.self_attn."
+    place = sgm.to_foreign(f"{module}q_proj")
+    assert place is not None
+    name = sgm.tensor_name(place.foreign)
+    random = np.random.default_rng(0)
+    weight = (random.standard_normal(shapes[name]) * 0.02).astype(np.float16).astype(np.float64)
+    delta = np.zeros_like(weight)
+    if trained_as == "fused":
+        delta = random.standard_normal((3840, 4)) @ random.standard_normal((4, 1280)) * 2e-3
+    else:
+        for part, rank in ((0, 3), (2, 5)):
+            delta[part * 1280 : (part + 1) * 1280] = random.standard_normal((1280, rank)) @ random.standard_normal((rank, 1280)) * 2e-3
+    base = sparse(tmp_path / "base.safetensors", shapes, {name: weight})
+    tuned = sparse(tmp_path / "tuned.safetensors", shapes, {name: weight + delta})
+    result = extracted(Checkpoint.open(tuned), Checkpoint.open(base), auto=True, only=[f"{module}*"])
+    ranks = {target.module.removeprefix(module): delta.rank for target, delta in result.adapter.deltas.items()}
+    downs = {delta.factors()["down"].raw() for delta in result.adapter.deltas.values()}
+    if trained_as == "fused":
+        assert ranks == {"q_proj": 4, "k_proj": 4, "v_proj": 4} and len(downs) == 1
+    else:
+        assert ranks == {"q_proj": 3, "v_proj": 5} and len(downs) == 2
+    for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
+        if part in ranks:
+            found = result.adapter.deltas[Target(module + part)]
+            rows = slice(number * 1280, (number + 1) * 1280)
+            stored = (weight + delta)[rows].astype(np.float16).astype(np.float64) - weight[rows]
+            gap = float(np.linalg.norm(stored - dense(found)))
+            facts = next(facts for facts in result.modules if facts.target == module + part)
+            assert facts.error == pytest.approx(gap / np.linalg.norm(stored), rel=1e-3)
+            assert facts.error < 0.1

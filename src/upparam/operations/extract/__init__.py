@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from math import prod, sqrt
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind
-from upparam.algorithms.base import Scaling, tiles
-from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.atomic import refuse_existing
 from upparam.bases.base import Base
@@ -21,7 +18,8 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import RefusedError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import write_adapter
-from upparam.operations.extract.difference import Difference, Workspace, difference, same_weights, square
+from upparam.operations.extract.difference import same_weights
+from upparam.operations.extract.module import Extracted, Maker
 from upparam.operations.extract.pairing import Pair, Pairing, pair
 from upparam.operations.merge import pin_blas
 from upparam.operations.merge.plan import wanted
@@ -30,34 +28,6 @@ from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import DTYPES, DType, Tensor
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """One module's difference and what was made of it.
-
-    `norm` = ||tuned - base||; `error` = ||tuned - base - dW|| / norm with dW as stored, measured element by element; `optimum` a lower
-    bound of the error of any dW of this rank; `floor` the largest singular value that rounding of the stored weights can explain;
-    `smallest` the smallest singular value kept, `next` the largest found of those left out.
-    """
-
-    target: str
-    shape: tuple[int, ...]
-    rank: int
-    norm: float
-    error: float
-    optimum: float
-    floor: float
-    smallest: float
-    next: float
-
-    def facts(self) -> dict[str, Any]:
-        """JSON-ready facts."""
-        return asdict(self) | {"shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -139,20 +109,23 @@ def extracted(
         raise UsageError("no rank rule", expected="a rank, energy, error, fro or auto")
     wide = None if dtype is None else _dtype(dtype)
     pairing = pair(tuned, base, lambda name: wanted(name, only, skip))
-    jobs = list(pairing.pairs)
-    space = Workspace()
-
-    def work(job: Pair) -> _Made:
-        return _make(job, rule, auto, wide, seed, keep, space)
-
+    maker = Maker(rule, auto, wide, seed, keep)
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for job in pairing.pairs:
+        groups.setdefault((job.tensor, job.target.parameter), []).append(job)
+    jobs = list(groups.values())
+    sizes = [sum(job.tuned.nbytes for job in group) for group in jobs]
     adapter = Adapter(
         {}, "extracted", base=BaseHint(pairing.base.name, 1.0, pairing.base.evidence, True), files=(str(tuned.path),),
-        transposed_base=True if any(job.transposed for job in jobs) else None,
+        transposed_base=True if any(job.transposed for job in pairing.pairs) else None,
     )  # fmt: skip
     result = Extraction(adapter, pairing.base, [], [], 0)
     unchanged = 0
     full: list[str] = []
-    for job, made in zip(jobs, in_threads(work, jobs, [job.tuned.nbytes for job in jobs], threads, progress), strict=True):
+    made_of = (
+        zip(group, made, strict=True) for group, made in zip(jobs, in_threads(maker.group, jobs, sizes, threads, progress), strict=True)
+    )
+    for job, made in chain.from_iterable(made_of):
         if isinstance(made, Extra):
             adapter.extras.append(made)
         elif isinstance(made, tuple):
@@ -179,85 +152,6 @@ def extracted(
             remedy="see what the models are with 'upparam identify'",
         )  # fmt: skip
     return Extraction(adapter, pairing.base, result.modules, result.below, unchanged)
-
-
-_Made = Extra | tuple[LoRA, Extracted] | str
-"""What became of a pair: an extra, a delta and its facts, or why there is none: 'same', 'below' the noise, 'full' rank."""
-
-
-class _NotLowRank(Exception):
-    """More values lie above the noise than factors are worth."""
-
-
-def _make(job: Pair, rule: RankRule | None, auto: bool, wide: DType | None, seed: int, keep: Keep, space: Workspace) -> _Made:
-    from upparam.algorithms.krylov import Dense, leading, optimum
-
-    if job.target.parameter != "weight" or len(job.shape) < 2 or (job.transposed and len(job.shape) > 2):
-        if same_weights(job.tuned, job.base):
-            return "same"
-        kind = ExtraKind.BIAS if job.target.parameter == "bias" else ExtraKind.SAVED_MODULE
-        return Extra(kind, f"{job.target.module}.{job.target.parameter}", job.tuned)
-    gap = difference(job.tuned, job.base, str(job.target), space)
-    if gap is None:
-        return "same"
-    conv = prod(job.shape[2:]) > 1
-    cap = rule.cap(conv) if rule is not None else None
-    seeds = (seed, zlib.crc32(str(job.target).encode()))
-    try:
-        found = leading(
-            Dense(gap.matrix, gap.exact), gap.total, _want(gap, rule, auto, conv), start=32 if cap is None else cap + 16, seed=seeds
-        )
-    except _NotLowRank:
-        return "full"
-    rank = len(found.sigma)
-    if rank == 0:
-        return "below"
-    up, down = found.factors()
-    dtype = wide or (job.tuned.dtype if job.tuned.dtype.name in ("float32", "float16", "bfloat16") else DTYPES["float32"])
-    stored_up, stored_down = up.astype(dtype.numpy), down.astype(dtype.numpy)
-    facts = Extracted(
-        str(job.target), job.shape, rank, gap.norm, _error(gap, stored_up, stored_down), optimum(gap.total, found) / gap.norm, gap.floor,
-        float(found.sigma[-1]), sqrt(float(found.following[0])) if found.following.size else 0.0,
-    )  # fmt: skip
-    if job.transposed:
-        stored_up, stored_down = stored_down.T, stored_up.T
-    kernel = job.shape[2:]
-    delta = LoRA(
-        keep(stored_up.reshape(job.shape[0], rank, *(1 for _ in kernel))), keep(stored_down.reshape(rank, *job.shape[1:])),
-        Scaling(alpha=float(rank)), embedding=job.kind == "Embedding",
-    )  # fmt: skip
-    return delta, facts
-
-
-def _want(gap: Difference, rule: RankRule | None, auto: bool, conv: bool) -> Callable[[NDArray[np.float64]], int]:
-    """How many of the singular values found so far to keep; all of them asks for more."""
-    rows, columns = gap.matrix.shape
-    # Factors of this rank hold three quarters as many numbers as the matrix itself; of a small one any rank is worth having.
-    worth = rows * columns * 3 // (4 * (rows + columns)) if min(rows, columns) > 128 else rows
-
-    def want(sigma: NDArray[np.float64]) -> int:
-        count = len(sigma) if rule is None else rule.choose(sigma, conv, gap.total)
-        if auto:
-            count = min(count, int((sigma > gap.floor).sum()))
-            if count > worth:
-                raise _NotLowRank
-        return count
-
-    return want
-
-
-def _error(gap: Difference, up: NDArray[Any], down: NDArray[Any]) -> float:
-    """||difference - up @ down|| / ||difference|| with the factors as stored, tile by tile."""
-    import numpy as np
-
-    kind = np.float64 if gap.exact else np.float32
-    left, right = up.astype(kind), down.astype(kind)
-    total = 0.0
-    for start, stop in tiles(gap.matrix.shape, 1 << 18):
-        rest = left[start:stop] @ right
-        np.subtract(gap.matrix[start:stop], rest, out=rest)
-        total += square(rest)
-    return sqrt(total / gap.total)
 
 
 def _leftover(adapter: Adapter, pairing: Pairing) -> None:

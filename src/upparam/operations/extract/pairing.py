@@ -56,9 +56,13 @@ class Located:
 
 
 class Pair(NamedTuple):
-    """One parameter of one module in both checkpoints. `shape` is the weight's as (out, in, *kernel); with `transposed` the stored ones are (in, out)."""
+    """One parameter of one module in both checkpoints, in `tensor` of the tuned one (several share it where a weight is fused).
+
+    `shape` is the weight's as (out, in, *kernel); with `transposed` the stored ones are (in, out).
+    """
 
     target: Target
+    tensor: str
     kind: str
     shape: tuple[int, ...]
     tuned: Tensor
@@ -128,7 +132,7 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool]) -> 
     for key in one.places:
         if key in other.places and chosen(key[0]):
             module = modules[key[0]]
-            pairs.append(_pair(key, module, one.tensor(key), other.tensor(key), one.places[key].transposed, other.places[key].transposed))
+            pairs.append(_pair(key, module, one.places[key], one.tensor(key), other.tensor(key), other.places[key].transposed))
     if not one.places.keys() & other.places.keys():
         raise MismatchError(
             "the two models have no module in common", file=tuned.path,
@@ -146,14 +150,14 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool]) -> 
     )  # fmt: skip
 
 
-def _pair(key: tuple[str, str], module: Module, mine: Tensor, theirs: Tensor, transposed: bool, other_transposed: bool) -> Pair:
+def _pair(key: tuple[str, str], module: Module, place: Lying, mine: Tensor, theirs: Tensor, other_transposed: bool) -> Pair:
     path, parameter = key
     shape = mine.shape
-    if transposed:
+    if place.transposed:
         shape = (shape[1], shape[0], *shape[2:])
     if parameter == "weight" and prod(module.shape) == prod(shape):
         shape = module.canonical  # a 1x1 convolution where the file has a Linear, or the other way round
-    if transposed != other_transposed and len(theirs.shape) == 2:
+    if place.transposed != other_transposed and len(theirs.shape) == 2:
         theirs = theirs.T
     if theirs.shape != mine.shape and theirs.numel == mine.numel and theirs.shape[:1] == mine.shape[:1]:
         theirs = theirs.reshape(mine.shape)
@@ -162,4 +166,4 @@ def _pair(key: tuple[str, str], module: Module, mine: Tensor, theirs: Tensor, tr
             "a weight has another shape in the other model", tensor=".".join(key), expected=theirs.shape, found=mine.shape,
             remedy="leave it out with --skip",
         )  # fmt: skip
-    return Pair(Target(path, None, parameter), module.kind, shape, mine, theirs, transposed)
+    return Pair(Target(path, None, parameter), place.tensor, module.kind, shape, mine, theirs, place.transposed)
