@@ -401,3 +401,35 @@ def test_fused_projections(tmp_path: Path, trained_as: str) -> None:
             facts = next(facts for facts in result.modules if facts.target == module + part)
             assert facts.error == pytest.approx(gap / np.linalg.norm(stored), rel=1e-3)
             assert facts.error < 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_fine_tune_goes_through_peft(tmp_path: Path, tied: bool) -> None:
+    """Every matrix, the embedding and the norms changed: peft makes the tuned model of base and adapter. A tied head is warned of."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=120, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    for weight in model.parameters():
+        weight.data += (
+            torch.randn_like(weight) * 0.1 if weight.dim() == 1 else torch.randn(len(weight), 3) @ torch.randn(3, weight.shape[1]) * 0.02
+        )
+    model.save_pretrained(tmp_path / "tuned")
+    receipt = extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", "peft", auto=True)
+    assert receipt.counts["ranks"] == "3" and receipt.counts["extras"] == 5
+    assert [finding.code for finding in receipt.findings] == (["tied-weight"] if tied else [])
+    fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    whole = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(whole(tokens).logits, model(tokens).logits, atol=1e-5)
+        if not tied:
+            loaded = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "out"))
+            assert torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-5)

@@ -309,3 +309,41 @@ def test_deltas_without_a_rank_stay_and_are_said() -> None:
     assert [finding.code for finding in result.findings] == ["not-resized"]
     with pytest.raises(RefusedError, match="rank to change"):
         resized(adapter({"a": fixed}), RankRule(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 6}}])
+def test_peft_loads_what_was_resized(tmp_path: Path, options: dict[str, object]) -> None:
+    """The config names the new ranks, and the real peft computes with them what the truncated dW says."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=120,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"], **options))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    resize(tmp_path / "adapter", tmp_path / "out", RankRule(4))
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["r"] == 4
+    before, after = open_adapter(tmp_path / "adapter"), open_adapter(tmp_path / "out")
+    fresh = transformers.LlamaForCausalLM(config).eval()
+    fresh.load_state_dict(
+        {name.replace(".base_layer", ""): value for name, value in wrapped.base_model.model.state_dict().items() if "lora_" not in name}
+    )
+    loaded = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "out"))
+    weights = {
+        name: (layer.get_delta_weight("default"))
+        for name, layer in loaded.base_model.model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    assert len(weights) == len(before.deltas) == 6
+    for target, delta in before.deltas.items():
+        assert np.linalg.norm(dense(delta) - dense(after.deltas[target])) <= 1.0001 * best(dense(delta), 4) + 1e-6
+        (theirs,) = (value for name, value in weights.items() if target.module.endswith(name))
+        np.testing.assert_allclose(theirs.detach().numpy(), dense(after.deltas[target]), atol=1e-6)

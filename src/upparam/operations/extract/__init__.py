@@ -22,7 +22,7 @@ from upparam.operations.extract.difference import same_weights
 from upparam.operations.extract.module import Extracted, Maker
 from upparam.operations.extract.pairing import Pair, Pairing, pair
 from upparam.operations.merge import pin_blas
-from upparam.operations.merge.plan import wanted
+from upparam.operations.merge.plan import ties_head, wanted
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads
@@ -169,6 +169,16 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
                 "below-noise", str(tuned.path), f"{len(result.below)} weights differ by no more than rounding to their dtype can explain", _listed(result.below)
             )
         )  # fmt: skip
+    head = any(name.endswith("lm_head.weight") for name in base.tensors)
+    for target, delta in result.adapter.deltas.items():
+        if getattr(delta, "embedding", False) and not head and (ties_head(base) or base.config is None):
+            found.append(
+                warning(
+                    "tied-weight", str(target),
+                    "the base ties its output head to this embedding: merged, the delta changes both, as training did; applied unmerged, the lookup alone",
+                    "no lm_head.weight",
+                )
+            )  # fmt: skip
     for names, checkpoint in ((pairing.only_tuned, tuned), (pairing.only_base, base)):
         if names:
             found.append(info("only-in-one", str(checkpoint.path), f"{len(names)} tensors are in this model alone", _listed(names)))

@@ -5,6 +5,7 @@ Each is located by itself, so a fine-tune in the authors' single file pairs with
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +22,10 @@ from upparam.operations.merge.matching import by_component, renaming
 from upparam.tensors import Tensor
 
 _PARAMETERS = ("weight", "bias")
+
+
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_positions|embed_in|wte|wpe|shared|(word|token|position|token_type)_embeddings?)")
+"""Modules that look rows up, in the models of transformers; asked only where no inventory knows the class."""
 
 
 class Lying(NamedTuple):
@@ -127,12 +132,12 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool]) -> 
     Raises MismatchError when they share no module and when a weight has another shape in one of them, RefusedError for quantised weights.
     """
     one, other = locate(tuned), locate(base)
-    modules = {module.path: module for module in one.base.modules}
     pairs = []
     for key in one.places:
         if key in other.places and chosen(key[0]):
-            module = modules[key[0]]
-            pairs.append(_pair(key, module, one.places[key], one.tensor(key), other.tensor(key), other.places[key].transposed))
+            pairs.append(
+                _pair(key, other.base.by_path[key[0]], one.places[key], one.tensor(key), other.tensor(key), other.places[key].transposed)
+            )
     if not one.places.keys() & other.places.keys():
         raise MismatchError(
             "the two models have no module in common", file=tuned.path,
@@ -145,7 +150,7 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool]) -> 
     missing = [".".join(key) for key in one.places if key not in other.places]
     lacking = [".".join(key) for key in other.places if key not in one.places]
     return Pairing(
-        one.base, tuple(pairs), common, (*missing, *(name for name in rest if name not in common)),
+        other.base, tuple(pairs), common, (*missing, *(name for name in rest if name not in common)),
         (*lacking, *(name for name in base.tensors if name not in theirs_named and name not in common)),
     )  # fmt: skip
 
@@ -166,4 +171,9 @@ def _pair(key: tuple[str, str], module: Module, place: Lying, mine: Tensor, thei
             "a weight has another shape in the other model", tensor=".".join(key), expected=theirs.shape, found=mine.shape,
             remedy="leave it out with --skip",
         )  # fmt: skip
-    return Pair(Target(path, None, parameter), place.tensor, module.kind, shape, mine, theirs, place.transposed)
+    return Pair(Target(path, None, parameter), place.tensor, _kind(module), shape, mine, theirs, place.transposed)
+
+
+def _kind(module: Module) -> str:
+    """The module's class; 'Embedding' by name where only a header is known."""
+    return module.kind or ("Embedding" if _EMBEDDING.fullmatch(module.path) else "")

@@ -272,12 +272,13 @@ def _scale_of(plan: Plan, name: str, tensor: Tensor) -> Tensor | None:
 
 
 def _missing(plan: Plan, target: Target) -> str:
-    if target.module.rpartition(".")[2] == "lm_head" and _ties(plan.checkpoint):
+    if target.module.rpartition(".")[2] == "lm_head" and ties_head(plan.checkpoint):
         return f"{target}: the base ties its output head to the input embedding and stores one weight for both"
     return f"{target}: not in the base"
 
 
-def _ties(checkpoint: Checkpoint) -> bool:
+def ties_head(checkpoint: Checkpoint) -> bool:
+    """True when the base's config says that its output head is its input embedding."""
     config = checkpoint.config or {}
     text = config.get("text_config")
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else False))
@@ -287,7 +288,7 @@ def _note_tied(plan: Plan, name: str) -> None:
     if not name.endswith((".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight")):
         return
     head = any(key.endswith("lm_head.weight") for key in plan.checkpoint.tensors)
-    if not head and (_ties(plan.checkpoint) or plan.checkpoint.config is None):
+    if not head and (ties_head(plan.checkpoint) or plan.checkpoint.config is None):
         finding = warning(
             "tied-weight", name, "the base ties its output head to this embedding: merging the delta changes both", "no lm_head.weight"
         )
@@ -408,7 +409,7 @@ def _add(plan: Plan, target: Target, extra: Extra, problems: list[str]) -> None:
     """A saved module that the base does not have (a classifier head) becomes a new tensor; a bias of an unknown module is a mismatch."""
     if extra.kind is ExtraKind.BIAS:
         problems.append(f"{extra.name}: not in the base")
-    elif target.module.rpartition(".")[2] in ("lm_head", "embed_out") and _ties(plan.checkpoint):
+    elif target.module.rpartition(".")[2] in ("lm_head", "embed_out") and ties_head(plan.checkpoint):
         problems.append(_missing(plan, target))
     elif any(name.endswith("." + extra.name) for name in plan.checkpoint.tensors):
         problems.append(f"{extra.name}: several places in the base bear this name")
