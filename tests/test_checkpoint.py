@@ -111,3 +111,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     shards.write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
     with pytest.raises(MalformedError, match="outside its folder"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_training_state_is_its_model(tmp_path: Path) -> None:
+    """PyTorch Lightning's .ckpt, as the Stable Diffusion trainers write it: the model lies under 'state_dict', beside what training needs."""
+    torch = pytest.importorskip("torch")
+    weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 3), "model_ema.decay": torch.tensor(0.5)}
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(2, 3)}}}
+    torch.save({"state_dict": weights, "optimizer_states": [optimizer], "epoch": 3}, tmp_path / "lightning.ckpt")
+    assert list(Checkpoint.open(tmp_path / "lightning.ckpt").tensors) == list(weights)
+    torch.save(weights, tmp_path / "plain.ckpt")
+    assert list(Checkpoint.open(tmp_path / "plain.ckpt").tensors) == list(weights)

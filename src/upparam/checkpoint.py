@@ -34,12 +34,15 @@ _NOT_WEIGHTS = re.compile(
 )
 """Tensor files that lie beside a model and are no part of it: adapters and what training leaves behind."""
 
+_WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
+"""Keys under which training frameworks save a model's tensors beside optimizer states and counters (PyTorch Lightning, DeepSpeed, torchtune)."""
+
 
 @dataclass(frozen=True)
 class CheckpointFile:
     """One weight file. `relative` is its path below the checkpoint (its own name for a single file), `component` its sub-folder or ''.
 
-    `tensors` and `metadata` are as the file gives them, in file order.
+    `tensors` and `metadata` are as the file gives them, in file order; of a training state only the model's own (see `_WRAPPERS`).
     """
 
     path: Path
@@ -125,13 +128,23 @@ class Checkpoint:
 
 def checkpoint_file(file: TensorFile, relative: str, component: str) -> CheckpointFile:
     """A tensor file as part of a checkpoint."""
-    tensors = dict(file.tensors)
+    tensors = _unwrapped(file.tensors)
     quantised = file.structure.get("quantised", {}) if file.container == "gguf" and isinstance(file.structure, dict) else {}
     source = FileSource(file.path) if quantised else None
     for name, item in quantised.items():
         rows = prod(item.shape[:-1])
         tensors[name] = Tensor(DTYPES["uint8"], (rows, item.nbytes // max(1, rows)), source, item.offset)  # type: ignore[arg-type]
     return CheckpointFile(file.path, relative, component, file.container, tensors, file.metadata, file.data_start, quantised)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors of a saved training state, without the key they lie under; all of them where there is no such key."""
+    for wrapper in _WRAPPERS:
+        inside = {name[len(wrapper) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{wrapper}/")}
+        inside = {name: tensor for name, tensor in inside.items() if "/" not in name}
+        if inside:
+            return inside
+    return dict(tensors)
 
 
 def _open_folder(folder: Path, index: Path | None) -> Checkpoint:

@@ -433,3 +433,19 @@ def test_a_whole_fine_tune_goes_through_peft(tmp_path: Path, tied: bool) -> None
         if not tied:
             loaded = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "out"))
             assert torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-5)
+
+
+def test_torch_checkpoint_against_safetensors(tmp_path: Path) -> None:
+    """A fine-tune saved as a .ckpt with a training state around it, half the precision of the base it came from."""
+    import torch
+
+    base = base_file(tmp_path / "base.safetensors")
+    meant = trained(6, list(WEIGHTS)[:2])
+    weights = load(base)
+    for target, delta in meant.deltas.items():
+        weights[f"{target.module}.weight"] = weights[f"{target.module}.weight"] + dense(delta)
+    state = {name: torch.from_numpy(value.astype(np.float16)) for name, value in weights.items()}
+    torch.save({"state_dict": state, "epoch": 3, "global_step": 100}, tmp_path / "tuned.ckpt")
+    result = extracted(Checkpoint.open(tmp_path / "tuned.ckpt"), Checkpoint.open(base), auto=True)
+    assert {target.module: delta.rank for target, delta in result.adapter.deltas.items()} == dict.fromkeys(list(WEIGHTS)[:2], 6)
+    assert set(result.adapter.dtypes()) == {"float16"}
