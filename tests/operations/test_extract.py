@@ -102,7 +102,7 @@ def test_error_of_a_full_fine_tune_is_the_optimum(tmp_path: Path) -> None:
 
 
 def test_norms_biases_and_strangers_are_extras(tmp_path: Path) -> None:
-    base = base_file(tmp_path / "base.safetensors", buffer=np.arange(4.0, dtype=np.float32))
+    base = base_file(tmp_path / "base.safetensors", buffer=np.arange(4.0, dtype=np.float32), decay=np.array(0.5, np.float32))
     weights = load(base)
     weights["layers.0.norm.weight"] = weights["layers.0.norm.weight"] + np.float32(0.1)
     weights["layers.0.q_proj.bias"] = weights["layers.0.q_proj.bias"] - np.float32(0.2)
@@ -177,8 +177,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MalformedError) as seen:
         extracted(Checkpoint.open(save(tmp_path / "nan.safetensors", broken)), Checkpoint.open(base), RankRule(1))
     assert seen.value.tensor == "layers.1.q_proj"
-    with pytest.raises(UsageError):
-        extracted(Checkpoint.open(base), Checkpoint.open(base))
+    for rule in (None, RankRule(conv_rank=4)):
+        with pytest.raises(UsageError):
+            extracted(Checkpoint.open(base), Checkpoint.open(base), rule)
+    scaled = load(base) | {
+        "layers.1.q_proj.weight": np.zeros((256, 256), NUMPY["float8_e4m3fn"]),
+        "layers.1.q_proj.scale_weight": np.float32([2]),
+    }
+    with pytest.raises(RefusedError, match="quantised"):
+        extracted(Checkpoint.open(save(tmp_path / "scaled.safetensors", scaled)), Checkpoint.open(base), RankRule(1))
+    whole = load(base) | {"layers.1.q_proj.weight": np.zeros((256, 256), np.int8)}
+    with pytest.raises(RefusedError, match="not a float"):
+        extracted(Checkpoint.open(save(tmp_path / "int8.safetensors", whole)), Checkpoint.open(base), RankRule(1))
 
 
 def test_conv1d_comes_out_transposed(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The leading singular values of a matrix that can only be multiplied: adaptive block Krylov with a bound on what is missed.
+"""The leading singular values of a matrix that can only be multiplied: adaptive block Krylov that knows about what it misses.
 
 A random block (Halko, Martinsson & Tropp 2011) is enlarged by block Krylov steps (Musco & Musco 2015), always by the part of
 A A^T u that lies outside the space found so far, for the leading Ritz vectors u. The norm of that part also tells how much the
-values may still grow: for a Ritz value t with residual r and everything outside the space below m, at most r^2 / (t - m). The work
-stops when that can no longer lower the error of the truncation by the tolerance.
+values may still grow: for a Ritz value t with residual r and everything outside the space below m, by about r^2 / (t - m) and by no
+more than r. With the first value not wanted as m this is an estimate, kept on the safe side. The work stops when it says that the error
+of the truncation cannot be lowered by the tolerance any more.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class _Transposed:
 class Leading:
     """The leading singular triplets: A ~ left (rows, k) diag(sigma) right^T, right (columns, k), float64, descending.
 
-    `missed` bounds how much larger the sum of the k squares can be for the best approximation; `following` are the squares found of the next values.
+    `missed` estimates how much larger the sum of the k squares can be for the best approximation; `following` are the squares found of the next values.
     """
 
     left: NDArray[np.float64]
@@ -151,7 +152,7 @@ def leading(
     """The leading singular triplets of A, as many as `want` says of the values found so far (all of them: go on looking).
 
     `total` is ||A||_F^2; `start` the size of the first block (a few more than the values expected); `seed` makes it repeatable.
-    The error of the truncation exceeds the best possible one by at most the share `tolerance` (or is rounding noise). Where the space
+    The error of the truncation is meant to exceed the best possible one by at most the share `tolerance` (or is rounding noise). Where the space
     would grow to a large part of the matrix, all singular values are found instead. Raises MalformedError when A is not finite.
     """
     import numpy as np
@@ -263,5 +264,5 @@ class _Space:
 
 
 def optimum(total: float, found: Leading) -> float:
-    """The smallest error any approximation of this rank can have, not more than: sqrt(||A||^2 - sum of squares - what may be missed)."""
+    """About the smallest error any approximation of this rank can have: sqrt(||A||^2 - sum of squares - what may be missed)."""
     return sqrt(max(total - float(found.sigma @ found.sigma) - found.missed, 0.0))

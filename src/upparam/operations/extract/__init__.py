@@ -105,7 +105,7 @@ def extracted(
     Raises UsageError without a rule, MismatchError where the models do not fit, RefusedError when they are equal, when a weight is
     quantised, and with `auto` when a difference has no low rank.
     """
-    if rule is None and not auto:
+    if not auto and (rule is None or (rule.rank is None and rule.lost is None)):
         raise UsageError("no rank rule", expected="a rank, energy, error, fro or auto")
     wide = None if dtype is None else _dtype(dtype)
     pairing = pair(tuned, base, lambda name: wanted(name, only, skip))

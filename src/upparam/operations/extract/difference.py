@@ -44,17 +44,19 @@ class Difference:
 
 
 def same_weights(tuned: Tensor, base: Tensor) -> bool:
-    """True when one is the other, rounded to its dtype: nothing was trained. Reads tile by tile and stops at the first difference."""
+    """True when one is the other, bit for bit or (floats) rounded to its dtype: nothing was trained. Reads tile by tile and stops at the first difference."""
     import numpy as np
 
     tuned, base = tuned.reshape(_flat(tuned)), base.reshape(_flat(tuned))
+    floats = tuned.dtype.name in PLAIN and base.dtype.name in PLAIN
     narrow = tuned.dtype if tuned.dtype.itemsize <= base.dtype.itemsize else base.dtype
     for start, stop in tiles(tuned.shape):
         one, other = tuned.rows(start, stop).read(), base.rows(start, stop).read()
         if one.dtype == other.dtype and np.array_equal(_bits(one), _bits(other)):
             continue
-        if not np.array_equal(one.astype(narrow.numpy), other.astype(narrow.numpy)):
-            return False
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not floats or not np.array_equal(one.astype(narrow.numpy), other.astype(narrow.numpy)):
+                return False
     return True
 
 
@@ -93,14 +95,14 @@ def difference(tuned: Tensor, base: Tensor, name: str, space: Workspace | None =
     """
     import numpy as np
 
+    if same_weights(tuned, base):
+        return None
     for tensor in (tuned, base):
         if tensor.dtype.name not in PLAIN:
             raise RefusedError(
                 "a weight that is quantised or not a float cannot be compared", tensor=name, found=tensor.dtype,
                 remedy="extract from unquantised models, or leave it out with --skip",
             )  # fmt: skip
-    if same_weights(tuned, base):
-        return None
     shape = _flat(tuned)
     tuned, base = tuned.reshape(shape), base.reshape(shape)
     coarse = max((tuned.dtype, base.dtype), key=_epsilon)
@@ -135,7 +137,7 @@ def difference(tuned: Tensor, base: Tensor, name: str, space: Workspace | None =
 
 
 def _flat(tensor: Tensor) -> tuple[int, int]:
-    rows = tensor.shape[0]
+    rows = tensor.shape[0] if tensor.shape else 1
     return rows, tensor.numel // max(rows, 1)
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Extracted:
     """One module's difference and what was made of it.
 
-    `norm` = ||tuned - base||; `error` = ||tuned - base - dW|| / norm with dW as stored, measured element by element; `optimum` a lower
-    bound of the error of any dW of this rank; `floor` the largest singular value that rounding of the stored weights can explain;
+    `norm` = ||tuned - base||; `error` = ||tuned - base - dW|| / norm with dW as stored, measured element by element; `optimum`
+    about the smallest error any dW of this rank can have; `floor` the largest singular value that rounding of the stored weights can explain;
     `smallest` the smallest singular value kept, `next` the largest found of those left out.
     """
 

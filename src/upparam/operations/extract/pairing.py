@@ -28,6 +28,10 @@ _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_positions|embed_in|wte|wpe|
 """Modules that look rows up, in the models of transformers; asked only where no inventory knows the class."""
 
 
+_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "weight.absmax", "SCB", "qzeros")
+"""What lies beside a weight that is not its own value: fp8 scales (see `upparam.operations.merge.plan`), bitsandbytes, GPTQ."""
+
+
 class Lying(NamedTuple):
     """Where a parameter of a reference module lies in a checkpoint: the tensor's name, its rows (None: all), their order, and whether
     the first two axes are swapped."""
@@ -47,10 +51,11 @@ class Located:
     places: Mapping[tuple[str, str], Lying]
 
     def tensor(self, key: tuple[str, str]) -> Tensor:
-        """The parameter as the reference has it but for the transposition: a view. Raises RefusedError for a quantised weight."""
+        """The parameter as the reference has it but for the transposition: a view. Raises RefusedError for a quantised or scaled weight."""
         place = self.places[key]
         file, tensor = self.checkpoint.tensors[place.tensor]
-        if place.tensor in {file.qualified(name) for name in file.quantised}:
+        scales = [place.tensor.removesuffix("weight") + ending for ending in _SCALES] if place.tensor.endswith(".weight") else []
+        if place.tensor in {file.qualified(name) for name in file.quantised} or any(name in self.checkpoint.tensors for name in scales):
             raise RefusedError(
                 "a quantised weight cannot be compared", file=file.path, tensor=place.tensor,
                 remedy="extract from unquantised models, or leave it out with --skip",
