@@ -146,6 +146,15 @@ def test_parts_that_share_their_down_stay_together() -> None:
     assert np.linalg.norm(dense(whole) - stacked) == pytest.approx(best(dense(whole), 6), rel=1e-4)
 
 
+def test_modules_that_merely_share_a_down_are_cut_alone() -> None:
+    one, other = random_lora(30, 40, 16, 1), random_lora(20, 40, 16, 2)
+    other = replace(other, down=one.down)
+    result, cuts = resized(adapter({"a": one, "b": other}), RankRule(6))
+    assert [cut.targets for cut in cuts] == [("a",), ("b",)]
+    for name, delta in (("a", one), ("b", other)):
+        assert np.linalg.norm(dense(delta) - dense(result.deltas[Target(name)])) == pytest.approx(best(dense(delta), 6), rel=1e-4)
+
+
 def test_tucker_stays_tucker() -> None:
     random = np.random.default_rng(0)
     fall = 1.7 ** -np.arange(12)

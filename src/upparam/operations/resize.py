@@ -25,7 +25,7 @@ from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
-from upparam.tensors import DType, Tensor, doubles
+from upparam.tensors import DType, JoinedSource, Tensor, doubles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +39,10 @@ AlphaRule = Literal["scale", "keep", "rank"]
 `scale` keeps the effective multiplier, so that alpha becomes alpha k / r and the factors hold the same up @ down; `keep` keeps the number
 alpha and `rank` sets it to k, the factors taking over what the multiplier loses or gains. A multiplier that is not made from alpha stays.
 """
+
+
+_WIDE = 256
+"""Inner rank of another algorithm's low-rank form (the product of two ranks for LoHa) above which products with its rows are cheaper."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +176,21 @@ def _jobs(adapter: Adapter) -> tuple[list[Job], list[Finding]]:
             groups[target] = [target]
         else:
             findings.append(warning("not-resized", str(target), f"a {delta.algorithm} delta has no rank to change and stays as it is"))
-    jobs = []
-    for targets in groups.values():
-        deltas = [adapter.deltas[target] for target in targets]
-        first = deltas[0]
-        if len(targets) > 1:
-            first = replace(first, up=stack([delta.up for delta in deltas if isinstance(delta, LoRA)]))  # type: ignore[type-var]
-        jobs.append(Job(tuple(targets), first, tuple(delta.shape[0] for delta in deltas)))
-    return jobs, findings
+    return [job for targets in groups.values() for job in _joined(targets, adapter)], findings
+
+
+def _joined(targets: Sequence[Target], adapter: Adapter) -> list[Job]:
+    """One job for targets whose ups are neighbouring rows of one stored factor; one for each where they only share their down."""
+    alone = [Job((target,), adapter.deltas[target], (adapter.deltas[target].shape[0],)) for target in targets]
+    parts = sorted(
+        ((target, delta) for target in targets if isinstance(delta := adapter.deltas[target], LoRA)), key=lambda part: part[1].up.offset
+    )
+    if len(parts) < 2:
+        return alone
+    whole = stack([delta.up for _, delta in parts])
+    if isinstance(whole.source, JoinedSource):
+        return alone
+    return [Job(tuple(target for target, _ in parts), replace(parts[0][1], up=whole), tuple(delta.shape[0] for _, delta in parts))]
 
 
 def _shared(delta: LoRA) -> object:
@@ -203,7 +214,7 @@ def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
 
     update = delta.load()
     pair = update.low_rank()
-    if pair is None:
+    if pair is None or (type(delta) is not LoRA and pair[0].shape[1] > _WIDE):
         return _project(delta, update, names, rule, alpha, keep)
     up, down = pair
     dtypes = _dtypes(delta)
