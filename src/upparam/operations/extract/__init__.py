@@ -170,8 +170,9 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
             )
         )  # fmt: skip
     head = any(name.endswith("lm_head.weight") for name in base.tensors)
-    for target, delta in result.adapter.deltas.items():
-        if getattr(delta, "embedding", False) and not head and (ties_head(base) or base.config is None):
+    for target in result.adapter.deltas:
+        shared = target.module.endswith(("embed_tokens", "wte", "word_embeddings")) and not target.module.startswith("text_encoder")
+        if shared and not head and (ties_head(base) or base.config is None):
             found.append(
                 warning(
                     "tied-weight", str(target),
