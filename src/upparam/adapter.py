@@ -85,6 +85,11 @@ class Adapter:
     """Free choices of the source's writer (prefix, layout, dtype of alpha, ...) that a rewrite in the same dialect repeats."""
     files: tuple[str, ...] = ()
     leftovers: dict[str, Tensor] = field(default_factory=dict)
+    conditions: list[str] = field(default_factory=list)
+    """Why the deltas alone are not the whole change, one sentence each (an initialisation that took part of the base's weight, say).
+
+    Only a rewrite in the same dialect carries them; other operations refuse until the user gives them up (`--drop conditions`).
+    """
     findings: list[Finding] = field(default_factory=list)
 
     def algorithms(self) -> dict[str, int]:

@@ -6,13 +6,14 @@ Sources: huggingface/peft src/peft/tuners/lora/config.py, src/peft/tuners/lora/l
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isclose
 from typing import Any
 
-from upparam.adapter import Adapter, ExtraKind
+from upparam.adapter import Adapter, Extra, ExtraKind
 from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.bases import inventory
 from upparam.bases.base import Base
@@ -67,7 +68,70 @@ def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options
     return scaling
 
 
-def still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Iterable[str], transposed: bool | None) -> bool:
+def of_parameters(config: Mapping[str, Any] | None, module: str) -> bool:
+    """Whether the factors are of bare parameters of this module (`target_parameters`: the experts of a mixture, stacked)."""
+    parameters = (config or {}).get("target_parameters")
+    if not isinstance(parameters, list):
+        return False
+    bare = re.sub(r"(\.base_layer)+$", "", module)
+    owners = {str(parameter).rpartition(".")[0] for parameter in parameters}
+    return any(bare == owner or bare.endswith(f".{owner}") for owner in owners if owner)
+
+
+_TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def conditions(config: Mapping[str, Any]) -> list[str]:
+    """Why the factors alone are not the change to the base's weights, one sentence for each reason."""
+    found = []
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE):
+        found.append(
+            f"init_lora_weights is {start}: on loading, PEFT first takes the initial factors out of the base's weights; "
+            "the change is the difference to the initial adapter (PEFT's path_initial_model_for_weight_conversion makes a plain LoRA)"
+        )
+    if config.get("kasa_config"):
+        found.append("KaSA: on loading, PEFT first takes the smallest singular values out of the base's weights")
+    if config.get("alora_invocation_tokens"):
+        found.append("Activated LoRA: it acts only on tokens from its invocation sequence on, so no weight can hold it")
+    if config.get("layer_replication"):
+        found.append(
+            f"layer_replication {config['layer_replication']}: its layers are those of a model with repeated layers, not of the base"
+        )
+    if config.get("use_qalora"):
+        found.append("QA-LoRA: inputs are pooled in groups before lora_A")
+    if config.get("use_bdlora"):
+        found.append("BD-LoRA: one of the factors is block-diagonal and stored as its blocks")
+    return found
+
+
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+"""Modules that PEFT saves whole when the vocabulary was resized or they are adapted, without listing them in modules_to_save."""
+
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+_HEADS = ("classifier", "score", "qa_outputs")
+"""Modules that PEFT saves for these tasks without being told (peft src/peft/peft_model.py)."""
+
+
+def for_saving(
+    adapter: Adapter, component: str, names: Mapping[str, Delta], extras: Sequence[Extra], base: Base | None
+) -> Mapping[str, Any]:
+    """The config to save with these modules of one component: the adapter's own verbatim while it is true, else a complete new one.
+
+    `names` and `extras` go by PEFT's names; `base` holds the component's modules by their own names.
+    """
+    own = dict(adapter.config) if adapter.dialect == "peft" else {}
+    if component and f"config:{component}" in adapter.spelling:
+        own = json.loads(adapter.spelling[f"config:{component}"]) or {}
+    heads = [extra.name for extra in extras if extra.kind is ExtraKind.SAVED_MODULE]
+    untouched = adapter.spelling.get("targets") == str(len(adapter.deltas))
+    if untouched and (adapter.conditions or not conditions(own)) and _still_true(own, names, heads, adapter.transposed_base):
+        return own
+    biases = [extra.name for extra in extras if extra.kind is ExtraKind.BIAS]
+    return _made(adapter, own, names, heads, biases, base)
+
+
+def _still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Sequence[str], transposed: bool | None) -> bool:
     """Whether a config that came with an adapter describes these modules as they are now."""
     if not config or config.get("peft_type") not in (None, "LORA") or config.get("enable_lora"):
         return False
@@ -79,7 +143,9 @@ def still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Ite
         if scale is None or said is None or not isclose(scale, said, rel_tol=1e-12):
             return False
     listed = config.get("modules_to_save") or ()
-    if any(not any(path.rsplit(".", 1)[0].endswith(word) for word in listed) for path in saved) and config.get("task_type") is None:
+    heads = _EMBEDDINGS + (_HEADS if config.get("task_type") in _TASKS_WITH_HEAD else ())
+    unlisted = {path.rsplit(".", 1)[0] for path in saved if not any(path.rsplit(".", 1)[0].endswith(word) for word in listed)}
+    if any(module not in names and module.rsplit(".", 1)[-1] not in heads for module in unlisted) or (listed and not saved):
         return False
     return transposed is None or bool(config.get("fan_in_fan_out")) is transposed
 
@@ -94,19 +160,30 @@ def targeted(targets: Any, module: str) -> bool:
     return isinstance(targets, Sequence) and any(module == word or module.endswith(f".{word}") for word in targets)
 
 
-def restated(config: Mapping[str, Any], base_name: str | None) -> dict[str, Any]:
+_KEPT = (
+    "base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "revision", "init_lora_weights", "auto_mapping",
+    "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
+)  # fmt: skip
+
+
+def _kept(old: Mapping[str, Any], adapter: Adapter, heads: bool) -> dict[str, Any]:
     """What a rewritten config keeps of an old one: what does not follow from the tensors."""
-    kept = ("base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "revision", "init_lora_weights", "auto_mapping")
-    found = {key: config[key] for key in kept if key in config}
-    if found.get("base_model_name_or_path") is None and base_name is not None:
-        found["base_model_name_or_path"] = base_name
+    found = {key: old[key] for key in _KEPT if key in old}
+    if found.get("base_model_name_or_path") is None and (name := _model_id(adapter)) is not None:
+        found["base_model_name_or_path"] = name
+    if not adapter.conditions and conditions(old):
+        found = {key: value for key, value in found.items() if not conditions({key: value})}
+    if found.get("task_type") in _TASKS_WITH_HEAD and old.get("modules_to_save") and not heads:
+        found["task_type"] = None
     return found
 
 
 _CONV1D = "Conv1D"
 
 
-def made(adapter: Adapter, names: Mapping[str, Delta], saved: Sequence[str], biases: Sequence[str], base: Base | None) -> dict[str, Any]:
+def _made(
+    adapter: Adapter, old: Mapping[str, Any], names: Mapping[str, Delta], saved: Sequence[str], biases: Sequence[str], base: Base | None
+) -> dict[str, Any]:
     """A complete LoraConfig for these modules (by PEFT's names). `saved` and `biases` are parameter paths saved whole.
 
     r and lora_alpha are those most modules have; rank_pattern and alpha_pattern say the rest. target_modules are endings of paths where
@@ -129,7 +206,7 @@ def made(adapter: Adapter, names: Mapping[str, Delta], saved: Sequence[str], bia
         "layers_to_transform": None,
         "lora_alpha": _plain(alpha),
         "lora_dropout": 0.0,
-        "modules_to_save": sorted({path.rsplit(".", 1)[0] for path in saved}) or None,
+        "modules_to_save": sorted({path.rsplit(".", 1)[0] for path in saved} - set(names)) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_pattern(module, names): value for module, value in ranks.items() if value != rank},
@@ -138,7 +215,7 @@ def made(adapter: Adapter, names: Mapping[str, Delta], saved: Sequence[str], bia
         "task_type": _task(saved),
         "use_dora": any(delta.algorithm == "dora" for delta in names.values()),
         "use_rslora": rooted,
-    } | restated(adapter.config, _model_id(adapter))
+    } | _kept(old, adapter, bool(saved))
 
 
 def _alpha(delta: Delta, rooted: bool) -> float:
@@ -158,21 +235,24 @@ def _pattern(module: str, names: Mapping[str, Delta]) -> str:
     return own if sum(bool(re.match(rf"(.*\.)?({own})$", name)) for name in names) == 1 else f"^{own}"
 
 
-def target_modules(modules: Sequence[str], base: Base | None) -> list[str]:
-    """Endings that mean exactly these modules of the base; whole paths where no endings do, or the base is not known."""
-    if base is not None:
-        everything = [found.path for found in base.modules if found.kind not in ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d")]
-        endings = sorted({path.rsplit(".", 1)[-1] for path in modules})
-        meant = {path for path in everything if any(path == word or path.endswith(f".{word}") for word in endings)}
-        if not any(word.isdigit() for word in endings) and {_tail(path, meant, modules) for path in meant} == set(modules):
-            return endings
-    return sorted(modules)
+_NO_TARGETS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d")
 
 
-def _tail(path: str, meant: set[str], modules: Sequence[str]) -> str:
-    """The adapter's name of a base module: the same, or without the component in front of a pipeline's."""
-    bare = path.split(".", 1)[-1]
-    return path if path in modules or bare not in modules or bare in meant else bare
+def target_modules(modules: Sequence[str], base: Base | None) -> list[str] | str:
+    """What means exactly these modules of the base: endings of paths, else whole paths, else a regular expression.
+
+    Whole paths where the base is not known.
+    """
+    whole = sorted(modules)
+    if base is None:
+        return whole
+    everything = [found.path for found in base.modules if found.kind not in _NO_TARGETS]
+    endings = sorted({path.rsplit(".", 1)[-1] for path in modules})
+    if not any(word.isdigit() for word in endings) and {path for path in everything if targeted(endings, path)} == set(modules):
+        return endings
+    if {path for path in everything if targeted(whole, path)} <= set(modules):
+        return whole
+    return "|".join(re.escape(path) for path in whole)
 
 
 def _conv1d(adapter: Adapter, names: Mapping[str, Delta], base: Base | None) -> bool:
@@ -200,11 +280,3 @@ def _model_id(adapter: Adapter) -> str | None:
         return hint.name
     known = inventory.known().get(hint.name)
     return known.ids[0] if known is not None and known.ids else hint.name
-
-
-def extras_by_kind(adapter: Adapter) -> tuple[list[str], list[str], list[str]]:
-    """(saved parameters, biases, what PEFT cannot hold), each by name."""
-    saved = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.SAVED_MODULE]
-    biases = [extra.name for extra in adapter.extras if extra.kind is ExtraKind.BIAS]
-    other = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.name not in saved and extra.name not in biases]
-    return saved, biases, other

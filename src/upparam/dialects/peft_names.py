@@ -8,13 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from upparam.errors import AmbiguousError
 from upparam.tensors import Tensor
 
 WRAPPER = "base_model.model."
 """What PeftModel puts before every module path of the base."""
+
+_WRAPPED = re.compile(r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
+"""The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module."""
 
 FACTORS = {
     "lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
@@ -40,6 +43,11 @@ class Part(NamedTuple):
     wrapped: bool
 
 
+def unwrapped(name: str) -> str:
+    """A name without PEFT's wrapper in front."""
+    return _WRAPPED.sub("", name)
+
+
 def part_of(name: str) -> Part | None:
     """The parts of a tensor name, or None when it names no factor."""
     found = _FACTOR.match(name)
@@ -51,8 +59,8 @@ def part_of(name: str) -> Part | None:
         rest.pop()
     if len(rest) > 1:
         return None
-    module = found["module"]
-    return Part(module.removeprefix(WRAPPER), FACTORS[found["word"]], rest[0] if rest else "", bias, module.startswith(WRAPPER))
+    module = unwrapped(found["module"])
+    return Part(module, FACTORS[found["word"]], rest[0] if rest else "", bias, module != found["module"])
 
 
 @dataclass
@@ -60,22 +68,30 @@ class Sorted:
     """A file's tensors by what they are.
 
     `factors`: module -> role -> tensor; `biases`: module -> the bias of its lora_B; `shared`: projections that all modules use (VeRA);
-    `saved`: other tensors by base parameter path; `base`: the base's own weights that a training checkpoint holds beside them.
+    `saved` and `biases_saved`: tensors that replace the base's, by base parameter path; `tokens`: rows that replace rows of an embedding;
+    `unknown`: tensors that no rule explains, by their own names; `base`: names of the base's own weights that a training checkpoint
+    holds beside the adapter.
     """
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, Tensor] = field(default_factory=dict)
+    biases_saved: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    unknown: dict[str, Tensor] = field(default_factory=dict)
     base: list[str] = field(default_factory=list)
     adapter: str = ""
     wrapped: bool = True
 
 
-_TRAINING = re.compile(r"\.(base_layer|original_module)\.")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""Ends the name of the embedding rows that `trainable_token_indices` trained; `_original` beside it is the untrained table's rows."""
+_FOREIGN = re.compile(r"(^|\.)(lora|vera|hada|lokr|oft|boft|ia3|token_adapter|trainable_tokens|prompt)_?[^.]*(\.|$)")
+"""Words of adapters: a tensor with such a name is never a parameter of the base."""
 
 
-def sort(tensors: Mapping[str, Tensor]) -> Sorted:
+def sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Sorted:
     """Sort a file's tensors. Raises AmbiguousError when it holds several adapters by name."""
     parts = {name: part for name in tensors if (part := part_of(name)) is not None}
     adapters = sorted({part.adapter for part in parts.values()} - {""})
@@ -88,30 +104,49 @@ def sort(tensors: Mapping[str, Tensor]) -> Sorted:
         else:
             result.factors.setdefault(part.module, {})[part.role] = tensors[name]
     rest = [name for name in tensors if name not in parts]
-    checkpoint = is_checkpoint(rest, result.factors)
+    checkpoint = is_checkpoint(rest, parts.values())
+    bias = (config or {}).get("bias") in ("all", "lora_only")
+    weights = {unwrapped(name) for name in rest}
     for name in rest:
+        path = unwrapped(name)
         shared = _SHARED.match(name)
+        original = ".original_module." in path
+        parameter = path.replace(".base_layer.", ".")
+        module, _, leaf = parameter.rpartition(".")
+        listed = any(module == word or module.endswith(f".{word}") for word in (config or {}).get("modules_to_save") or ())
         if shared is not None:
             result.shared[shared[2]] = tensors[name]
-        elif saved := _saved(name, result.adapter):
+        elif saved := _saved(path, result.adapter):
             result.saved[saved] = tensors[name]
+        elif path.removesuffix(f".{result.adapter}").endswith(TOKENS):
+            result.tokens[path.removesuffix(f".{result.adapter}")] = tensors[name]
+        elif leaf == "bias" and (bias if checkpoint else (bias or config is None) and f"{module}.weight" not in weights) and not original:
+            result.biases_saved[parameter] = tensors[name]
         elif checkpoint:
             result.base.append(name)
+        elif (listed or leaf in ("weight", "bias")) and not _FOREIGN.search(path):
+            result.saved[parameter] = tensors[name]
         else:
-            result.saved[name.removeprefix(WRAPPER)] = tensors[name]
+            result.unknown[name] = tensors[name]
     return result
 
 
-def is_checkpoint(rest: Iterable[str], modules: Iterable[str]) -> bool:
-    """True when the tensors that are no factors are the base's own weights: a training checkpoint, not a saved adapter."""
-    names = set(rest)
-    plain = {name.removeprefix(WRAPPER) for name in names}
-    return any(_TRAINING.search(name) for name in names) or any(f"{module}.weight" in plain for module in modules)
+def is_checkpoint(rest: Iterable[str], parts: Iterable[Part]) -> bool:
+    """True when the tensors that are no factors are the base's own weights: a training checkpoint, not a saved adapter.
+
+    A saved adapter, too, may hold the weight of an embedding under its factors, and biases.
+    """
+    paths = {unwrapped(name) for name in rest}
+    if any(".original_module." in path for path in paths):
+        return True
+    modules = {part.module for part in parts}
+    held = {word for module in modules for word in (f"{module}.weight", f"{module}.base_layer.weight") if word in paths}
+    others = any(path.endswith("weight") and ".modules_to_save." not in path for path in paths - held)
+    return bool(held) and others and 2 * len(held) >= len(modules)
 
 
-def _saved(name: str, adapter: str) -> str | None:
+def _saved(path: str, adapter: str) -> str | None:
     """The base parameter that `<module>.modules_to_save.<adapter>.weight` replaces; None for other names."""
-    path = name.removeprefix(WRAPPER)
     head, mark, tail = path.partition(".modules_to_save.")
     if not mark:
         return None

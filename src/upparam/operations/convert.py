@@ -63,7 +63,7 @@ def write_adapter(
 ) -> Receipt:
     """Write `adapter` to `out` (a folder, or a file where the dialect is one file) and prove the result by reading it back.
 
-    `drop` names what may be given up: `leftovers`, an ExtraKind value, or a kind that the dialect's own refusal names. `read` holds
+    `drop` names what may be given up: `leftovers`, `conditions`, an ExtraKind value, or a kind that the dialect's own refusal names. `read` holds
     what the user said when the adapter was read (base, targets); it is used again for the proof. Raises OutputExistsError,
     RefusedError when something would be lost, VerificationError (and leaves nothing behind) when what was written reads back otherwise.
     """
@@ -81,6 +81,11 @@ def write_adapter(
             found=shown,
             remedy="give them up with --drop leftovers",
         )
+    if adapter.conditions and dialect != adapter.dialect:
+        raise RefusedError(
+            f"{dialect} cannot say under which conditions these deltas hold",
+            file=adapter.files[0] if adapter.files else None, found="; ".join(adapter.conditions), remedy="give them up with --drop conditions",
+        )  # fmt: skip
     given = {"base": read.base} if read is not None and read.base is not None else {}
     package = member.write(adapter, {**given, **(options or {}), "drop": frozenset(drop)})
     proofs: list[str] = []
@@ -109,8 +114,10 @@ def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Find
     leftovers = {} if "leftovers" in drop else adapter.leftovers
     gone = [(extra.name, extra.kind.value) for extra in adapter.extras if extra.kind.value in drop]
     gone += [(name, "leftover") for name in adapter.leftovers if name not in leftovers]
+    conditions = [] if "conditions" in drop else adapter.conditions
+    gone += [(reason, "condition") for reason in adapter.conditions if reason not in conditions]
     findings = [warning("given-up", name, f"{kind} given up because --drop asked for it") for name, kind in gone]
-    return replace(adapter, extras=extras, leftovers=leftovers), findings
+    return replace(adapter, extras=extras, leftovers=leftovers, conditions=conditions), findings
 
 
 def write_package(package: Package, folder: Path) -> int:

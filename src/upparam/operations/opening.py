@@ -29,13 +29,23 @@ class Candidate:
         return self.matches[0]
 
 
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+"""Folders in which a pipeline's components lie; an adapter of several is saved as one folder for each."""
+
+
 def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]]:
-    """The tensor files at a path (a folder is not searched below its own level), and the files that could not be read, with why."""
+    """The tensor files at a path, and the files that could not be read, with why.
+
+    A folder is not searched below its own level, except that one without files of its own stands for its components' folders.
+    """
     if not path.is_dir():
         return open_all(path), {}
     found: list[TensorFile] = []
     problems: dict[Path, UpparamError] = {}
-    for member in sorted(path.iterdir()):
+    members = sorted(path.iterdir())
+    if not any(member.is_file() for member in members):
+        members = [file for member in members if member.name in COMPONENTS and member.is_dir() for file in sorted(member.iterdir())]
+    for member in members:
         if member.is_file() and not member.name.startswith("."):
             try:
                 found += open_all(member)

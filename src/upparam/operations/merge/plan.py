@@ -190,12 +190,14 @@ def _refuse_unplaceable(adapter: Adapter, drop: Collection[str]) -> None:
     lost = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if not _placeable(extra) and extra.kind.value not in drop]
     if adapter.leftovers and "leftovers" not in drop:
         lost += [f"leftover {name}" for name in adapter.leftovers]
+    if "conditions" not in drop:
+        lost += adapter.conditions
     if lost:
         raise RefusedError(
             f"{len(lost)} parts of the adapter cannot be merged into weights",
             file=adapter.files[0] if adapter.files else None,
             found=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
-            remedy="give them up by kind with --drop (textual-inversion, other, leftovers)",
+            remedy="give them up by kind with --drop (textual-inversion, other, leftovers, conditions)",
         )
 
 

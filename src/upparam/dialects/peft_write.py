@@ -1,0 +1,152 @@
+"""Writing PEFT: deltas on whole modules, one folder for each saved model, names and configs that PEFT loads without a key too many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms.base import Delta
+from upparam.algorithms.lora import LoRA
+from upparam.bases.base import Base
+from upparam.bases.layouts import layout
+from upparam.dialects import peft_config
+from upparam.dialects.base import NamedTensors
+from upparam.dialects.peft_kinds import spelled
+from upparam.dialects.peft_names import TOKENS, WRAPPER
+from upparam.dialects.peft_read import SLICES_KEY, Slices
+from upparam.dialects.placing import to_foreign
+from upparam.errors import RefusedError
+from upparam.tensors import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+"""Components of a pipeline. PEFT saves each in a folder of its own (huggingface/peft examples/lora_dreambooth/train_dreambooth.py)."""
+
+
+def whole(adapter: Adapter, base: Base | None) -> dict[Target, Delta]:
+    """The adapter's deltas on whole modules: slices of a fused weight joined.
+
+    Raises RefusedError where the names are not module paths, and where slices cannot be joined or the base is not known.
+    """
+    if adapter.layout == "kohya":
+        raise RefusedError(
+            "peft needs the module names of the base, and the base is not known",
+            file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
+        )  # fmt: skip
+    if not any(target.rows for target in adapter.deltas):
+        return dict(adapter.deltas)
+    if base is None:
+        raise RefusedError(
+            "parts of fused weights are joined by the base's shapes, and the base is not known",
+            file=adapter.files[0] if adapter.files else None, tensor=str(next(target for target in adapter.deltas if target.rows)),
+            remedy="name it with --base",
+        )  # fmt: skip
+    return {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), adapter.deltas).items()}
+
+
+def by_component(deltas: Mapping[Target, Delta], extras: Iterable[Extra]) -> dict[str, dict[Target, Delta]]:
+    """The deltas of each component of a pipeline; all under '' where the base is a lone network."""
+    heads = {target.module.split(".", 1)[0] for target in deltas} | {extra.name.split(".", 1)[0] for extra in extras}
+    components = heads & set(COMPONENTS)
+    if "transformer" in components and not any(
+        ".transformer_blocks." in target.module or target.module.startswith("transformer.blocks.") for target in deltas
+    ):
+        components.discard("transformer")
+    found: dict[str, dict[Target, Delta]] = {}
+    for target, delta in deltas.items():
+        head = target.module.split(".", 1)[0]
+        found.setdefault(head if head in components else "", {})[target] = delta
+    return found
+
+
+@dataclass
+class Saved:
+    """One model as PEFT saves it: tensors by name, its config, and what could not be held."""
+
+    tensors: dict[str, Tensor]
+    config: Mapping[str, object]
+    slices: Slices
+    problems: list[str]
+
+    def files(self, metadata: Mapping[str, str]) -> dict[str, NamedTensors | bytes]:
+        """The two files of the folder."""
+        header = {"format": "pt", **metadata}
+        if self.slices:
+            header[SLICES_KEY] = json.dumps(self.slices, separators=(",", ":"))
+        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        return {WEIGHTS: NamedTensors(self.tensors, header), peft_config.FILE: text.encode()}
+
+
+def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base: Base | None) -> Saved:
+    """One component of the adapter ('' when it is alone), under PEFT's names."""
+    own = of_component(base, component)
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, Delta] = {}
+    problems: list[str] = []
+    for target, delta in deltas.items():
+        module = bare(target.module, component)
+        known = own.by_path.get(module) if own is not None else None
+        try:
+            tensors |= {f"{WRAPPER}{module}.{word}": tensor for word, tensor in spelled(target, delta, known).items()}
+            delta.known_scale()
+        except RefusedError as problem:
+            problems.append(f"{target}: {problem.message}")
+            continue
+        names[module] = delta
+    extras = [replace(extra, name=bare(extra.name, component)) for extra in adapter.extras if _of(extra, component)]
+    for extra in extras:
+        if extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS) and not extra.name.endswith(TOKENS):
+            problems.append(f"{extra.kind.value} {extra.name}")
+            continue
+        module, _, leaf = extra.name.rpartition(".")
+        tensors[f"{WRAPPER}{module}.base_layer.{leaf}" if module in names else f"{WRAPPER}{extra.name}"] = extra.tensor
+    if problems:
+        return Saved({}, {}, {}, problems)
+    config = peft_config.for_saving(adapter, component, names, extras, own)
+    return Saved(tensors, config, _slices(adapter, deltas, component), [])
+
+
+def _of(extra: Extra, component: str) -> bool:
+    return not component or extra.name.startswith(f"{component}.") or extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS)
+
+
+def bare(path: str, component: str) -> str:
+    """A path without its component in front."""
+    return path.removeprefix(f"{component}.") if component else path
+
+
+def of_component(base: Base | None, component: str) -> Base | None:
+    """The base's modules of one component, under their own names."""
+    if base is None or not component:
+        return base
+    prefix = f"{component}."
+    modules = tuple(module._replace(path=module.path[len(prefix) :]) for module in base.modules if module.path.startswith(prefix))
+    return replace(base, modules=modules)
+
+
+def _slices(adapter: Adapter, joined: Mapping[Target, Delta], component: str) -> Slices:
+    """How the joined modules were made, so that reading gives the slices back bit for bit."""
+    found: Slices = {}
+    for target, delta in adapter.deltas.items():
+        if target.rows is not None and type(delta) is LoRA and Target(target.module) in joined:
+            found.setdefault(target.module, []).append([*target.rows, 0, delta.rank, delta.alpha])
+    for target, delta in joined.items():
+        pieces = found.get(target.module, [])
+        if pieces and delta.rank == sum(int(piece[3] or 0) for piece in pieces) and len(pieces) > 1:
+            at = 0
+            for piece in sorted(pieces, key=lambda piece: piece[0] or 0):
+                piece[2:4] = [at, at + int(piece[3] or 0)]
+                at = int(piece[3] or 0)
+    return {bare(module, component): pieces for module, pieces in found.items()}
+
+
+def remedy(problems: Sequence[str]) -> str:
+    """What to do about things PEFT cannot hold."""
+    kinds = [kind.value for kind in ExtraKind if any(problem.startswith(f"{kind.value} ") for problem in problems)]
+    if kinds:
+        return "give up extras with " + " ".join(f"--drop {kind}" for kind in kinds)
+    if any("scale" in problem for problem in problems):
+        return "give the scale with --alpha or --scale"
+    return "convert to a dialect that holds them ('upparam dialects')"
