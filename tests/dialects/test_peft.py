@@ -52,6 +52,12 @@ def bert() -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
+def bare_bert() -> Any:
+    """Without a head, so that names have no `bert.` in front."""
+    config = transformers.BertConfig(vocab_size=40, hidden_size=768, num_hidden_layers=1, num_attention_heads=4, intermediate_size=3072)
+    return transformers.BertModel(config, add_pooling_layer=False)
+
+
 class ConvNet(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
     def __init__(self) -> None:
         super().__init__()
@@ -81,6 +87,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "bert": (bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
     "bert biases": (bert, {"target_modules": ["query", "value"], "bias": "lora_only"}),
     "bert all biases": (bert, {"target_modules": ["query"], "bias": "all"}),
+    "bert without a head": (bare_bert, {"target_modules": ["query", "dense"], "task_type": "FEATURE_EXTRACTION"}),
     "conv": (ConvNet, {"target_modules": ["first", "second", "head"]}),
 }
 
@@ -93,7 +100,7 @@ def output(model: Any, given: Any) -> Any:
     model.eval()
     with torch.no_grad():
         found = model(given)
-    return found if isinstance(found, torch.Tensor) else found.logits
+    return found if isinstance(found, torch.Tensor) else found[0]
 
 
 def trained(name: str, folder: Path) -> tuple[Callable[[], Any], Any]:

@@ -12,13 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upparam.adapter import Adapter, Target
-from upparam.algorithms.base import Delta
+from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
 from upparam.dialects import peft_config
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions, read_json
 from upparam.dialects.peft_names import WRAPPER, is_checkpoint, part_of, sort
-from upparam.dialects.peft_read import Member, Slices, explain, place, take_deltas, take_extras, take_slices
+from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
 from upparam.dialects.peft_write import COMPONENTS, by_component, remedy, saved, whole
 from upparam.dialects.placing import base_of
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, RefusedError
@@ -94,14 +93,8 @@ class Peft:
             findings=[finding for file in bundle.files for finding in file.findings],
         )  # fmt: skip
         take_slices(adapter.metadata)
-        told: Slices = {}
-        deltas: dict[Target, Delta] = {}
-        for member in members:
-            told |= {member.path(module): pieces for module, pieces in take_slices(dict(member.file.metadata)).items()}
-            deltas |= take_deltas(adapter, member, options)
-            if member.component:
-                adapter.spelling[f"config:{member.component}"] = json.dumps(member.config)
-        if not deltas:
+        found = [(member, take_deltas(adapter, member, options)) for member in members]
+        if not any(deltas for _, deltas in found):
             raise DeadAdapterError(
                 "no module has both its lora_A and its lora_B", file=first.file.path, found=", ".join(list(first.file.tensors)[:3]),
                 remedy="look for the other factor where this file came from",
@@ -110,9 +103,11 @@ class Peft:
             adapter.transposed_base = True if first.config["fan_in_fan_out"] else None
         if first.names.adapter:
             adapter.spelling["adapter"] = first.names.adapter
-        place(adapter, deltas, told, first.config or {}, options)
+        place(adapter, found, options)
         adapter.spelling["targets"] = str(len(adapter.deltas))
         for member in members:
+            if member.component:
+                adapter.spelling[f"config:{member.component}"] = json.dumps(member.config)
             take_extras(adapter, member)
             explain(adapter, member)
         return adapter
@@ -127,7 +122,7 @@ class Peft:
         package = Package()
         problems: list[str] = []
         for component, deltas in parts.items():
-            made = saved(adapter, deltas, component, base)
+            made = saved(adapter, deltas, component, base, alone=len(parts) == 1)
             problems += made.problems
             folder = f"{component}/" if len(parts) > 1 else ""
             package.files |= {folder + name: content for name, content in made.files(adapter.metadata).items()}

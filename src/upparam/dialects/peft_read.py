@@ -36,10 +36,6 @@ class Member:
     names: Sorted
     component: str = ""
 
-    def path(self, module: str) -> str:
-        """A module's path with the component in front."""
-        return f"{self.component}.{module}" if self.component else module
-
     def original(self, module: str, role: str) -> str:
         """About the name a factor had in the file."""
         return f"{WRAPPER if self.names.wrapped else ''}{module}.{role}"
@@ -56,7 +52,7 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
                 problem.message, file=member.file.path, tensor=module, expected=problem.expected, found=problem.found, remedy=problem.remedy
             ) from None
         if made:
-            found |= {target._replace(module=member.path(target.module)): delta for target, delta in made.items()}
+            found |= made
         else:
             adapter.leftovers |= {member.original(module, role): tensor for role, tensor in roles.items()}
             adapter.findings.append(error("orphan", module, "factors that make no delta", ", ".join(roles)))
@@ -67,65 +63,106 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
 
 @dataclass(frozen=True)
 class Naming:
-    """How PEFT's paths become the base's: `strip` off the front, `add` in its place."""
+    """How PEFT's paths become the base's: `strip` off the front, `add` in its place. `kept` are paths that have no such front and stay."""
 
     strip: str = ""
     add: str = ""
+    kept: tuple[str, ...] = ()
 
     def __call__(self, path: str) -> str:
         """The base's path."""
-        return self.add + path.removeprefix(self.strip)
+        return self.add + path[len(self.strip) :] if path.startswith(self.strip) else path
+
+    def back(self, path: str) -> str:
+        """PEFT's path."""
+        return self.strip + path[len(self.add) :] if path.startswith(self.add) and path not in self.kept else path
 
 
-def place(adapter: Adapter, deltas: Mapping[Target, Delta], told: Slices, config: Mapping[str, Any], options: ReadOptions) -> None:
+def naming_of(adapter: Adapter, component: str = "") -> Naming | None:
+    """How an adapter read from PEFT was named there; None for one from elsewhere or of no known base."""
+    said = adapter.spelling.get(f"names:{component}")
+    if not said or adapter.dialect != "peft":
+        return None
+    strip, add, *kept = json.loads(said)
+    return Naming(strip, add, tuple(kept))
+
+
+def place(adapter: Adapter, found: Sequence[tuple[Member, Mapping[Target, Delta]]], options: ReadOptions) -> None:
     """Name the base and put each delta under its reference target; names that no base explains stay as they are."""
+    shapes = {member.component: _shapes(deltas) for member, deltas in found}
+    base = _find_base(adapter, shapes, found[0][0].config or {}, options.base)
+    namings = {component: None if base is None else _naming(base, own, component) for component, own in shapes.items()}
+    resolved = base is not None and all(namings.values()) and not _contested(adapter, shapes, namings)
+    adapter.layout = "reference" if resolved else "peft"
+    for member, deltas in found:
+        naming = namings[member.component] if resolved else None
+        if naming is not None:
+            names = member.names
+            paths = (*(target.module for target in deltas), *names.saved, *names.biases_saved, *names.tokens)
+            kept = [path for path in paths if not path.startswith(naming.strip)]
+            adapter.spelling[f"names:{member.component}"] = json.dumps([naming.strip, naming.add, *kept])
+        rename = naming or Naming(add=f"{member.component}." if member.component else "")
+        told = take_slices(dict(member.file.metadata))
+        for target, delta in deltas.items():
+            path = rename(target.module)
+            if resolved and base is not None and target.parameter == "weight":
+                known = base.by_path.get(path)
+                if known is None or (target.rows is None and not alike(known.canonical, delta.shape)):
+                    there = [f"there it is {known.canonical}"] if known else []
+                    adapter.findings.append(
+                        warning("unknown-module", path, f"{base.name} has no such module of this shape", f"{delta.shape}", *there)
+                    )
+            for rows, piece in _apart(delta, told.get(target.module)):
+                adapter.deltas[target._replace(module=path, rows=rows or target.rows)] = piece
+
+
+def _contested(adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], namings: Mapping[str, Naming | None]) -> bool:
+    """True when bases that fit just as well would give the modules other names (bert. or roberta. in front of the same layers)."""
+    hint = adapter.base
+    if hint is None or hint.stated or all(naming == Naming() for naming in namings.values()):
+        return False
+    others = [inventory.load(name) for other in hint.lookalikes if (name := inventory.resolve(other)) is not None]
+    return any(_naming(other, own, component) not in (None, namings[component]) for other in others for component, own in shapes.items())
+
+
+def _shapes(deltas: Mapping[Target, Delta]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for target, delta in deltas.items():
         if target.parameter == "weight":
             high = max(target.rows[1] if target.rows else delta.shape[0], shapes.get(target.module, (0,))[0])
             shapes[target.module] = (high, *delta.shape[1:])
-    stated = config.get("base_model_name_or_path")
-    base, naming = _find_base(adapter, shapes, stated if isinstance(stated, str) and stated else None, options.base)
-    adapter.layout = "peft" if naming is None else "reference"
-    if naming is not None and (naming.strip or naming.add):
-        adapter.spelling |= {"strip": naming.strip, "add": naming.add}
-    rename = naming or Naming()
-    for target, delta in deltas.items():
-        path = rename(target.module)
-        if naming is not None and base is not None and target.parameter == "weight":
-            known = base.by_path.get(path)
-            if known is None or (target.rows is None and not alike(known.canonical, delta.shape)):
-                there = [f"there it is {known.canonical}"] if known else []
-                adapter.findings.append(
-                    warning("unknown-module", path, f"{base.name} has no such module of this shape", f"{delta.shape}", *there)
-                )
-        for rows, piece in _apart(delta, told.get(target.module)):
-            adapter.deltas[target._replace(module=path, rows=rows or target.rows)] = piece
+    return shapes
 
 
 def _find_base(
-    adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], stated: str | None, base: Base | None
-) -> tuple[Base | None, Naming | None]:
-    """The base, named on the adapter, and how its names follow from these; (.., None) where they do not."""
+    adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], config: Mapping[str, Any], base: Base | None
+) -> Base | None:
+    """The base, named on the adapter: what the user says, else what the names, shapes and the config tell."""
     if base is not None:
         adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
-    else:
-        hints = recognise(shapes, stated=stated) if shapes else []
-        adapter.base = hints[0] if hints else (BaseHint(stated, 0.9, ("base_model_name_or_path",), True) if stated else None)
-        name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
-        base = None if name is None else inventory.load(name)
-    return base, None if base is None or not shapes else _naming(base, shapes)
+        return base
+    stated = config.get("base_model_name_or_path")
+    stated = stated if isinstance(stated, str) and stated else None
+    everything = {f"{component}.{path}" if component else path: shape for component, own in shapes.items() for path, shape in own.items()}
+    hints = recognise(everything, stated=stated) if everything else []
+    adapter.base = hints[0] if hints else (BaseHint(stated, 0.9, ("base_model_name_or_path",), True) if stated else None)
+    name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
+    return None if name is None else inventory.load(name)
 
 
-def _naming(base: Base, shapes: Mapping[str, tuple[int, ...]]) -> Naming | None:
+def _naming(base: Base, shapes: Mapping[str, tuple[int, ...]], component: str) -> Naming | None:
     """The change of prefix under which most of these modules are the base's, with their shapes; None when half of them are not."""
+    if not shapes:
+        return None
+    inside = f"{component}." if component else ""
     probe = max(shapes, key=lambda path: path.count("."))
-    options = [Naming()]
+    options = [Naming(add=inside)]
     words = probe.split(".")
     for cut in range(min(4, len(words) - 1)):
         tail = ".".join(words[cut:])
         strip = probe[: len(probe) - len(tail)]
-        options += [Naming(strip, path[: len(path) - len(tail)]) for path in base.by_path if path == tail or path.endswith("." + tail)]
+        ends = (path for path in base.by_path if path.startswith(inside) and (path == tail or path.endswith("." + tail)))
+        options += [Naming(strip, path[: len(path) - len(tail)]) for path in ends]
     best, count = None, 0
     for option in dict.fromkeys(options):
         hits = sum(
@@ -144,11 +181,11 @@ def _fits(weight: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 def take_extras(adapter: Adapter, member: Member) -> None:
     """Tensors that are no factors: saved modules, biases and trained token rows, under the base's names."""
-    naming = Naming(adapter.spelling.get("strip", ""), adapter.spelling.get("add", ""))
+    naming = naming_of(adapter, member.component) or Naming(add=f"{member.component}." if member.component else "")
     for kind, tensors in (
         (ExtraKind.SAVED_MODULE, member.names.saved), (ExtraKind.BIAS, member.names.biases_saved), (ExtraKind.OTHER, member.names.tokens),
     ):  # fmt: skip
-        adapter.extras += [Extra(kind, naming(member.path(path)), tensor) for path, tensor in tensors.items()]
+        adapter.extras += [Extra(kind, naming(path), tensor) for path, tensor in tensors.items()]
 
 
 def explain(adapter: Adapter, member: Member) -> None:

@@ -15,7 +15,7 @@ from upparam.dialects import peft_config
 from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_kinds import spelled
 from upparam.dialects.peft_names import TOKENS, WRAPPER
-from upparam.dialects.peft_read import SLICES_KEY, Slices
+from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
 from upparam.dialects.placing import to_foreign
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor
@@ -79,15 +79,15 @@ class Saved:
         return {WEIGHTS: NamedTensors(self.tensors, header), peft_config.FILE: text.encode()}
 
 
-def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base: Base | None) -> Saved:
-    """One component of the adapter ('' when it is alone), under PEFT's names."""
-    own = of_component(base, component)
+def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base: Base | None, *, alone: bool) -> Saved:
+    """One component of the adapter ('' for that of a lone network), under PEFT's names: those it came with, else without the component."""
+    naming = naming_of(adapter, "" if alone else component) or Naming(add=f"{component}." if component else "")
     tensors: dict[str, Tensor] = {}
     names: dict[str, Delta] = {}
     problems: list[str] = []
     for target, delta in deltas.items():
-        module = bare(target.module, component)
-        known = own.by_path.get(module) if own is not None else None
+        module = naming.back(target.module)
+        known = base.by_path.get(target.module) if base is not None else None
         try:
             tensors |= {f"{WRAPPER}{module}.{word}": tensor for word, tensor in spelled(target, delta, known).items()}
             delta.known_scale()
@@ -95,7 +95,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
             problems.append(f"{target}: {problem.message}")
             continue
         names[module] = delta
-    extras = [replace(extra, name=bare(extra.name, component)) for extra in adapter.extras if _of(extra, component)]
+    extras = [replace(extra, name=naming.back(extra.name)) for extra in adapter.extras if _of(extra, component)]
     for extra in extras:
         if extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS) and not extra.name.endswith(TOKENS):
             problems.append(f"{extra.kind.value} {extra.name}")
@@ -104,29 +104,24 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         tensors[f"{WRAPPER}{module}.base_layer.{leaf}" if module in names else f"{WRAPPER}{extra.name}"] = extra.tensor
     if problems:
         return Saved({}, {}, {}, problems)
-    config = peft_config.for_saving(adapter, component, names, extras, own)
-    return Saved(tensors, config, _slices(adapter, deltas, component), [])
+    config = peft_config.for_saving(adapter, component, names, extras, _renamed(base, component, naming))
+    return Saved(tensors, config, _slices(adapter, deltas, naming), [])
 
 
 def _of(extra: Extra, component: str) -> bool:
     return not component or extra.name.startswith(f"{component}.") or extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS)
 
 
-def bare(path: str, component: str) -> str:
-    """A path without its component in front."""
-    return path.removeprefix(f"{component}.") if component else path
+def _renamed(base: Base | None, component: str, naming: Naming) -> Base | None:
+    """The base's modules of one component, as PEFT names them."""
+    if base is None:
+        return None
+    prefix = naming.add or (f"{component}." if component else "")
+    own = [module for module in base.modules if module.path.startswith(prefix)]
+    return replace(base, modules=tuple(module._replace(path=naming.back(module.path)) for module in own))
 
 
-def of_component(base: Base | None, component: str) -> Base | None:
-    """The base's modules of one component, under their own names."""
-    if base is None or not component:
-        return base
-    prefix = f"{component}."
-    modules = tuple(module._replace(path=module.path[len(prefix) :]) for module in base.modules if module.path.startswith(prefix))
-    return replace(base, modules=modules)
-
-
-def _slices(adapter: Adapter, joined: Mapping[Target, Delta], component: str) -> Slices:
+def _slices(adapter: Adapter, joined: Mapping[Target, Delta], naming: Naming) -> Slices:
     """How the joined modules were made, so that reading gives the slices back bit for bit."""
     found: Slices = {}
     for target, delta in adapter.deltas.items():
@@ -139,7 +134,7 @@ def _slices(adapter: Adapter, joined: Mapping[Target, Delta], component: str) ->
             for piece in sorted(pieces, key=lambda piece: piece[0] or 0):
                 piece[2:4] = [at, at + int(piece[3] or 0)]
                 at = int(piece[3] or 0)
-    return {bare(module, component): pieces for module, pieces in found.items()}
+    return {naming.back(module): pieces for module, pieces in found.items()}
 
 
 def remedy(problems: Sequence[str]) -> str:
