@@ -122,7 +122,7 @@ def sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None)
             result.tokens[path.removesuffix(f".{result.adapter}")] = tensors[name]
         elif leaf == "bias" and (bias if checkpoint else (bias or config is None) and f"{module}.weight" not in weights) and not original:
             result.biases_saved[parameter] = tensors[name]
-        elif checkpoint:
+        elif checkpoint or original:
             result.base.append(name)
         elif (listed or leaf in ("weight", "bias")) and not _FOREIGN.search(path):
             result.saved[parameter] = tensors[name]
@@ -137,7 +137,7 @@ def is_checkpoint(rest: Iterable[str], parts: Iterable[Part]) -> bool:
     A saved adapter, too, may hold the weight of an embedding under its factors, and biases.
     """
     paths = {unwrapped(name) for name in rest}
-    if any(".original_module." in path for path in paths):
+    if any(path.endswith(".original_module.weight") for path in paths):
         return True
     modules = {part.module for part in parts}
     held = {word for module in modules for word in (f"{module}.weight", f"{module}.base_layer.weight") if word in paths}

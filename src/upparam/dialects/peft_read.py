@@ -202,7 +202,7 @@ def explain(adapter: Adapter, member: Member) -> None:
     if names.base:
         adapter.findings.append(
             info(
-                "base-weights-beside", subject, f"a training checkpoint: {len(names.base)} tensors are the base's own weights and are left out",
+                "base-weights-beside", subject, f"{len(names.base)} tensors are the base's own weights, as a training checkpoint holds them, and are left out",
                 "such as " + ", ".join(names.base[:3]),
             )
         )  # fmt: skip

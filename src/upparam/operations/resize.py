@@ -89,6 +89,8 @@ def resize(
     refuse_existing(out, force)
     pin_blas()
     source = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read)
+    if "conditions" in drop:
+        source = replace(source, conditions=[])
     with Spool(out.absolute().parent) as spool:
         result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)
         receipt = write_adapter(result, out, to or source.dialect, read=read, force=force, verify=verify, drop=drop)
@@ -118,6 +120,11 @@ def resized(
 
     Raises RefusedError when the effective scale is not known, when nothing can be resized, and when a result does not fit its dtype.
     """
+    if adapter.conditions:
+        raise RefusedError(
+            "the factors alone are not the change, so cutting them would not be its best approximation",
+            file=_file(adapter), found="; ".join(adapter.conditions), remedy="resize them all the same with --drop conditions",
+        )  # fmt: skip
     jobs, findings = _jobs(adapter)
     if not jobs:
         raise RefusedError("no delta here has a rank to change", file=_file(adapter), found=", ".join(adapter.algorithms()) or "no deltas")
