@@ -219,3 +219,23 @@ def test_an_adapter_of_one_layer_is_no_checkpoint(tmp_path: Path) -> None:
     merge(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(output(again, TOKENS), expected, atol=1e-4)
+
+
+def test_no_tensor_is_lost_in_reading(tmp_path: Path) -> None:
+    """A tensor of every kind of name: each is a factor, an extra, a leftover, or counted among the base's own weights."""
+    odd = {
+        f"{Q}.lora_B.bias": torch.ones(32),
+        "base_model.vera_A": torch.ones(4, 32),
+        "something": torch.ones(3),
+        f"{Q}.lora_E": torch.ones(4, 1),
+    }
+    tensors = {
+        **FACTORS, **{key.replace("q_proj", "v_proj"): value.clone() for key, value in FACTORS.items()}, **odd,
+        "base_model.model.lm_head.weight": torch.ones(40, 32), "base_model.model.model.norm.bias": torch.ones(32),
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32),
+    }  # fmt: skip
+    adapter = open_adapter(save(tmp_path / "a", tensors, {"bias": "all"}))
+    held = sum(len(delta.factors()) for delta in adapter.deltas.values()) + len(adapter.extras) + len(adapter.leftovers)
+    assert held == len(tensors)
+    with pytest.raises(RefusedError, match="--drop leftovers"):
+        convert(tmp_path / "a", tmp_path / "ours", "peft")

@@ -56,8 +56,13 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
         else:
             adapter.leftovers |= {member.original(module, role): tensor for role, tensor in roles.items()}
             adapter.findings.append(error("orphan", module, "factors that make no delta", ", ".join(roles)))
-    for name, tensor in member.names.unknown.items():
-        adapter.leftovers[name] = tensor
+    for module, bias in member.names.biases.items():
+        adapter.leftovers[member.original(module, "lora_B.bias")] = bias
+        adapter.findings.append(
+            warning("lora-bias", module, "a bias of lora_B: the base's bias changes by scale times it, which upparam does not apply")
+        )
+    adapter.leftovers |= member.names.shared
+    adapter.leftovers |= member.names.unknown
     return found
 
 
