@@ -15,6 +15,7 @@ from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind
 from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
+from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.dialects.base import ReadOptions
@@ -138,7 +139,7 @@ def _still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Se
     for module, delta in names.items():
         r = patterned(config.get("rank_pattern"), module, number(config, "r"))
         scale, said = delta.scale, scaling_of(config, module, delta.rank or 0, ReadOptions()).value(delta.rank)
-        if r != delta.rank or not targeted(config.get("target_modules"), module):
+        if r != delta.rank or not (targeted(config.get("target_modules"), module) or targeted(config.get("target_parameters"), module)):
             return False
         if scale is None or said is None or not isclose(scale, said, rel_tol=1e-12):
             return False
@@ -189,6 +190,7 @@ def _made(
     r and lora_alpha are those most modules have; rank_pattern and alpha_pattern say the rest. target_modules are endings of paths where
     the base shows that these mean exactly the adapter's modules, whole paths otherwise.
     """
+    parameters = [name for name, delta in names.items() if isinstance(delta, ExpertLoRA) or of_parameters(old, name.rpartition(".")[0])]
     ranks = {module: delta.rank or 0 for module, delta in names.items()}
     rooted = all(delta.scaling.rule is ScaleRule.ALPHA_OVER_SQRT_RANK and delta.scaling.divisor is None for delta in names.values())
     alphas = {module: _alpha(delta, rooted) for module, delta in names.items()}
@@ -211,7 +213,8 @@ def _made(
         "r": rank,
         "rank_pattern": {_pattern(module, names): value for module, value in ranks.items() if value != rank},
         "revision": None,
-        "target_modules": target_modules(list(names), base),
+        "target_modules": target_modules([name for name in names if name not in parameters], base),
+        "target_parameters": sorted(parameters) or None,
         "task_type": _task(saved),
         "use_dora": any(delta.algorithm == "dora" for delta in names.values()),
         "use_rslora": rooted,

@@ -8,6 +8,7 @@ from typing import Any
 
 from upparam.adapter import Target
 from upparam.algorithms.base import Delta
+from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
 from upparam.bases.base import Module
 from upparam.dialects import peft_config
@@ -61,6 +62,8 @@ def spelled(target: Target, delta: Delta, known: Module | None = None) -> dict[s
 
     Raises RefusedError for what PEFT has no words for.
     """
+    if isinstance(delta, ExpertLoRA) or (target.parameter not in ("weight", "bias") and type(delta) is LoRA and len(delta.shape) == 2):
+        return {"lora_A.weight": delta.down, "lora_B.weight": delta.up}
     if target.parameter != "weight":
         raise RefusedError(f"a delta of the {target.parameter}")
     if type(delta) is not LoRA:

@@ -16,11 +16,13 @@ from upparam.bases.recognise import recognise
 from upparam.containers.base import TensorFile
 from upparam.dialects import peft_config
 from upparam.dialects.base import ReadOptions
+from upparam.dialects.peft_experts import parameter_deltas
 from upparam.dialects.peft_kinds import deltas_of
 from upparam.dialects.peft_names import TOKENS, WRAPPER, Sorted
 from upparam.dialects.placing import alike
 from upparam.errors import MalformedError
-from upparam.findings import error, info, warning
+from upparam.findings import Finding, error, info, warning
+from upparam.tensors import Tensor
 
 SLICES_KEY = "upparam.slices"
 """Metadata that says which rows and ranks of a module's factors were deltas of their own: {module: [[row, row, rank, rank, alpha], ...]}."""
@@ -43,8 +45,10 @@ class Member:
 
 def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[Target, Delta]:
     """Deltas by the path PEFT gives their module. Factors that make none go to the leftovers with a finding."""
-    found: dict[Target, Delta] = {}
+    found, taken = parameter_deltas(member.names.factors, member.config, options)
     for module, roles in member.names.factors.items():
+        if module in taken:
+            continue
         try:
             made = deltas_of(module, roles, member.config, options, member.names)
         except MalformedError as problem:
@@ -55,7 +59,7 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
             found |= made
         else:
             adapter.leftovers |= {member.original(module, role): tensor for role, tensor in roles.items()}
-            adapter.findings.append(error("orphan", module, "factors that make no delta", ", ".join(roles)))
+            adapter.findings.append(_why_none(member, module, roles))
     for module, bias in member.names.biases.items():
         adapter.leftovers[member.original(module, "lora_B.bias")] = bias
         adapter.findings.append(
@@ -64,6 +68,13 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
     adapter.leftovers |= member.names.shared
     adapter.leftovers |= member.names.unknown
     return found
+
+
+def _why_none(member: Member, module: str, roles: Mapping[str, Tensor]) -> Finding:
+    if peft_config.of_parameters(member.config, module):
+        listed = ", ".join(str(name) for name in (member.config or {}).get("target_parameters") or ())
+        return error("parameter-unknown", module, "factors of a bare parameter, and of which one the file does not say", f"one of {listed}")
+    return error("orphan", module, "factors that make no delta", ", ".join(roles))
 
 
 @dataclass(frozen=True)

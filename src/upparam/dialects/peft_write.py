@@ -13,6 +13,7 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import layout
 from upparam.dialects import peft_config
 from upparam.dialects.base import NamedTensors
+from upparam.dialects.peft_experts import wrapper_of
 from upparam.dialects.peft_kinds import spelled
 from upparam.dialects.peft_names import TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
@@ -43,7 +44,10 @@ def whole(adapter: Adapter, base: Base | None) -> dict[Target, Delta]:
             file=adapter.files[0] if adapter.files else None, tensor=str(next(target for target in adapter.deltas if target.rows)),
             remedy="name it with --base",
         )  # fmt: skip
-    return {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), adapter.deltas).items()}
+    sliced = {target.module for target in adapter.deltas if target.rows}
+    parts = {target: delta for target, delta in adapter.deltas.items() if target.module in sliced}
+    joined = {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), parts).items()}
+    return joined | {target: delta for target, delta in adapter.deltas.items() if target not in parts}
 
 
 def by_component(deltas: Mapping[Target, Delta], extras: Iterable[Extra]) -> dict[str, dict[Target, Delta]]:
@@ -85,16 +89,18 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     tensors: dict[str, Tensor] = {}
     names: dict[str, Delta] = {}
     problems: list[str] = []
+    bare = [target for target in deltas if target.parameter != "weight"]
     for target, delta in deltas.items():
         module = naming.back(target.module)
+        wrapper = naming.back(wrapper_of(target, bare)) if target in bare else module
         known = base.by_path.get(target.module) if base is not None else None
         try:
-            tensors |= {f"{WRAPPER}{module}.{word}": tensor for word, tensor in spelled(target, delta, known).items()}
+            tensors |= {f"{WRAPPER}{wrapper}.{word}": tensor for word, tensor in spelled(target, delta, known).items()}
             delta.known_scale()
         except RefusedError as problem:
             problems.append(f"{target}: {problem.message}")
             continue
-        names[module] = delta
+        names[f"{module}.{target.parameter}" if target in bare else module] = delta
     extras = [replace(extra, name=naming.back(extra.name)) for extra in adapter.extras if _of(extra, component)]
     for extra in extras:
         if extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS) and not extra.name.endswith(TOKENS):

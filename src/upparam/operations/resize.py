@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update, tiles
+from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.algorithms.slicing import stack
@@ -179,7 +180,7 @@ def _jobs(adapter: Adapter) -> tuple[list[Job], list[Finding]]:
     for target, delta in adapter.deltas.items():
         if type(delta) is LoRA:
             groups.setdefault(_shared(delta), []).append(target)
-        elif delta.additive and len(delta.shape) > 1:
+        elif delta.additive and len(delta.shape) > 1 and not isinstance(delta, ExpertLoRA):
             groups[target] = [target]
         else:
             findings.append(warning("not-resized", str(target), f"a {delta.algorithm} delta has no rank to change and stays as it is"))

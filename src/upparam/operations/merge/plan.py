@@ -10,6 +10,7 @@ from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
+from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint, CheckpointFile
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
@@ -223,6 +224,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
     spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)
     problems += [_missing(plan, target) for target in missing]
     conv1d = _conv1d(plan.checkpoint)
+    spots = _experts_settled(plan, spots)
     agreed = _agreed_orientation(plan, spots)
     for spot in spots:
         file, tensor = plan.checkpoint.tensors[spot.name]
@@ -330,6 +332,34 @@ def _agreed_orientation(plan: Plan, spots: Sequence[matching.Spot]) -> bool | No
         if len(fits) == 1:
             seen.add(fits[0])
     return seen.pop() if len(seen) == 1 else None
+
+
+def _experts_settled(plan: Plan, spots: Sequence[matching.Spot]) -> list[matching.Spot]:
+    """Deltas of stacked experts turned the way the base stores them, (experts, out, in) or (experts, in, out).
+
+    Weights that are square are taken to lie as the others of their module do. Raises AmbiguousError when those do not tell.
+    """
+    ways: dict[str, set[bool]] = {}
+    fits: dict[Target, list[ExpertLoRA]] = {}
+    for spot in spots:
+        if isinstance(spot.delta, ExpertLoRA):
+            fits[spot.place] = [delta for delta in (spot.delta, spot.delta.other_way()) if delta.shape == plan.checkpoint.shapes[spot.name]]
+            if len(fits[spot.place]) == 1:
+                ways.setdefault(spot.place.module, set()).add(fits[spot.place][0].swapped)
+    settled: list[matching.Spot] = []
+    for spot in spots:
+        choices = fits.get(spot.place, [])
+        if len(choices) == 2:
+            known = ways.get(spot.place.module, set())
+            if len(known) != 1:
+                raise AmbiguousError(
+                    "the experts' weights are square and nothing says whether the base stores them as (out, in) or (in, out)",
+                    file=plan.checkpoint.path, tensor=str(spot.targets[0]), found=plan.checkpoint.shapes[spot.name],
+                    remedy="leave it out with --skip",
+                )  # fmt: skip
+            choices = [delta for delta in choices if delta.swapped in known]
+        settled.append(spot._replace(delta=choices[0]) if choices else spot)
+    return settled
 
 
 def _ways(spot: matching.Spot, shape: tuple[int, ...]) -> list[bool]:
