@@ -35,14 +35,17 @@ def number(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def patterned(patterns: Any, module: str, default: float | None) -> float | None:
-    """The first pattern's value that matches the end of the module's path, else the default (peft's get_pattern_key)."""
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+    """The value of the first pattern that matches the end of the module's path, else of the path itself, else the default (get_pattern_key)."""
+    if not isinstance(patterns, Mapping):
+        return default
+    for pattern, value in patterns.items():
         try:
             if isinstance(value, (int, float)) and re.match(rf"(.*\.)?({pattern})$", module):
                 return float(value)
         except re.error:
             continue
-    return default
+    exact = patterns.get(module)
+    return float(exact) if isinstance(exact, (int, float)) else default
 
 
 def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options: ReadOptions) -> Scaling:

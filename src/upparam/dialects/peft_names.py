@@ -16,8 +16,8 @@ from upparam.tensors import Tensor
 WRAPPER = "base_model.model."
 """What PeftModel puts before every module path of the base."""
 
-_WRAPPED = re.compile(r"^(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
-"""The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module."""
+_WRAPPED = re.compile(r"^(?:[^/.]+/)?(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
+"""The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module, in a nested dict (`state_dict/`)."""
 
 FACTORS = {
     "lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
