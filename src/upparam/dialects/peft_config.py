@@ -91,8 +91,8 @@ def conditions(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE):
         found.append(
-            f"init_lora_weights is {start}: on loading, PEFT first takes the initial factors out of the base's weights; "
-            "the change is the difference to the initial adapter (PEFT's path_initial_model_for_weight_conversion makes a plain LoRA)"
+            f"init_lora_weights is {start}: the initial factors were taken out of the base's weights before training; the change is "
+            "the difference to the initial adapter (PEFT's path_initial_model_for_weight_conversion makes a plain LoRA of it)"
         )
     if config.get("kasa_config"):
         found.append("KaSA: on loading, PEFT first takes the smallest singular values out of the base's weights")
