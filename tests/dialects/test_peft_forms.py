@@ -239,3 +239,9 @@ def test_no_tensor_is_lost_in_reading(tmp_path: Path) -> None:
     assert held == len(tensors)
     with pytest.raises(RefusedError, match="--drop leftovers"):
         convert(tmp_path / "a", tmp_path / "ours", "peft")
+
+
+def test_factors_of_an_unknown_kind_are_not_called_dead(tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", {f"{Q}.oft_s": torch.ones(4)}, {"peft_type": "OFT"})
+    with pytest.raises(RefusedError, match="does not know"):
+        open_adapter(folder)

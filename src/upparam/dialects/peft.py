@@ -84,7 +84,8 @@ class Peft:
     def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
         """The adapter; without a config one whose scale is unknown unless `options` says it.
 
-        Raises DeadAdapterError where no module has both factors, NotAnAdapterError for prompt tuning and the like.
+        Raises DeadAdapterError where no module has both factors, NotAnAdapterError for prompt tuning and the like, RefusedError for
+        factors of a method upparam does not know.
         """
         members = [_member(file, bundle) for file in bundle.files]
         first = members[0]
@@ -95,6 +96,7 @@ class Peft:
         take_slices(adapter.metadata)
         found = [(member, take_deltas(adapter, member, options)) for member in members]
         if not any(deltas for _, deltas in found):
+            _refuse_unknown(first)
             raise DeadAdapterError(
                 "no module has both its lora_A and its lora_B", file=first.file.path, found=", ".join(list(first.file.tensors)[:3]),
                 remedy="look for the other factor where this file came from",
@@ -137,6 +139,19 @@ class Peft:
                 found=", ".join(parts), remedy="name the base with --base",
             )  # fmt: skip
         return package
+
+
+_HALVES = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
+
+
+def _refuse_unknown(member: Member) -> None:
+    """Raise RefusedError where a module has factors of another kind than plain LoRA's: that is no adapter with a part missing."""
+    for module, roles in member.names.factors.items():
+        if not roles.keys() <= _HALVES:
+            raise RefusedError(
+                "upparam does not know how these factors change a weight", file=member.file.path, tensor=module, found=", ".join(roles),
+                remedy="merge the adapter with PEFT (merge_and_unload) and extract a LoRA from the result",
+            )  # fmt: skip
 
 
 def _config(file: TensorFile) -> dict[str, Any] | None:
