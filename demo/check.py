@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
 from safetensors.numpy import load_file
 

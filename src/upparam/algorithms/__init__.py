@@ -1,1 +1,7 @@
 """Algorithms: what dW is for a set of factors. One file a member, mathematics only."""
+
+ALGORITHMS: dict[str, str] = {
+    "lora": "upparam.algorithms.lora:LoRA",
+    "expert-lora": "upparam.algorithms.experts:ExpertLoRA",
+}
+"""Algorithm name to the class whose deltas carry it; each is a dataclass of Tensors, a `scaling` and plain values."""

@@ -12,8 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, log2
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
+from upparam.containers.base import LONE, TensorFile
+from upparam.containers.safetensors import chunks
 from upparam.errors import MalformedError
 from upparam.tensors import DTYPES, DType, Source, Tensor
 
@@ -56,6 +59,9 @@ _DIMS = frozenset(
     )
 )  # fmt: skip
 """Widths of layers in common language, vision and diffusion models."""
+_ENDINGS = frozenset(("bin", "raw", "tofile", "dat", "f32", "f16", "bf16"))
+_SPLIT = re.compile(r"[a-z_0-9]+-param\.\d+")
+"""How `split --format raw` names its files."""
 _UP = re.compile(r"(?:^|[^a-z])(?:up|lora_?b|w_b)(?![a-z])", re.I)
 _DOWN = re.compile(r"(?:^|[^a-z])(?:down|lora_?a|w_a)(?![a-z])", re.I)
 
@@ -87,6 +93,25 @@ def infer(source: Source, *, rank: int | None = None, dims: Sequence[int] = (), 
         return []
     scaled = [RawGuess(g.dtype, g.shape, g.confidence / total * _SURE * meaningful, g.evidence) for g in found]
     return sorted((guess for guess in scaled if guess.confidence >= _LEAST), key=lambda guess: -guess.confidence)
+
+
+def may_be_factor(name: str) -> bool:
+    """True for a file name that says up or down and does not say it is something else (`up-param.bin`, `lora_down.tofile`, `up.0.raw`)."""
+    stem, _, ending = name.rpartition(".")
+    if ending.lower() not in _ENDINGS:
+        return False
+    return bool(_UP.search(stem)) is not bool(_DOWN.search(stem)) or _SPLIT.fullmatch(stem) is not None
+
+
+def unread(source: Source, path: Path) -> TensorFile:
+    """A headerless file as a tensor file: its bytes under the name of a lone tensor, until `as_tensor` gives them a dtype and a shape."""
+    return TensorFile(path, "raw", {LONE: Tensor(DTYPES["uint8"], (source.size,), source)})
+
+
+def write(stream: IO[bytes], tensor: Tensor) -> None:
+    """The elements alone, in C order, little-endian."""
+    for chunk in chunks(tensor):
+        stream.write(chunk)
 
 
 def as_tensor(source: Source, guess: RawGuess) -> Tensor:

@@ -17,6 +17,8 @@ DIALECTS: dict[str, str] = {
     "diffusers": "upparam.dialects.diffusers",
     "diffusers-old": "upparam.dialects.diffusers_old",
     "cloneofsimo": "upparam.dialects.cloneofsimo",
+    "mlx": "upparam.dialects.mlx",
+    "triad": "upparam.dialects.triad",
 }
 """Dialect name to the module that holds `dialect`, a Dialect. Order decides between equal matches."""
 

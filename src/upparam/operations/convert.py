@@ -81,7 +81,7 @@ def write_adapter(
             found=shown,
             remedy="give them up with --drop leftovers",
         )
-    if adapter.conditions and dialect != adapter.dialect:
+    if adapter.conditions and dialect != adapter.dialect and not getattr(member, "verbatim", False):
         raise RefusedError(
             f"{dialect} cannot say under which conditions these deltas hold",
             file=adapter.files[0] if adapter.files else None, found="; ".join(adapter.conditions), remedy="give them up with --drop conditions",

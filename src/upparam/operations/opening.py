@@ -10,7 +10,7 @@ from typing import Any
 
 from upparam import dialects
 from upparam.adapter import Adapter
-from upparam.containers import open_all
+from upparam.containers import file_source, head_of, lookalikes, open_all, raw
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, ReadOptions
 from upparam.errors import AmbiguousError, NotAnAdapterError, UnreadableError, UpparamError
@@ -39,7 +39,7 @@ def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]
     A folder is not searched below its own level, except that one without files of its own stands for its components' folders.
     """
     if not path.is_dir():
-        return open_all(path), {}
+        return open_all(path) or _headerless(path), {}
     found: list[TensorFile] = []
     problems: dict[Path, UpparamError] = {}
     members = sorted(path.iterdir())
@@ -48,10 +48,20 @@ def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]
     for member in members:
         if member.is_file() and not member.name.startswith("."):
             try:
-                found += open_all(member)
+                found += open_all(member) or _headerless(member)
             except UpparamError as problem:
                 problems[member] = problem
     return found, problems
+
+
+def _headerless(path: Path) -> list[TensorFile]:
+    """A file that nothing recognises but that is named like a factor, offered as bytes whose dtype and shape are still to be told."""
+    if not raw.may_be_factor(path.name):
+        return []
+    source = file_source(path)
+    if not source.size or lookalikes.recognise(head_of(source, path)).kind != "unknown":
+        return []
+    return [raw.unread(source, path)]
 
 
 class Siblings(Sequence[TensorFile]):

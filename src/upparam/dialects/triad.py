@@ -1,0 +1,464 @@
+"""The triad: `up-param.bin` + `down-param.bin` + a config, in one folder or as keys of one torch file (a seed archive).
+
+Each file holds one tensor, a dict or list of tensors by module, or is one of a numbered row of files; torch, npy, npz, safetensors or
+headerless. Whatever the files do not name (modules, alpha, shapes) is taken from the config, the base or the user, and never guessed in
+silence. `write` also notes in the config everything else an adapter holds, so that it comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from upparam.adapter import Adapter, BaseHint, Target
+from upparam.algorithms.base import ScaleRule, Scaling
+from upparam.algorithms.lora import LoRA
+from upparam.bases import inventory
+from upparam.bases.base import Base, Module
+from upparam.bases.recognise import recognise
+from upparam.containers import raw
+from upparam.containers.base import TensorFile
+from upparam.dialects import triad_whole
+from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.placing import alike
+from upparam.dialects.triad_files import Found, Label, collect, keyed, label
+from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, MismatchError, UsageError
+from upparam.findings import info, warning
+from upparam.tensors import DTYPES, Tensor
+
+_CONFIGS = ("config.json", "adapter_config.json", "lora_config.json")
+_ALPHA, _RANK, _SCALE = (
+    ("lora_alpha", "alpha", "network_alpha"),
+    ("r", "rank", "lora_rank", "network_dim", "lora_dim"),
+    ("scale", "scaling", "lora_scale"),
+)
+_LISTED = 8
+_KINDS = 14
+"""Kinds of modules of which every choice is tried; of more, choices of up to three."""
+_CLEAR = 0.6
+"""How likely a reading of a headerless file must be to be taken without asking."""
+_SUFFIX = {"torch": ".bin", "npy": ".npz", "raw": ".raw"}
+
+
+class Triad:
+    """The dialect; see the module's docstring."""
+
+    name = "triad"
+    title = "triad: up-param + down-param + config"
+    writable = True
+    verbatim = True
+    """It holds whatever an adapter of another dialect holds."""
+
+    def match(self, file: TensorFile) -> Match | None:
+        """By keys such as "up-param.bin"; else by the file's name, where the tensors are long and thin as factors are."""
+        keys = keyed(file)
+        if keys:
+            return Match(self.name, 0.97, (f"keys {', '.join(keys)}",))
+        told = label(file.name)
+        if told is None or told.role not in ("up", "down") or not file.tensors:
+            return None
+        if file.container == "raw":
+            sure = 0.6 if told.param else 0.4
+            return Match(self.name, sure, (f"named {file.name}", "bytes without a header"))
+        thin = [tensor for tensor in file.tensors.values() if 2 <= len(tensor.shape) <= 5 and _thin(tensor.shape)]
+        if len(thin) < len(file.tensors):
+            return None
+        shown = ", ".join(f"{list(tensor.shape)}" for tensor in list(thin)[:3])
+        return Match(
+            self.name, 0.93 if told.param else 0.75, (f"named {file.name}", f"{len(thin)} tensors long and thin as factors are: {shown}")
+        )
+
+    def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
+        """Files of the same folder whose names differ only in role and number."""
+        told = label(file.name)
+        if told is None:
+            return [file]
+        own = {key.role for key in keyed(file).values()}
+        if {"up", "down"} <= own:
+            return [file]
+        mates = [other for other in siblings if _mates(told, label(other.name)) and other.path.parent == file.path.parent]
+        return [file, *mates]
+
+    def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
+        """The adapter. Raises DeadAdapterError naming the missing factor, AmbiguousError listing candidates where nothing decides."""
+        found = collect(bundle.files)
+        config, config_name = _config(bundle, found)
+        note = config.get(triad_whole.KEY)
+        if isinstance(note, dict) and "modules" in note:
+            return _whole(bundle, found, note, config_name)
+        adapter = Adapter({}, self.name, config=config, files=tuple(str(file.path) for file in bundle.files))
+        adapter.findings = [finding for file in bundle.files for finding in file.findings]
+        _refuse_lone(bundle, found)
+        rank = _rank(config, options, config_name)
+        pairs: dict[str | int | None, LoRA] = {}
+        for key, roles in found.factors.items():
+            if "up" not in roles or "down" not in roles:
+                adapter.leftovers |= {f"{key}.{role}": tensor for role, tensor in roles.items()}
+                adapter.findings.append(warning("orphan", str(key), "a factor without its partner", ", ".join(roles)))
+                continue
+            roles = _headed(key, roles, found, rank, options, adapter)
+            alpha = roles["alpha"].scalar() if "alpha" in roles else None
+            up, down = _turned(key, roles["up"], roles["down"], rank, bundle, adapter)
+            try:
+                pairs[key] = LoRA(up, down, _scaling(config, alpha, options, config_name), roles.get("mid"))
+            except MalformedError as problem:
+                raise MalformedError(
+                    problem.message,
+                    file=bundle.main.path,
+                    tensor=None if key is None else str(key),
+                    expected=problem.expected,
+                    found=problem.found,
+                ) from None
+        adapter.leftovers |= found.extras
+        _name(adapter, pairs, config, bundle, options)
+        if any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in adapter.deltas.values()):
+            adapter.findings.append(
+                warning(
+                    "alpha-missing", bundle.folder.name or bundle.main.name, "no alpha in the files: the scale is taken as 1.0, the triad's rule",
+                    "give --alpha if the trainer used another",
+                )
+            )  # fmt: skip
+        return adapter
+
+    def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
+        """`up-param`, `down-param`, a file for each further kind of factor, `extras-param`, and `config.json`.
+
+        `options["format"]` is torch (the default), npy or raw. Raises RefusedError for deltas without factors of their own.
+        """
+        form = str(options.get("format") or "torch")
+        if form not in _SUFFIX:
+            raise UsageError("no such format", expected=", ".join(_SUFFIX), found=form)
+        factors = {target: triad_whole.factors_of(target, delta) for target, delta in adapter.deltas.items()}
+        files: dict[str, dict[str, Tensor]] = {}
+        for target, roles in factors.items():
+            for role, tensor in roles.items():
+                files.setdefault(role, {})[str(target)] = tensor
+        if adapter.extras:
+            files["extras"] = {f"{extra.kind.value}:{extra.name}": extra.tensor for extra in adapter.extras}
+        note = triad_whole.described(adapter)
+        package = Package()
+        if form == "raw":
+            note["raw"] = {}
+            for role, tensors in files.items():
+                for number, (name, tensor) in enumerate(tensors.items()):
+                    filename = f"{role}-param.{number:04}.raw"
+                    note["raw"][filename] = [name, tensor.dtype.name, list(tensor.shape)]
+                    package.files[filename] = NamedTensors({name: tensor}, container="raw")
+        else:
+            for role, tensors in files.items():
+                package.files[f"{role}-param{_SUFFIX[form]}"] = NamedTensors(tensors, container="torch" if form == "torch" else "npz")
+        alphas = {delta.alpha for delta in adapter.deltas.values()}
+        ranks = {delta.rank for delta in adapter.deltas.values()}
+        config = {"r": ranks.pop() if len(ranks) == 1 else None, "lora_alpha": alphas.pop() if len(alphas) == 1 else None}
+        config = {key: value for key, value in config.items() if value is not None}
+        text = json.dumps({**config, triad_whole.KEY: note}, indent=1, ensure_ascii=False) + "\n"
+        package.files["config.json"] = text.encode()
+        return package
+
+
+def _thin(shape: tuple[int, ...]) -> bool:
+    """Longer than wide, as a factor is; or so small that nothing can be said."""
+    out, into = shape[0], shape[1]
+    for size in shape[2:]:
+        into *= size
+    return min(out, into) <= 1024 and (min(out, into) * 2 <= max(out, into) or max(out, into) <= 64)
+
+
+def _mates(one: Label, other: Label | None) -> bool:
+    return other is not None and other.rest == one.rest
+
+
+def _config(bundle: Bundle, found: Found) -> tuple[dict[str, Any], str]:
+    """The config beside the factors, with what a seed archive itself says; and what to call it in messages."""
+    for name in _CONFIGS:
+        beside = bundle.side_json(name)
+        if beside is not None:
+            return {**found.values, **beside}, name
+    return dict(found.values), bundle.main.name
+
+
+def _whole(bundle: Bundle, found: Found, note: Mapping[str, Any], config_name: str) -> Adapter:
+    """An adapter that `split` wrote."""
+    factors: dict[Any, dict[str, Tensor]] = {str(key): dict(roles) for key, roles in found.factors.items()}
+    extras = dict(found.extras)
+    shapes = note.get("raw")
+    if isinstance(shapes, dict):
+        factors, extras = {}, {}
+        for file in bundle.files:
+            told, how = label(file.name), shapes.get(file.name)
+            if told is None or not isinstance(how, list) or len(how) != 3 or how[1] not in DTYPES:
+                continue
+            source = next(iter(file.tensors.values())).source
+            tensor = raw.as_tensor(source, raw.RawGuess(DTYPES[how[1]], tuple(how[2]), 1.0))
+            if told.role == "extras":
+                extras[how[0]] = tensor
+            else:
+                factors.setdefault(how[0], {})[told.role] = tensor
+    _refuse_missing(bundle, note, factors)
+    adapter = triad_whole.restored(note, factors, extras, config_name)
+    adapter.files = tuple(str(file.path) for file in bundle.files)
+    adapter.findings = [finding for file in bundle.files for finding in file.findings]
+    wanted = {str(target) for target in adapter.deltas}
+    adapter.leftovers = {f"{key}.{role}": tensor for key, roles in factors.items() if key not in wanted for role, tensor in roles.items()}
+    return adapter
+
+
+def _refuse_missing(bundle: Bundle, note: Mapping[str, Any], factors: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    """Raise DeadAdapterError when a whole factor file of a split adapter is gone."""
+    have = {role for roles in factors.values() for role in roles}
+    lost = {"up", "down"} - have if note.get("modules") else set()
+    if lost and have & {"up", "down"}:
+        (role,) = lost
+        _dead(bundle, role, len(note["modules"]))
+
+
+def _refuse_lone(bundle: Bundle, found: Found) -> None:
+    have = {role for roles in found.factors.values() for role in roles}
+    for role, partner in (("up", "down"), ("down", "up")):
+        if role in have and partner not in have:
+            _dead(bundle, partner, len(found.factors))
+
+
+def _dead(bundle: Bundle, missing: str, modules: int) -> None:
+    have = "down" if missing == "up" else "up"
+    named = bundle.main.name
+    partner = named.replace(have, missing) if have in named else f"{missing}-param"
+    raise DeadAdapterError(
+        f"the {have} factor is here and the {missing} factor is not: up @ down cannot be formed", file=bundle.main.path,
+        expected=f"{partner} beside it", found=f"{have} factors of {modules} module{'s' if modules != 1 else ''}",
+        remedy=f"look for {partner} where this file came from; without it the adapter is dead",
+    )  # fmt: skip
+
+
+def _number(config: Mapping[str, Any], keys: Sequence[str], where: str) -> float | None:
+    for key in keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MalformedError(f"{key} is not a number", file=where, found=repr(value))
+        return float(value)
+    return None
+
+
+def _rank(config: Mapping[str, Any], options: ReadOptions, where: str) -> int | None:
+    told = _number(config, _RANK, where)
+    if told is not None and options.rank is not None and told != options.rank:
+        raise UsageError("the config says another rank", file=where, expected=f"{told:g}", found=f"--rank {options.rank}")
+    return options.rank if told is None else int(told)
+
+
+def _scaling(config: Mapping[str, Any], stored: float | None, options: ReadOptions, where: str) -> Scaling:
+    """alpha / rank by a stored alpha or the config's, else the config's scale, else what the user says, else scale 1 (alpha absent)."""
+    alpha = stored if stored is not None else _number(config, _ALPHA, where)
+    scale = _number(config, _SCALE, where)
+    rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get("use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
+    if alpha is not None:
+        if options.alpha is not None and options.alpha != alpha:
+            raise UsageError("the files say another alpha", file=where, expected=f"{alpha:g}", found=f"--alpha {options.alpha:g}")
+        return Scaling(rule, alpha)
+    if scale is not None:
+        if options.scale is not None and options.scale != scale:
+            raise UsageError("the files say another scale", file=where, expected=f"{scale:g}", found=f"--scale {options.scale:g}")
+        return Scaling(ScaleRule.EXPLICIT, multiplier=scale)
+    if options.scale is not None:
+        return Scaling(ScaleRule.EXPLICIT, multiplier=options.scale)
+    return Scaling(rule, options.alpha)
+
+
+def _headed(
+    key: str | int | None, roles: Mapping[str, Tensor], found: Found, rank: int | None, options: ReadOptions, adapter: Adapter
+) -> dict[str, Tensor]:
+    """The factors with headerless ones given a dtype and a shape."""
+    result = dict(roles)
+    files = {role: found.headerless[key, role] for role in ("up", "down") if (key, role) in found.headerless}
+    if not files:
+        return result
+    known = next((result[role] for role in ("up", "down") if role not in files), None)
+    dims = sorted({size for module in options.base.modules for size in module.canonical[:2]}) if options.base is not None else []
+    ranks = [rank] if rank else sorted(set(known.shape[:2])) if known is not None else [None]
+    guesses: dict[str, list[raw.RawGuess]] = {}
+    for role, file in files.items():
+        source = roles[role].source
+        guesses[role] = [guess for size in ranks for guess in raw.infer(source, rank=size, dims=dims, name=file.name)]
+        if known is not None:
+            inner = 0 if role == "down" else 1
+            guesses[role] = [
+                guess for guess in guesses[role] if guess.shape[inner] in known.shape and guess.dtype == known.dtype
+            ] or guesses[role]
+    if len(files) == 2:
+        pairs = [
+            (one.confidence * other.confidence, one, other)
+            for one in guesses["up"] for other in guesses["down"] if one.shape[1] == other.shape[0] and one.dtype == other.dtype
+        ]  # fmt: skip
+        total = sum(score for score, _, _ in pairs)
+        ranked = (
+            sorted(((score / total, {"up": one, "down": other}) for score, one, other in pairs), key=lambda item: -item[0]) if total else []
+        )
+    else:
+        (role,) = files
+        total = sum(guess.confidence for guess in guesses[role])
+        ranked = sorted(((guess.confidence / total, {role: guess}) for guess in guesses[role]), key=lambda item: -item[0]) if total else []
+    shown = "; ".join(
+        f"{', '.join(f'{role} {g.dtype} {g.shape}' for role, g in choice.items())} ({score:.0%})" for score, choice in ranked[:_LISTED]
+    )
+    if not ranked or ranked[0][0] < _CLEAR:
+        raise AmbiguousError(
+            "headerless factors whose dtype and shape nothing decides", file=next(iter(files.values())).path, found=shown or "no reading fits",
+            remedy="give --rank, or --base for its widths",
+        )  # fmt: skip
+    for role, guess in ranked[0][1].items():
+        result[role] = raw.as_tensor(roles[role].source, guess)
+    sure = min(0.97, ranked[0][0])
+    evidence = [f"{role}: {text}" for role, guess in ranked[0][1].items() for text in guess.evidence]
+    adapter.findings.append(
+        info(
+            "headerless",
+            str(key or (files and next(iter(files.values())).name)),
+            f"headerless factors read as {shown.split(';')[0]}",
+            *evidence,
+            confidence=sure,
+        )
+    )
+    return result
+
+
+def _turned(key: str | int | None, up: Tensor, down: Tensor, rank: int | None, bundle: Bundle, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """up (out, r) and down (r, in), from whichever way each was stored. Raises MalformedError when no way fits, and says which was taken."""
+    ways: list[tuple[str, Tensor, Tensor]] = [("as named", up, down)]
+    if len(up.shape) == len(down.shape) == 2:
+        ways += [("both transposed", up.T, down.T), ("up transposed", up.T, down), ("down transposed", up, down.T)]
+    fitting = [way for way in ways if way[1].shape[1] == way[2].shape[0]]
+    if rank is not None:
+        fitting = [way for way in fitting if way[2].shape[0] == rank]
+    name = "" if key is None else str(key)
+    if not fitting:
+        raise MalformedError(
+            "up and down do not fit together", file=bundle.main.path, tensor=name or None,
+            expected=f"an inner size of {rank}" if rank is not None else "up (out, r) and down (r, in)", found=f"up {up.shape}, down {down.shape}",
+        )  # fmt: skip
+    small = [way for way in fitting if way[2].shape[0] <= min(way[1].shape[0], way[2].shape[1])]
+    how, first, second = (small or fitting)[0]
+    if how != "as named":
+        adapter.findings.append(info("turned", name or bundle.main.name, f"factors are stored {how}", f"up {up.shape}, down {down.shape}"))
+    elif rank is None and len({way[2].shape[0] for way in fitting}) > 1 and up.shape[0] == up.shape[1]:
+        adapter.findings.append(warning("square", name or bundle.main.name, "square factors fit together in several ways; taken as named"))
+    return first, second
+
+
+def _name(
+    adapter: Adapter, pairs: Mapping[str | int | None, LoRA], config: Mapping[str, Any], bundle: Bundle, options: ReadOptions
+) -> None:
+    """Put each pair under its module: by the files' own names, the user's, the config's, or the base's order."""
+    named = {key: delta for key, delta in pairs.items() if isinstance(key, str)}
+    if len(named) == len(pairs) and not options.targets:
+        _by_names(adapter, named, options)
+        return
+    ordered = [
+        pairs[key] for key in sorted(pairs, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else 0, str(key)))
+    ]
+    targets = options.targets
+    listed = config.get("modules") or config.get("target_modules")
+    if targets is None and isinstance(listed, list) and len(listed) == len(ordered) and all(isinstance(name, str) for name in listed):
+        targets = tuple(listed)
+    if targets is not None:
+        if len(targets) != len(ordered):
+            raise UsageError(
+                "as many names as modules are needed", file=bundle.main.path, expected=f"{len(ordered)} --target", found=f"{len(targets)}"
+            )
+        _by_names(adapter, dict(zip(targets, ordered, strict=True)), options)
+        return
+    if options.base is not None:
+        _by_order(adapter, ordered, options.base, bundle)
+        return
+    adapter.layout = "unnamed"
+    for number, delta in enumerate(ordered):
+        adapter.deltas[Target(f"module-{number}")] = delta
+    adapter.findings.append(
+        warning(
+            "modules-unnamed", bundle.folder.name or bundle.main.name, f"the files do not say which module{'s' if len(ordered) > 1 else ''} they change",
+            "name them with --target, or give --base so that shapes and order tell", *[f"dW is {delta.shape}" for delta in ordered[:3]],
+        )
+    )  # fmt: skip
+
+
+def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions) -> None:
+    """Modules by name; the base is the user's, or recognised. Raises MismatchError when the user's base has no such module."""
+    shapes = {name: delta.shape for name, delta in named.items()}
+    base = options.base
+    if base is not None:
+        adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+    else:
+        hints = recognise(shapes)
+        adapter.base = hints[0] if hints else None
+        known = inventory.resolve(adapter.base.name) if adapter.base is not None else None
+        base = inventory.load(known) if known is not None else None
+    wrong = []
+    for name, delta in named.items():
+        module = base.by_path.get(name) if base is not None else None
+        if module is None or not alike(module.canonical, delta.shape):
+            wrong.append(f"{name}: dW {delta.shape}, {'the base has ' + str(module.canonical) if module else 'not in the base'}")
+        adapter.deltas[Target(name)] = delta
+    if wrong and options.base is not None:
+        raise MismatchError(
+            f"{len(wrong)} modules do not fit the base", file=options.base.name, tensor=wrong[0].split(":")[0], found="; ".join(wrong[:5]),
+            remedy="check --base and --target",
+        )  # fmt: skip
+    adapter.layout = "reference" if base is not None and not wrong else "triad"
+
+
+def _by_order(adapter: Adapter, ordered: Sequence[LoRA], base: Base, bundle: Bundle) -> None:
+    """Modules by the base's order: the one choice of module kinds whose shapes, in order, are those of the pairs.
+
+    Raises AmbiguousError listing candidates where several fit, MismatchError where none does.
+    """
+    shapes = [delta.shape for delta in ordered]
+    fitting = [module for module in base.modules if any(alike(module.canonical, shape) for shape in shapes)]
+    choices = _choices(fitting, shapes)
+    if not choices:
+        raise MismatchError(
+            "no modules of the base have these shapes in this order", file=bundle.main.path, expected=f"modules of {base.name}",
+            found=f"{len(shapes)} pairs, dW {', '.join(str(shape) for shape in shapes[:4])}", remedy="name them with --target",
+        )  # fmt: skip
+    if len(choices) > 1:
+        shown = "; ".join(f"{choice[0].path} ... {choice[-1].path}" if len(choice) > 1 else choice[0].path for choice in choices[:_LISTED])
+        raise AmbiguousError(
+            f"{len(choices)} choices of modules of {base.name} fit the shapes" if len(shapes) > 1 else f"{len(choices)} modules of {base.name} have this shape",
+            file=bundle.main.path, found=shown + ("; ..." if len(choices) > _LISTED else ""), remedy="name them with --target",
+        )  # fmt: skip
+    adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+    adapter.deltas = {Target(module.path): delta for module, delta in zip(choices[0], ordered, strict=True)}
+    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in choices[0]})
+    adapter.findings.append(
+        info(
+            "named-by-order",
+            bundle.main.name,
+            f"modules named by the order of {base.name}",
+            f"the only choice that fits: {', '.join(kinds)}",
+        )
+    )
+
+
+def _choices(fitting: Sequence[Module], shapes: Sequence[tuple[int, ...]]) -> list[list[Module]]:
+    """Every choice of module kinds (last words of paths) whose modules, in order, have these shapes; for one pair every module."""
+    if len(shapes) == 1:
+        return [[module] for module in fitting]
+    kinds = sorted({_kind(module) for module in fitting})
+    found = []
+    most = len(kinds) if len(kinds) <= _KINDS else 3
+    for count in range(1, most + 1):
+        for chosen in combinations(kinds, count):
+            members = [module for module in fitting if _kind(module) in chosen]
+            if len(members) == len(shapes) and all(alike(module.canonical, shape) for module, shape in zip(members, shapes, strict=True)):
+                found.append(members)
+    return found
+
+
+def _kind(module: Module) -> str:
+    words = [word for word in module.path.split(".") if not word.isdigit()]
+    return ".".join(words[-2:])
+
+
+dialect = Triad()

@@ -1,0 +1,121 @@
+"""The triad's files: which factor a file or key is by its name, and the factors a bundle of files holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from upparam.containers.base import LONE, TensorFile
+from upparam.tensors import Tensor
+
+_ROLES = {
+    "up": "up", "down": "down", "mid": "mid", "alpha": "alpha", "magnitude": "magnitude", "extras": "extras",
+    "loraup": "up", "loradown": "down", "loramid": "mid", "loraa": "down", "lorab": "up", "wa": "down", "wb": "up",
+}  # fmt: skip
+_NOISE = frozenset(("param", "params", "weight", "weights", "lora", "factor", "matrix"))
+_ENDINGS = re.compile(r"(\.(bin|pt|pth|npy|npz|raw|tofile|dat|safetensors|f32|f16|bf16|json))+$", re.I)
+
+
+class Label(NamedTuple):
+    """What a name says: the factor's role, a number (`up-param.3`), the words left over, and whether it is spelled as `up-param` is."""
+
+    role: str
+    number: int | None
+    rest: tuple[str, ...]
+    param: bool
+
+
+def label(name: str) -> Label | None:
+    """The label of a file name or key such as `up-param.bin`, `lora_unet_up.pt`, `lora_A.npy`, `down_3.npy`; None when it names no factor."""
+    words = [word for word in re.split(r"[^A-Za-z0-9]+", _ENDINGS.sub("", name.rsplit("/", 1)[-1]).lower()) if word]
+    role: str | None = None
+    number: int | None = None
+    rest: list[str] = []
+    for index, word in enumerate(words):
+        split = re.fullmatch(r"(up|down|mid)(\d+)", word)
+        if split is not None:
+            word, number = split[1], int(split[2])
+        if word in ("a", "b") and (len(words) == 1 or (index and words[index - 1] in ("lora", "w"))):
+            role = "down" if word == "a" else "up"
+        elif word in _ROLES:
+            role = _ROLES[word]
+        elif word.isdigit():
+            number = int(word)
+        elif word not in _NOISE and not (word == "w" and index + 1 < len(words) and words[index + 1] in ("a", "b")):
+            rest.append(word)
+    if role is None:
+        return None
+    return Label(role, number, tuple(rest), "param" in words or "params" in words)
+
+
+@dataclass
+class Found:
+    """The factors of a bundle: `factors` by module key (None for the only module of a file that names none) and role; other values by name."""
+
+    factors: dict[str | int | None, dict[str, Tensor]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    headerless: dict[tuple[str | int | None, str], TensorFile] = field(default_factory=dict)
+
+
+def keyed(file: TensorFile) -> dict[str, Label]:
+    """Top-level keys of a file that name a factor (`"up-param.bin"`), with what they say; {} when none does."""
+    tops = _tops(file)
+    found = {top: told for top in tops if (told := label(top)) is not None and told.param}
+    return found if found and any(told.role in ("up", "down") for told in found.values()) else {}
+
+
+def _tops(file: TensorFile) -> list[str]:
+    if isinstance(file.structure, dict):
+        return [str(key) for key in file.structure]
+    return list(dict.fromkeys(name.split("/", 1)[0] for name in file.tensors))
+
+
+def collect(files: Sequence[TensorFile]) -> Found:
+    """Every factor in these files. A key's own role comes before that of its file's name."""
+    found = Found()
+    for file in files:
+        keys = keyed(file)
+        named = label(file.name)
+        for name, tensor in file.tensors.items():
+            top = next((key for key in keys if name == key or name.startswith(key + "/")), None)
+            told = keys[top] if top is not None else named
+            if told is None:
+                found.extras[name] = tensor
+                continue
+            inner = name[len(top) + 1 :] if top is not None else name
+            key = _key(inner, told.number, file.structure)
+            if told.role == "extras":
+                found.extras[inner] = tensor
+            else:
+                found.factors.setdefault(key, {})[told.role] = tensor
+                if file.container == "raw":
+                    found.headerless[key, told.role] = file
+        found.values |= _scalars(file.structure, keys)
+    return found
+
+
+def _key(inner: str, number: int | None, structure: Any) -> str | int | None:
+    """A module's name, its number in a list or among numbered files, or None where nothing tells."""
+    if inner in ("", LONE):
+        return number
+    if inner.isdigit() and not isinstance(structure, dict):
+        return int(inner)
+    return int(inner) if inner.isdigit() else inner
+
+
+def _scalars(structure: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """Numbers and strings beside the factors of a seed archive: alpha, rank, and those of a `config` dict."""
+    if not isinstance(structure, dict):
+        return {}
+    found: dict[str, Any] = {}
+    for key, value in structure.items():
+        if str(key) in keys:
+            continue
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            found[str(key)] = value
+        elif isinstance(value, Mapping) and "config" in str(key).lower():
+            found |= {str(name): inner for name, inner in value.items() if isinstance(inner, (int, float, str, list))}
+    return found
