@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,14 +14,17 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tests.dialects.files import tensor_file  # noqa: E402
 from tests.dialects.test_peft import TOKENS, bert, llama, loaded_strictly, output, save, trained  # noqa: E402
 from tests.matrix.specimens import specimen  # noqa: E402
 
 from upparam.adapter import ExtraKind  # noqa: E402
+from upparam.dialects import get  # noqa: E402
 from upparam.errors import NotAnAdapterError, RefusedError  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 from upparam.operations.merge import merge  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
+from upparam.tensors import Tensor  # noqa: E402
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 FACTORS = {f"{Q}.lora_A.weight": torch.ones(4, 32), f"{Q}.lora_B.weight": torch.ones(32, 4)}
@@ -245,3 +249,9 @@ def test_factors_of_an_unknown_kind_are_not_called_dead(tmp_path: Path) -> None:
     folder = save(tmp_path / "a", {f"{Q}.oft_s": torch.ones(4)}, {"peft_type": "OFT"})
     with pytest.raises(RefusedError, match="does not know"):
         open_adapter(folder)
+
+
+def test_loralib_and_its_like_are_not_taken_for_peft() -> None:
+    tensors = {f"transformer.h.0.attn.c_attn.lora_{word}": Tensor.of(np.ones((4, 4), np.float32)) for word in "AB"}
+    assert get("peft").match(tensor_file(tensors)) is None
+    assert get("peft").match(tensor_file({f"{name}.weight": tensor for name, tensor in tensors.items()})) is not None

@@ -57,6 +57,8 @@ def part_of(name: str) -> Part | None:
     bias = bool(rest) and rest[-1] == "bias"
     if rest and rest[-1] in ("weight", "bias"):
         rest.pop()
+    elif found["word"] in ("lora_A", "lora_B"):
+        return None  # loralib's: PEFT's are layers with a weight
     if len(rest) > 1:
         return None
     module = unwrapped(found["module"])
