@@ -135,3 +135,10 @@ def test_an_unknown_scale_is_asked_for_and_never_invented(tmp_path: Path) -> Non
     same(written("peft", known).tensors, tensors)
     write_adapter(known, tmp_path / "out", "peft", read=ReadOptions(alpha=4.0))
     assert next(iter(open_adapter(tmp_path / "out").deltas.values())).scale == 2.0
+
+
+@pytest.mark.parametrize("layout", ["kohya", "cloneofsimo", "unnamed"])
+def test_names_that_are_no_module_paths_are_refused(layout: str) -> None:
+    adapter = Adapter({Target("lora_unet_down_blocks_0"): lora(2, Scaling(), 0)}, layout, layout=layout)
+    with pytest.raises(RefusedError, match="--base"):
+        get("peft").write(adapter, {})

@@ -25,13 +25,16 @@ WEIGHTS = "adapter_model.safetensors"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 """Components of a pipeline. PEFT saves each in a folder of its own (huggingface/peft examples/lora_dreambooth/train_dreambooth.py)."""
 
+_PATHS = ("reference", "peft", "diffusers", "triad")
+"""Layouts in which a target is the path of a module, even where no base is known."""
+
 
 def whole(adapter: Adapter, base: Base | None) -> dict[Target, Delta]:
     """The adapter's deltas on whole modules: slices of a fused weight joined.
 
     Raises RefusedError where the names are not module paths, and where slices cannot be joined or the base is not known.
     """
-    if adapter.layout == "kohya":
+    if adapter.layout not in _PATHS:
         raise RefusedError(
             "peft needs the module names of the base, and the base is not known",
             file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
