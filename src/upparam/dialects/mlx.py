@@ -35,7 +35,7 @@ _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 _LAYER = re.compile(r"((?:.+\.)?(?:layers|h))\.(\d+)\.(.+)")
 
 _TO_HF = (
-    (r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head$", "lm_head"), (r"model\.h\.(\d+)\.(attn|mlp\.c_)", r"transformer.h.\1.\2"),
+    (r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head$", "lm_head"), (r"model\.h\.(\d+)\.(attn\.|ln_|mlp\.c_)", r"transformer.h.\1.\2"),
     (r"model\.(wte|wpe|ln_f)$", r"transformer.\1"), (r"model\.h\.", "gpt_neox.layers."), (r"model\.embed_out$", "embed_out"),
     (r"model\.(embed_in|final_layer_norm)$", r"gpt_neox.\1"),
 )  # fmt: skip
@@ -107,7 +107,9 @@ class Mlx:
         base = base_of(adapter, options)
         tensors = _tensors(adapter, named, base)
         modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-        config = _config(adapter, list(modules), rank, scale, base)
+        # Look-alikes may be deeper than the base that was inferred: its depth is taken only where it is certain.
+        certain = "base" in options or (adapter.base is not None and (adapter.base.stated or not adapter.base.lookalikes))
+        config = _config(adapter, list(modules), rank, scale, base if certain else None)
         metadata = dict(adapter.metadata) if adapter.dialect == self.name else {**adapter.metadata, "format": "mlx"}
         text = json.dumps(config, indent=4, ensure_ascii=False) + "\n"
         return Package({WEIGHTS: NamedTensors(tensors, metadata), CONFIG: text.encode()})
@@ -229,7 +231,8 @@ def _renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
 def _place(adapter: Adapter, deltas: Mapping[str, Delta], options: ReadOptions) -> None:
     """Name the base. Names are transformers' own whether or not an inventory knows them."""
     stated = adapter.config.get("model")
-    found = resolve({name: delta.shape for name, delta in deltas.items()}, ("reference",), options.base, stated=_model(stated))
+    shapes = {name: delta.shape for name, delta in deltas.items()}
+    found = resolve(shapes, ("reference",), options.base, stated=stated if isinstance(stated, str) and stated else None)
     adapter.base = None if found is None else found.hint
     adapter.layout = "peft" if found is None else "reference"
     for name, delta in deltas.items():
