@@ -81,7 +81,7 @@ def test_identify_as_text_and_json(lora: Path, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert "kohya" in text and "rank 4" in text and "0.5" in text
     assert main(["identify", str(lora), "--json"]) == 0
-    (report,) = json.loads(capsys.readouterr().out)["adapters"]
+    ((report,),) = [identity["adapters"] for identity in json.loads(capsys.readouterr().out)]
     assert report["dialect"] == "kohya"
     assert report["scales"] == [{"scale": 0.5, "count": 1}]
 
@@ -129,7 +129,7 @@ def test_an_empty_folder_and_a_text_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_closed_pipe_ends_quietly(lora: Path) -> None:
-    command = f"{sys.executable} -m upparam.cli identify {lora} --json | head -c 1"
+    command = f"{sys.executable} -m upparam identify {lora} --json | head -c 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

@@ -79,7 +79,3 @@ def _run(args: argparse.Namespace) -> int:
         where = f"{problem.filename}: " if problem.filename else ""
         print(f"upparam: {where}{problem.strerror or problem}", file=sys.stderr)
         return 3
-
-
-if __name__ == "__main__":
-    sys.exit(main())

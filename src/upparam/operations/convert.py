@@ -81,6 +81,11 @@ def write_adapter(
             found=shown,
             remedy="give them up with --drop leftovers",
         )
+    if adapter.layout == "unnamed" and not getattr(member, "verbatim", False):
+        raise RefusedError(
+            f"nothing says which module{'s' if len(adapter.deltas) > 1 else ''} of a base these factors change",
+            file=adapter.files[0] if adapter.files else None, remedy="name them with --target, or give --base so that shapes and order tell",
+        )  # fmt: skip
     if adapter.conditions and dialect != adapter.dialect and not getattr(member, "verbatim", False):
         raise RefusedError(
             f"{dialect} cannot say under which conditions these deltas hold",

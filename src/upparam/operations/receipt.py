@@ -32,7 +32,10 @@ class Receipt:
             for name, value in self.counts.items()
         )
         proofs = "; ".join(self.proofs) or "not verified"
-        return f"{self.operation}: {' '.join(self.outputs)} ({counts}) - {proofs}"
+        outputs = (
+            " ".join(self.outputs) if len(self.outputs) <= 4 else f"{self.outputs[0]} ... {self.outputs[-1]} ({len(self.outputs)} files)"
+        )
+        return f"{self.operation}: {outputs} ({counts}) - {proofs}"
 
     def facts(self) -> dict[str, Any]:
         """The receipt as JSON-ready facts."""

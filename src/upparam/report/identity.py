@@ -13,6 +13,9 @@ KINDS = {
     "broken-adapter": "broken adapter",
 }
 
+_SHOWN = 4
+"""Files of one adapter that are named; of more the first and the last, and how many."""
+
 
 def identity_text(identity: Identity) -> str:
     """The whole report of one path."""
@@ -20,17 +23,25 @@ def identity_text(identity: Identity) -> str:
     single = len(identity.files) == 1
     for report in identity.adapters:
         lines += ["  " + line for line in _adapter_lines(report)]
+    plain = [file for file in identity.files if file.kind == "adapter-file" and len(file.findings) < 2]
+    hidden = plain[_SHOWN:] if len(plain) > 2 * _SHOWN else []
     for file in identity.files:
+        if file in hidden:
+            continue
         if single and identity.adapters:
             lines += ["  " + line for line in finding_lines(finding for finding in file.findings if finding.code != "kind")]
         else:
             lines += ["  " + line for line in _file_lines(file)]
+    if hidden:
+        lines.append(f"  ... and {len(hidden)} more files with factors")
     lines += ["  " + line for line in finding_lines(identity.findings)]
     return "\n".join(lines)
 
 
 def _adapter_lines(report: AdapterReport) -> list[str]:
     names = " + ".join(path.name for path in report.files)
+    if len(report.files) > _SHOWN:
+        names = f"{report.files[0].name} ... {report.files[-1].name} ({len(report.files)} files)"
     facts = [KINDS[report.kind], report.dialect]
     if report.algorithms:
         ranks = f" rank {listed(report.ranks)}" if report.ranks else ""
