@@ -143,30 +143,6 @@ def saved_head(base: str) -> Adapter:
     return adapter(base, plain(base).deltas, [Extra(ExtraKind.SAVED_MODULE, f"{path}.weight", values((out, into), path))])
 
 
-def dora(base: str) -> Adapter:
-    from upparam.algorithms.dora import DoRA
-
-    deltas: dict[Target, Delta] = {}
-    for target in targets(base):
-        inner = lora(base, target.module, rows=target.rows)
-        deltas[target] = DoRA(inner.up, inner.down, values((inner.shape[0],), f"{target}m"), scaling=inner.scaling)
-    return adapter(base, deltas)
-
-
-def loha(base: str) -> Adapter:
-    from upparam.algorithms.loha import LoHa
-
-    deltas: dict[Target, Delta] = {}
-    for target in targets(base):
-        out, into = module(base, target.module).canonical[:2]
-        key = str(target)
-        deltas[target] = LoHa(
-            values((out, 3), key + "1a"), values((3, into), key + "1b"), values((out, 3), key + "2a"), values((3, into), key + "2b"),
-            scaling=Scaling(alpha=3.0),
-        )  # fmt: skip
-    return adapter(base, deltas)
-
-
 FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "plain": (plain, tuple(MODULES)),
     "every attention": (every_attention, ("sd1.5",)),
@@ -179,8 +155,6 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "embedding": (embedding, tuple(EMBEDDING)),
     "token": (token, ("sd1.5",)),
     "saved module": (saved_head, tuple(HEAD)),
-    "DoRA": (dora, ("sd1.5", "flux.1-dev", "llama-3-8b")),
-    "LoHa": (loha, ("sd1.5", "llama-3-8b")),
 }
 """Feature -> what builds it, and the bases it is shown on."""
 

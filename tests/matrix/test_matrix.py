@@ -22,7 +22,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import RefusedError
 from upparam.operations.convert import write_adapter
 from upparam.operations.opening import open_adapter
-from upparam.operations.proof import same_delta
+from upparam.operations.proof import prove_same, same_delta
 from upparam.tensors import same_bits
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
@@ -31,7 +31,7 @@ CASES = [(feature, base) for feature, (_, bases) in FEATURES.items() for base in
 
 
 class Cell(NamedTuple):
-    """What became of one specimen on one way: `identical`, `refused` (with the reason), or `absent` where A cannot hold it at all."""
+    """What became of one specimen on one way: `identical`, `joined` (equal in dW), `refused` (with the reason), or `absent`: A cannot hold it."""
 
     outcome: str
     reason: str = ""
@@ -83,6 +83,9 @@ def way(where: Path, feature: str, base: str, one: str, other: str) -> Cell:
     except RefusedError as problem:
         return Cell("refused", cause(problem))
     back = write_and_read(between, out.with_name(out.name + "-back"), one, base)
+    if any(target.rows for target in begun.deltas) and not any(target.rows for target in back.deltas):
+        prove_same(begun, back)
+        return Cell("joined", "slices of a fused weight come back as one delta of the whole weight, equal in dW")
     identical(begun, back)
     return Cell("identical")
 
@@ -120,7 +123,9 @@ def summary(cells: dict[tuple[str, str], Cell]) -> str:
     held = {case: cell for case, cell in cells.items() if cell.outcome != "absent"}
     refused = list(dict.fromkeys(feature for (feature, _), cell in held.items() if cell.outcome == "refused"))
     good = sum(cell.outcome == "identical" for cell in held.values())
-    return f"{good}/{len(held)}" + (f" not {', '.join(refused)}" if refused else "")
+    joined = list(dict.fromkeys(feature for (feature, _), cell in held.items() if cell.outcome == "joined"))
+    notes = [f"not {', '.join(refused)}"] * bool(refused) + [f"joined {', '.join(joined)}"] * bool(joined)
+    return " ".join([f"{good}/{len(held)}", *notes])
 
 
 @cache
@@ -146,7 +151,8 @@ def rendered() -> str:
         "# Round trips", "",
         "Made by `UPPARAM_MATRIX=write python -m pytest tests/matrix -p no:xdist`; every test run checks that it is still true.", "",
         f"Row A, column B: of the {len(CASES)} specimens (a feature on a base) those that A can hold at all, and of these how many go A -> B -> A with "
-        "identical factors, scales and extras. For the rest the conversion is refused with exit code 4 and the reason; nothing is written.", "",
+        "identical factors, scales and extras. `joined` come back equal in dW, but as one delta of the fused weight they were slices of. For the "
+        "rest the conversion is refused with exit code 4 and the reason, listed below; nothing is written.", "",
         "| A \\ B | " + " | ".join(WRITABLE) + " |", "|" + "---|" * (len(WRITABLE) + 1),
     ]  # fmt: skip
     for one in WRITABLE:
