@@ -18,6 +18,7 @@ DIALECTS: dict[str, str] = {
     "diffusers-old": "upparam.dialects.diffusers_old",
     "cloneofsimo": "upparam.dialects.cloneofsimo",
     "mlx": "upparam.dialects.mlx",
+    "sam-lora": "upparam.dialects.sam_lora",
     "triad": "upparam.dialects.triad",
 }
 """Dialect name to the module that holds `dialect`, a Dialect. Order decides between equal matches."""

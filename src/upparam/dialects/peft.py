@@ -18,7 +18,7 @@ from upparam.dialects import peft_config
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions, read_json
 from upparam.dialects.peft_names import WRAPPER, is_checkpoint, part_of, sort
 from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
-from upparam.dialects.peft_write import COMPONENTS, by_component, remedy, saved, whole
+from upparam.dialects.peft_write import COMPONENTS, by_component, outside, remedy, saved, whole
 from upparam.dialects.placing import base_of
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, RefusedError
 
@@ -121,8 +121,10 @@ class Peft:
         """
         base = base_of(adapter, options)
         parts = by_component(whole(adapter, base), adapter.extras)
+        if not parts:
+            raise RefusedError("PEFT saves no adapter without factors", file=adapter.files[0] if adapter.files else None)
         package = Package()
-        problems: list[str] = []
+        problems = outside(parts, adapter.extras)
         for component, deltas in parts.items():
             made = saved(adapter, deltas, component, base, alone=len(parts) == 1)
             problems += made.problems
@@ -167,8 +169,10 @@ def _member(file: TensorFile, bundle: Bundle) -> Member:
     component = own.name if own != bundle.folder and own.name in COMPONENTS else ""
     config = read_json((own if component else bundle.folder) / peft_config.FILE)
     kind = (config or {}).get("peft_type")
-    names = sort(file.tensors, config)
-    if kind in _PROMPTS or "prompt_embeddings" in file.tensors:
+    names = sort(
+        file.tensors, peft_config.words(config, "modules_to_save"), None if config is None else config.get("bias") in ("all", "lora_only")
+    )  # fmt: skip
+    if str(kind) in _PROMPTS or "prompt_embeddings" in file.tensors:
         raise NotAnAdapterError(
             f"{_PROMPTS.get(str(kind), 'prompt tuning')} learns inputs, not changes of weights: it cannot be converted or merged",
             file=file.path, found=f"peft_type {kind}" if kind else "prompt_embeddings",

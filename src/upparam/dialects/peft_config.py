@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import isclose
+from math import isclose, isfinite
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind
@@ -19,33 +19,63 @@ from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.dialects.base import ReadOptions
-from upparam.errors import MalformedError, UsageError
+from upparam.errors import LimitError, MalformedError, UsageError
 
 FILE = "adapter_config.json"
 
 
+MAX_REPEATS = 2
+"""Unbounded repeats (`*`, `+`, `{n,}`) a pattern may have, none of them of a group, so that no pattern can be made to match forever."""
+MAX_PATH = 256
+"""Length of a module path above which a pattern is only compared, not matched."""
+_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
+_GROUP_REPEAT = re.compile(r"(?<!\\)\)(?:[*+]|\{)")
+
+
 def number(config: Mapping[str, Any], key: str) -> float | None:
-    """A number of the config; None when it is absent or null. Raises MalformedError for anything else."""
+    """A finite number of the config; None when it is absent or null. Raises MalformedError for anything else."""
     value = config.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise MalformedError(f"{key} is not a number", file=FILE, found=repr(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+        raise MalformedError(f"{key} is not a number", file=FILE, found=repr(value)[:80])
     return float(value)
+
+
+def words(config: Mapping[str, Any] | None, key: str) -> tuple[str, ...]:
+    """A list of names in the config; () when it is absent or null. Raises MalformedError for anything else."""
+    value = (config or {}).get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise MalformedError(f"{key} is not a list of names", file=FILE, found=repr(value)[:80])
+    return tuple(value)
+
+
+def matches(pattern: str, path: str, *, whole: bool = False) -> bool:
+    """Whether a regular expression of a config means this module path: the end of it, or (`whole`) all of it.
+
+    Never for one that is no regular expression. Raises LimitError for one so elaborate that matching it could take forever.
+    """
+    if len(_REPEAT.findall(pattern)) > MAX_REPEATS or _GROUP_REPEAT.search(pattern):
+        raise LimitError(
+            "a pattern too elaborate to be matched safely", file=FILE, found=pattern[:80],
+            expected=f"at most {MAX_REPEATS} unbounded repeats, none of a group", remedy="write the module names out",
+        )  # fmt: skip
+    try:
+        return len(path) <= MAX_PATH and re.match(rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$", path) is not None
+    except re.error:
+        return False
 
 
 def patterned(patterns: Any, module: str, default: float | None) -> float | None:
     """The value of the first pattern that matches the end of the module's path, else of the path itself, else the default (get_pattern_key)."""
     if not isinstance(patterns, Mapping):
         return default
-    for pattern, value in patterns.items():
-        try:
-            if isinstance(value, (int, float)) and re.match(rf"(.*\.)?({pattern})$", module):
-                return float(value)
-        except re.error:
-            continue
-    exact = patterns.get(module)
-    return float(exact) if isinstance(exact, (int, float)) else default
+    for pattern in patterns:
+        if matches(pattern, module):
+            return number(patterns, pattern)
+    return number(patterns, module) if module in patterns else default
 
 
 def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options: ReadOptions) -> Scaling:
@@ -60,6 +90,8 @@ def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options
         return UNKNOWN if options.alpha is None else Scaling(rule, options.alpha)
     alpha = patterned(config.get("alpha_pattern"), module, number(config, "lora_alpha"))
     r = patterned(config.get("rank_pattern"), module, number(config, "r"))
+    if r is not None and r <= 0:
+        raise MalformedError("r is not a positive number", file=FILE, tensor=module, found=r)
     rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get("use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
     scaling = Scaling(rule, alpha, divisor=r if r is not None and r != rank else None)
     if options.alpha is not None and options.alpha != alpha:
@@ -74,11 +106,8 @@ def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options
 
 def of_parameters(config: Mapping[str, Any] | None, module: str) -> bool:
     """Whether the factors are of bare parameters of this module (`target_parameters`: the experts of a mixture, stacked)."""
-    parameters = (config or {}).get("target_parameters")
-    if not isinstance(parameters, list):
-        return False
     bare = re.sub(r"(\.base_layer)+$", "", module)
-    owners = {str(parameter).rpartition(".")[0] for parameter in parameters}
+    owners = {parameter.rpartition(".")[0] for parameter in words(config, "target_parameters")}
     return any(bare == owner or bare.endswith(f".{owner}") for owner in owners if owner)
 
 
@@ -146,7 +175,7 @@ def _still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Se
             return False
         if scale is None or said is None or not isclose(scale, said, rel_tol=1e-12):
             return False
-    listed = config.get("modules_to_save") or ()
+    listed = words(config, "modules_to_save")
     heads = _EMBEDDINGS + (_HEADS if config.get("task_type") in _TASKS_WITH_HEAD else ())
     unlisted = {path.rsplit(".", 1)[0] for path in saved if not any(path.rsplit(".", 1)[0].endswith(word) for word in listed)}
     if any(module not in names and module.rsplit(".", 1)[-1] not in heads for module in unlisted) or (listed and not saved):
@@ -157,16 +186,14 @@ def _still_true(config: Mapping[str, Any], names: Mapping[str, Delta], saved: Se
 def targeted(targets: Any, module: str) -> bool:
     """Whether `target_modules` means this module: a regular expression over the path, or a list of path endings."""
     if isinstance(targets, str):
-        try:
-            return targets == "all-linear" or re.fullmatch(targets, module) is not None
-        except re.error:
-            return False
+        return targets == "all-linear" or matches(targets, module, whole=True)
     return isinstance(targets, Sequence) and any(module == word or module.endswith(f".{word}") for word in targets)
 
 
 _KEPT = (
     "base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "revision", "init_lora_weights", "auto_mapping",
-    "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "layer_replication", "kasa_config", "use_qalora", "qalora_group_size", "use_bdlora",
+    "corda_config", "loftq_config", "lora_ga_config",
 )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def parameter_deltas(
 
 def _names(owner: str, pairs: Sequence[Roles], config: Mapping[str, Any] | None) -> list[str]:
     """The parameter of each wrapper, innermost first; [] where it is not certain."""
-    listed = [str(parameter).rpartition(".") for parameter in (config or {}).get("target_parameters") or ()]
+    listed = [parameter.rpartition(".") for parameter in peft_config.words(config, "target_parameters")]
     names = sorted({name for holder, _, name in listed if owner == holder or owner.endswith(f".{holder}")})
     if len(names) != len(pairs):
         return []
@@ -75,14 +75,14 @@ def _feeds(up: tuple[int, int], down: tuple[int, int]) -> bool:
 def _delta(path: str, pair: Roles, config: Mapping[str, Any] | None, options: ReadOptions) -> Delta | None:
     up, down = pair["lora_B"], pair["lora_A"]
     r = peft_config.patterned((config or {}).get("rank_pattern"), path, peft_config.number(config or {}, "r")) or options.rank
-    if not r or down.shape[0] % int(r) or up.shape[1] != down.shape[0]:
+    if not r or r < 1 or down.shape[0] % int(r) or up.shape[1] != down.shape[0]:
         return None
     scaling = peft_config.scaling_of(config, path, int(r), options)
     experts = down.shape[0] // int(r)
     return LoRA(up, down, scaling) if experts == 1 else ExpertLoRA(up, down, experts, scaling)
 
 
-def wrapper_of(target: Target, targets: Sequence[Target]) -> str:
-    """The path of the wrapper that holds a parameter's factors, given all targets of bare parameters in order, innermost first."""
+def nesting_of(target: Target, targets: Sequence[Target]) -> str:
+    """What follows the module's path in the name of a parameter's factors, given all targets of bare parameters, innermost first."""
     same = [other.parameter for other in targets if other.module == target.module]
-    return target.module + ".base_layer" * (len(same) - 1 - same.index(target.parameter))
+    return ".base_layer" * (len(same) - 1 - same.index(target.parameter))

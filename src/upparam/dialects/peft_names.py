@@ -6,9 +6,9 @@ Sources: huggingface/peft src/peft/utils/save_and_load.py (what a save strips), 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from upparam.errors import AmbiguousError
 from upparam.tensors import Tensor
@@ -93,8 +93,11 @@ _FOREIGN = re.compile(r"(^|\.)(lora|vera|hada|lokr|oft|boft|ia3|token_adapter|tr
 """Words of adapters: a tensor with such a name is never a parameter of the base."""
 
 
-def sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Sorted:
-    """Sort a file's tensors. Raises AmbiguousError when it holds several adapters by name."""
+def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool | None = None) -> Sorted:
+    """Sort a file's tensors. `listed` are the config's modules_to_save, `biases` whether it says that biases were trained (None: no config).
+
+    Raises AmbiguousError when the file holds several adapters by name.
+    """
     parts = {name: part for name in tensors if (part := part_of(name)) is not None}
     adapters = sorted({part.adapter for part in parts.values()} - {""})
     if len(adapters) > 1:
@@ -107,7 +110,6 @@ def sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None)
             result.factors.setdefault(part.module, {})[part.role] = tensors[name]
     rest = [name for name in tensors if name not in parts]
     checkpoint = is_checkpoint(rest, parts.values())
-    bias = (config or {}).get("bias") in ("all", "lora_only")
     weights = {unwrapped(name) for name in rest}
     for name in rest:
         path = unwrapped(name)
@@ -115,18 +117,18 @@ def sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None)
         original = ".original_module." in path
         parameter = path.replace(".base_layer.", ".")
         module, _, leaf = parameter.rpartition(".")
-        listed = any(module == word or module.endswith(f".{word}") for word in (config or {}).get("modules_to_save") or ())
+        known = leaf in ("weight", "bias") or any(module == word or module.endswith(f".{word}") for word in listed)
         if shared is not None:
             result.shared[shared[2]] = tensors[name]
         elif saved := _saved(path, result.adapter):
             result.saved[saved] = tensors[name]
         elif path.removesuffix(f".{result.adapter}").endswith(TOKENS):
             result.tokens[path.removesuffix(f".{result.adapter}")] = tensors[name]
-        elif leaf == "bias" and (bias if checkpoint else (bias or config is None) and f"{module}.weight" not in weights) and not original:
+        elif leaf == "bias" and not original and (biases if checkpoint else biases is not False and f"{module}.weight" not in weights):
             result.biases_saved[parameter] = tensors[name]
         elif checkpoint or original:
             result.base.append(name)
-        elif (listed or leaf in ("weight", "bias")) and not _FOREIGN.search(path):
+        elif known and not _FOREIGN.search(path):
             result.saved[parameter] = tensors[name]
         else:
             result.unknown[name] = tensors[name]

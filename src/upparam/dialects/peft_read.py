@@ -72,7 +72,7 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
 
 def _why_none(member: Member, module: str, roles: Mapping[str, Tensor]) -> Finding:
     if peft_config.of_parameters(member.config, module):
-        listed = ", ".join(str(name) for name in (member.config or {}).get("target_parameters") or ())
+        listed = ", ".join(peft_config.words(member.config, "target_parameters"))
         return error("parameter-unknown", module, "factors of a bare parameter, and of which one the file does not say", f"one of {listed}")
     return error("orphan", module, "factors that make no delta", ", ".join(roles))
 

@@ -13,7 +13,7 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import layout
 from upparam.dialects import peft_config
 from upparam.dialects.base import NamedTensors
-from upparam.dialects.peft_experts import wrapper_of
+from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import spelled
 from upparam.dialects.peft_names import TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
@@ -68,6 +68,13 @@ def by_component(deltas: Mapping[Target, Delta], extras: Iterable[Extra]) -> dic
     return found
 
 
+def outside(parts: Iterable[str], extras: Iterable[Extra]) -> list[str]:
+    """Saved modules and biases of components in which no module has factors: PEFT saves no folder for those."""
+    own = tuple(f"{part}." for part in parts if part)
+    kinds = (ExtraKind.SAVED_MODULE, ExtraKind.BIAS)
+    return [f"{extra.kind.value} {extra.name}" for extra in extras if own and extra.kind in kinds and not extra.name.startswith(own)]
+
+
 @dataclass
 class Saved:
     """One model as PEFT saves it: tensors by name, its config, and what could not be held."""
@@ -95,7 +102,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     bare = [target for target in deltas if target.parameter != "weight"]
     for target, delta in deltas.items():
         module = naming.back(target.module)
-        wrapper = naming.back(wrapper_of(target, bare)) if target in bare else module
+        wrapper = module + nesting_of(target, bare) if target in bare else module
         known = base.by_path.get(target.module) if base is not None else None
         try:
             tensors |= {f"{WRAPPER}{wrapper}.{word}": tensor for word, tensor in spelled(target, delta, known).items()}
@@ -104,7 +111,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
             problems.append(f"{target}: {problem.message}")
             continue
         names[f"{module}.{target.parameter}" if target in bare else module] = delta
-    extras = [replace(extra, name=naming.back(extra.name)) for extra in adapter.extras if _of(extra, component)]
+    extras = [replace(extra, name=naming.back(extra.name)) for extra in adapter.extras if alone or extra.name.startswith(f"{component}.")]
     for extra in extras:
         if extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS) and not extra.name.endswith(TOKENS):
             problems.append(f"{extra.kind.value} {extra.name}")
@@ -115,10 +122,6 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         return Saved({}, {}, {}, problems)
     config = peft_config.for_saving(adapter, component, names, extras, _renamed(base, component, naming))
     return Saved(tensors, config, _slices(adapter, deltas, naming), [])
-
-
-def _of(extra: Extra, component: str) -> bool:
-    return not component or extra.name.startswith(f"{component}.") or extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS)
 
 
 def _renamed(base: Base | None, component: str, naming: Naming) -> Base | None:
