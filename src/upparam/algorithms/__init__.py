@@ -3,5 +3,10 @@
 ALGORITHMS: dict[str, str] = {
     "lora": "upparam.algorithms.lora:LoRA",
     "expert-lora": "upparam.algorithms.experts:ExpertLoRA",
+    "dora": "upparam.algorithms.dora:DoRA",
+    "loha": "upparam.algorithms.loha:LoHa",
+    "doha": "upparam.algorithms.dora:DoHa",
+    "lokr": "upparam.algorithms.lokr:LoKr",
+    "dokr": "upparam.algorithms.dora:DoKr",
 }
 """Algorithm name to the class whose deltas carry it; each is a dataclass of Tensors, a `scaling` and plain values."""

@@ -100,7 +100,7 @@ class Delta(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight it changes."""
+        """Shape of the weight it changes. A size that the factors do not tell is 0; a kernel may be flattened into the second axis (see `fits`)."""
 
     @property
     @abstractmethod
@@ -156,6 +156,22 @@ class Delta(ABC):
             up2, down2 = others
             return mine.scale * theirs.scale * float(((up.T @ up2) * (down @ down2.T)).sum())
         return sum(float((mine.rows(start, stop) * theirs.rows(start, stop)).sum()) for start, stop in tiles(self.shape))
+
+
+def fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """True when a delta of this shape changes a weight of that one.
+
+    Kernel axes of size 1 may be missing on either side, a kernel may be flattened into the columns, and a size of 0 stands for one that
+    the factors do not tell (the rows of a weight whose inputs are scaled).
+    """
+    want, have = list(shape), list(weight)
+    while len(have) > max(len(want), 2) and have[-1] == 1:
+        have.pop()
+    while len(want) > max(len(have), 2) and want[-1] in (0, 1):
+        want.pop()
+    if len(want) == 2 and len(have) > 2:
+        have = [have[0], prod(have[1:])]
+    return len(want) == len(have) and all(one in (0, other) for one, other in zip(want, have, strict=True))
 
 
 def tiles(shape: tuple[int, ...], elements: int = 1 << 20) -> list[tuple[int, int]]:
