@@ -19,7 +19,8 @@ from upparam.bases import inventory
 from upparam.bases.base import Base, Module
 from upparam.dialects import get
 from upparam.dialects.base import Bundle, ReadOptions
-from upparam.dialects.peft_config import FILE, patterned, scaling_of, target_modules, targeted
+from upparam.dialects.peft_config import FILE, patterned, scaling_of, targeted
+from upparam.dialects.peft_make import target_modules
 from upparam.errors import LimitError, MalformedError, RefusedError, UpparamError
 from upparam.operations.convert import write_adapter
 from upparam.operations.opening import open_adapter

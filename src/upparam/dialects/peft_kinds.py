@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from math import prod
 from typing import Any
 
 from upparam.adapter import Target
 from upparam.algorithms.base import Delta
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.experts import ExpertLoRA
+from upparam.algorithms.loha import LoHa
+from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.bases.base import Module
 from upparam.dialects import peft_config
@@ -17,22 +21,65 @@ from upparam.dialects.peft_names import Sorted
 from upparam.errors import MalformedError, RefusedError
 from upparam.tensors import Tensor
 
+PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "expert-lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
+"""Algorithm -> PEFT's word for the kind of adapter."""
+ALPHA_WORD = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+"""What the config calls alpha."""
+_LYCORIS: dict[str, type[LoHa] | type[LoKr]] = {"hada_": LoHa, "lokr_": LoKr}
+
 
 def deltas_of(
     module: str, roles: Mapping[str, Tensor], config: Mapping[str, Any] | None, options: ReadOptions, names: Sorted
 ) -> dict[Target, Delta]:
     """The deltas of one module; {} where the factors make none that is known."""
-    if roles.keys() == {"lora_embedding_A", "lora_embedding_B"}:
+    plain = roles.keys() - {"magnitude"}
+    if plain == {"lora_embedding_A", "lora_embedding_B"}:
         down, up = roles["lora_embedding_B"].T, roles["lora_embedding_A"].T
-        scaling = peft_config.scaling_of(config, module, down.shape[0], options)
-        return {Target(module): LoRA(up, down, scaling, embedding=True)}
-    if roles.keys() == {"lora_A", "lora_B"} and not peft_config.of_parameters(config, module):
+        lora = LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options), embedding=True)
+        return {Target(module): _decomposed(lora, roles.get("magnitude"))}
+    if plain == {"lora_A", "lora_B"} and not peft_config.of_parameters(config, module):
         up, down = roles["lora_B"], roles["lora_A"]
         enabled = (config or {}).get("enable_lora")
         if isinstance(enabled, list) and up.shape[1] != down.shape[0]:
             return _merged_linear(module, up, down, enabled, config, options)
-        return {Target(module): LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options))}
+        lora = LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options))
+        return {Target(module): _decomposed(lora, roles.get("magnitude"))}
+    for prefix, algorithm in _LYCORIS.items():
+        if all(role.startswith(prefix) for role in roles):
+            return _lycoris(module, {role.removeprefix(prefix): tensor for role, tensor in roles.items()}, algorithm, config, options)
     return {}
+
+
+def _decomposed(lora: LoRA, magnitude: Tensor | None) -> Delta:
+    """A LoRA with its magnitude, which PEFT stores as (out,), for convolutions (1, out, 1, ...), for embeddings (dim,)."""
+    if magnitude is None:
+        return lora
+    along = lora.shape[1] if lora.embedding else lora.shape[0]
+    if prod(magnitude.shape) != along:
+        raise MalformedError("the magnitude does not fit the factors", expected=f"{along} values", found=f"{magnitude.shape}")
+    form = (1, along) if lora.embedding else (along, *(1 for _ in lora.shape[1:]))
+    return DoRA(lora.up, lora.down, magnitude.reshape(form), lora.scaling, embedding=lora.embedding)
+
+
+def _lycoris(
+    module: str, factors: Mapping[str, Tensor], algorithm: type[LoHa] | type[LoKr], config: Mapping[str, Any] | None, options: ReadOptions
+) -> dict[Target, Delta]:
+    """A LoHa or LoKr; {} where a factor is missing. PEFT divides alpha by its configured r whatever the factors' rank."""
+    expected = {item.name for item in fields(algorithm)} - {"scaling"}
+    if not factors.keys() <= expected:
+        return {}
+    try:
+        bare: LoHa | LoKr = algorithm(**factors)  # type: ignore[arg-type]
+    except (MalformedError, TypeError):
+        if _complete(factors):
+            raise
+        return {}
+    return {Target(module): replace(bare, scaling=peft_config.scaling_of(config, module, bare.rank or 0, options))}
+
+
+def _complete(factors: Mapping[str, Tensor]) -> bool:
+    """Whether every pair (w1 or w1_a with w1_b, the same for w2) is there, so that an error is one of shapes."""
+    return all(half in factors or {f"{half}_a", f"{half}_b"} <= factors.keys() for half in ("w1", "w2"))
 
 
 def _merged_linear(
@@ -66,14 +113,27 @@ def spelled(target: Target, delta: Delta, known: Module | None = None) -> dict[s
         return {"lora_A.weight": delta.down, "lora_B.weight": delta.up}
     if target.parameter != "weight":
         raise RefusedError(f"a delta of the {target.parameter}")
-    if type(delta) is not LoRA:
+    if isinstance(delta, (LoHa, LoKr)):
+        prefix = "hada_" if isinstance(delta, LoHa) else "lokr_"
+        return {f"{prefix}{role}": factor for role, factor in delta.factors().items()}
+    if not isinstance(delta, (LoRA, DoRA)):
         raise RefusedError(f"a {delta.algorithm} delta")
     if delta.mid is not None:
         raise RefusedError("a Tucker core")
     if delta.embedding or (known is not None and known.kind == "Embedding"):
-        return {"lora_embedding_A": delta.up.T, "lora_embedding_B": delta.down.T}
+        return {"lora_embedding_A": delta.up.T, "lora_embedding_B": delta.down.T} | _magnitude(delta, embedding=True)
     up, down = delta.up, delta.down
     if known is not None and prod(known.shape[2:]) == prod(down.shape[2:]) == 1:
         ones = (1,) * (len(known.shape) - 2)
         up, down = up.reshape((*up.shape[:2], *ones)), down.reshape((*down.shape[:2], *ones))
-    return {"lora_A.weight": down, "lora_B.weight": up}
+    return {"lora_A.weight": down, "lora_B.weight": up} | _magnitude(delta, kernel=len(down.shape) - 2)
+
+
+def _magnitude(delta: LoRA | DoRA, *, embedding: bool = False, kernel: int = 0) -> dict[str, Tensor]:
+    """The magnitude in PEFT's form; {} for a plain LoRA. Raises RefusedError for norms along the other axis than PEFT's."""
+    if isinstance(delta, LoRA):
+        return {}
+    if delta.per_row == embedding:
+        raise RefusedError("a DoRA with a norm for each " + ("row" if delta.per_row else "column"))
+    count = prod(delta.magnitude.shape)
+    return {"lora_magnitude_vector": delta.magnitude.reshape((1, count, *(1,) * kernel) if kernel else (count,))}

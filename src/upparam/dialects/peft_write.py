@@ -15,6 +15,7 @@ from upparam.dialects import peft_config
 from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import spelled
+from upparam.dialects.peft_make import Model, for_saving
 from upparam.dialects.peft_names import TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
 from upparam.dialects.placing import to_foreign
@@ -120,7 +121,10 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         tensors[f"{WRAPPER}{module}.base_layer.{leaf}" if module in names else f"{WRAPPER}{extra.name}"] = extra.tensor
     if problems:
         return Saved({}, {}, {}, problems)
-    config = peft_config.for_saving(adapter, component, names, extras, _renamed(base, component, naming))
+    try:
+        config = for_saving(adapter, component, Model(names, extras, _renamed(base, component, naming)))
+    except RefusedError as problem:
+        return Saved({}, {}, {}, [f"{component or 'the adapter'}: {problem.message}" + (f" ({problem.found})" if problem.found else "")])
     return Saved(tensors, config, _slices(adapter, deltas, naming), [])
 
 
