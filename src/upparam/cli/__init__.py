@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "unmerge": "take a merged adapter out of a model again",
     "undo": "take an in-place merge back, bit for bit",
     "extract": "make an adapter from the difference of two models",
+    "combine": "several adapters as one: the weighted sum, exact or cut to a rank",
     "resize": "make an adapter of smaller rank, with known error",
 }
 """Name and one-line help of every command; `upparam.cli.NAME` (dashes as underscores) holds add_arguments(parser) and run(args) -> exit code."""
