@@ -195,7 +195,10 @@ def classes() -> str:
     for case in hostile("/canary"):
         kinds.setdefault(case.kind, Counter())[case.verdict] += 1
     lines = ["| class | files | verdicts |", "|---|---|---|"]
-    lines += [f"| {kind} | {sum(counts.values())} | {', '.join(f'{count} {verdict}' for verdict, count in counts.items())} |" for kind, counts in sorted(kinds.items())]
+    lines += [
+        f"| {kind} | {sum(counts.values())} | {', '.join(f'{count} {verdict}' for verdict, count in counts.items())} |"
+        for kind, counts in sorted(kinds.items())
+    ]
     return "\n".join(lines)
 
 
@@ -218,7 +221,12 @@ def main() -> None:
     results = list(run(args.peers))
     parts = {"comparison": table(results), "misses": misses(results), "classes": classes()}
     for name, answers in ((name, answers) for name, _, answers, _ in results if name == "upparam"):
-        wrong = [case for group, good in (("code", "flagged"), ("malformed", "malformed")) for case, answer, _ in answers[group] if answer != good]
+        wrong = [
+            case
+            for group, good in (("code", "flagged"), ("malformed", "malformed"))
+            for case, answer, _ in answers[group]
+            if answer != good
+        ]
         print(f"{name}: {len(wrong)} wrong verdicts {wrong}", file=sys.stderr)
     page = ROOT / "docs" / "security.md"
     text = page.read_text(encoding="utf-8")

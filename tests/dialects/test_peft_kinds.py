@@ -22,6 +22,7 @@ from upparam.algorithms.dora import DoRA  # noqa: E402
 from upparam.algorithms.loha import LoHa  # noqa: E402
 from upparam.algorithms.lokr import LoKr  # noqa: E402
 from upparam.algorithms.lora import LoRA  # noqa: E402
+from upparam.bases import inventory  # noqa: E402
 from upparam.dialects import get  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.dialects.peft_make import factorization  # noqa: E402
@@ -185,6 +186,17 @@ def test_what_the_library_cannot_hold_is_refused(deltas: list[Any], reason: str)
     adapter = Adapter({Target(f"a.{number}.b"): delta for number, delta in enumerate(deltas)}, "specimen", layout="peft")
     with pytest.raises(RefusedError, match=reason):
         get("peft").write(adapter, {})
+
+
+@pytest.mark.parametrize("module", ["transformer.h.0.attn.c_attn", "transformer.wte"])
+def test_lycoris_kinds_are_refused_where_the_library_has_no_layer_for_them(module: str) -> None:
+    base = inventory.load("gpt2")
+    out, into = base.by_path[module].canonical
+    adapter = Adapter(
+        {Target(module): LoHa(random(out, 1), random(1, into), random(out, 1), random(1, into))}, "specimen", layout="reference"
+    )
+    with pytest.raises(RefusedError, match="a loha of a"):
+        get("peft").write(adapter, {"base": base})
 
 
 def test_a_magnitude_of_another_size_is_malformed(tmp_path: Path) -> None:

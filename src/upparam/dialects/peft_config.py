@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import isclose, isfinite
 from typing import Any
 
@@ -51,15 +52,21 @@ def matches(pattern: str, path: str, *, whole: bool = False) -> bool:
 
     Never for one that is no regular expression. Raises LimitError for one so elaborate that matching it could take forever.
     """
+    compiled = _compiled(pattern, whole)
+    return compiled is not None and len(path) <= MAX_PATH and compiled.match(path) is not None
+
+
+@lru_cache(maxsize=1 << 13)
+def _compiled(pattern: str, whole: bool) -> re.Pattern[str] | None:
     if len(_REPEAT.findall(pattern)) > MAX_REPEATS or _GROUP_REPEAT.search(pattern):
         raise LimitError(
             "a pattern too elaborate to be matched safely", file=FILE, found=pattern[:80],
             expected=f"at most {MAX_REPEATS} unbounded repeats, none of a group", remedy="write the module names out",
         )  # fmt: skip
     try:
-        return len(path) <= MAX_PATH and re.match(rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$", path) is not None
-    except re.error:
-        return False
+        return re.compile(rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError):
+        return None
 
 
 def patterned(patterns: Any, module: str, default: float | None) -> float | None:

@@ -114,6 +114,8 @@ def spelled(target: Target, delta: Delta, known: Module | None = None) -> dict[s
     if target.parameter != "weight":
         raise RefusedError(f"a delta of the {target.parameter}")
     if isinstance(delta, (LoHa, LoKr)):
+        if known is not None and known.kind in ("Conv1D", "Embedding"):
+            raise RefusedError(f"a {delta.algorithm} of a {known.kind}")
         prefix = "hada_" if isinstance(delta, LoHa) else "lokr_"
         return {f"{prefix}{role}": factor for role, factor in delta.factors().items()}
     if not isinstance(delta, (LoRA, DoRA)):
