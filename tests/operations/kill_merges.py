@@ -44,32 +44,41 @@ def item() -> object:
     return adapter({f"layers.{layer}.q": lora(up, down) for layer in range(LAYERS)})
 
 
-def killed(work: object, longest: float, chooser: random.Random) -> bool:
-    """Fork, start `work`, kill after a random time. True when the kill came before the end."""
-    child = os.fork()
-    if child == 0:
-        work()  # type: ignore[operator]
-        os._exit(0)
-    time.sleep(chooser.uniform(0, longest))
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+class Killer:
+    """Forks, starts some work and kills it after a random time, up to `longest` seconds, which follows what the machine just took."""
+
+    def __init__(self, longest: float) -> None:
+        self.longest, self.chooser, self.killed = longest, random.Random(1), 0
+
+    def __call__(self, work: object, longest: float | None = None) -> None:
+        begun = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            work()  # type: ignore[operator]
+            os._exit(0)
+        time.sleep(self.chooser.uniform(0, longest or self.longest))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if longest is None and os.WIFSIGNALED(status):
+            self.killed += 1
+            self.longest *= 1.05
+        elif longest is None:
+            self.longest = 0.9 * min(self.longest, time.monotonic() - begun)
 
 
 def main() -> None:
     root, kills = Path(sys.argv[1]), int(sys.argv[2])
-    chooser = random.Random(1)
     base, out, place = root / "base", root / "out", root / "place"
     make(base)
     old, change = digest(base), item()
     begun = time.monotonic()
     merge(base, change, root / "whole", threads=2)  # type: ignore[arg-type]
-    longest = (time.monotonic() - begun) * 1.3
+    kill = Killer(time.monotonic() - begun)
     new = digest(root / "whole")
     assert old != new
-    counts = {"killed": 0, "absent": 0, "whole": 0, "untouched": 0, "partial": 0, "complete": 0, "applied": 0}
+    counts = {"absent": 0, "whole": 0, "untouched": 0, "partial": 0, "complete": 0, "applied": 0}
     for _ in range(kills):
-        counts["killed"] += killed(lambda: merge(base, change, out, threads=2), longest, chooser)  # type: ignore[arg-type]
+        kill(lambda: merge(base, change, out, threads=2))  # type: ignore[arg-type]
         if out.exists():
             assert digest(out) == new and (out / "config.json").exists(), "half an output under the final name"
             counts["whole"] += 1
@@ -81,7 +90,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(base, place)
     for _ in range(kills):
-        counts["killed"] += killed(lambda: merge(place, change, in_place=True, threads=2), longest, chooser)  # type: ignore[arg-type]
+        kill(lambda: merge(place, change, in_place=True, threads=2))  # type: ignore[arg-type]
         if not journal_path(place).exists():
             counts["untouched"] += 1
         else:
@@ -89,12 +98,12 @@ def main() -> None:
             counts[state] += 1
             if state == "applied":
                 assert digest(place) == new
-            if state == "complete" and chooser.random() < 0.5:
-                killed(lambda: undo(place), 0.05, chooser)  # an undo that is killed too
+            if state == "complete" and kill.chooser.random() < 0.5:
+                kill(lambda: undo(place), 0.05)  # an undo that is killed too
             if journal_path(place).exists():
                 undo(place)
         assert digest(place) == old, "the old bytes are not back"
-    print(json.dumps(counts))
+    print(json.dumps({"killed": kill.killed, **counts}))
 
 
 if __name__ == "__main__":
