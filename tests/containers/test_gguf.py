@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
@@ -17,9 +18,9 @@ from hypothesis.extra import numpy as hnp
 from upparam.containers import gguf as ours
 from upparam.containers import open_file
 from upparam.containers.base import TensorFile
-from upparam.errors import LimitError, MalformedError
+from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.limits import MAX_GGUF_ARRAY_SHOWN
-from upparam.tensors import MemorySource
+from upparam.tensors import MemorySource, Tensor
 
 gguf = pytest.importorskip("gguf")
 ORDERS = [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG]
@@ -155,6 +156,74 @@ def test_round_trip(tmp_path: Path, arrays: dict[str, Any], order: Any, alignmen
     for name, array in arrays.items():
         assert file.tensors[name].shape == array.shape and file.tensors[name].read().tobytes() == array.tobytes()
         assert alignment is None or file.tensors[name].offset % alignment == 0
+
+
+def written(tensors: dict[str, Any], metadata: dict[str, str]) -> bytes:
+    stream = io.BytesIO()
+    ours.write(stream, {name: Tensor.of(array) for name, array in tensors.items()}, metadata)
+    return stream.getvalue()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text("abc.019_ä", min_size=1, max_size=12),
+        hnp.arrays(st.sampled_from([np.float32, np.float16, np.float64, np.int8, np.int32]), hnp.array_shapes(max_dims=4, max_side=5)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_the_library_reads_what_we_write(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    (tmp_path / "a.gguf").write_bytes(written(arrays, {"general.architecture": "llama"}))
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    assert [tensor.name for tensor in reader.tensors] == list(arrays)
+    for tensor in reader.tensors:
+        array = arrays[tensor.name]
+        assert tensor.shape.tolist() == list(array.shape[::-1]) and tensor.data_offset % 32 == 0
+        assert tensor.data.dtype == array.dtype and tensor.data.tobytes() == array.tobytes()
+
+
+def test_what_the_library_wrote_is_written_again_with_its_types(tmp_path: Path) -> None:
+    def keys(writer: Any) -> None:
+        writer.add_string("general.name", "8")
+        writer.add_tags(["a", "b"])
+        writer.add_float32("adapter.lora.alpha", 16.0)
+        writer.add_uint32("llama.block_count", 4_000_000_000)
+        writer.add_int32("llama.below", -5)
+        writer.add_int64("llama.far_below", -(1 << 40))
+        writer.add_uint64("llama.above", 1 << 40)
+        writer.add_float32("llama.rope.freq_base", 0.5)
+        writer.add_bool("tokenizer.ggml.add_bos_token", True)
+        writer.add_array("llama.sizes", [1, 2])
+        writer.add_array("tokenizer.ggml.tokens", ["a", "ß"])
+        writer.add_string("custom", "[1, 2]")
+        writer.add_file_type(1)
+
+    path = write(tmp_path / "a.gguf", {"w": np.ones((2, 3), np.float32)}, keys=keys)
+    (tmp_path / "b.gguf").write_bytes(written({"w": np.ones((2, 3), np.float32)}, open_file(path).metadata))
+    one, other = (gguf.GGUFReader(file).fields for file in (path, tmp_path / "b.gguf"))
+    assert {key: field.contents() for key, field in one.items()} == {key: field.contents() for key, field in other.items()}
+    changed = {key for key, field in one.items() if field.types != other[key].types}
+    assert changed == {"llama.sizes"}, "the library writes whole numbers of an array as int32, we as uint32"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"w": np.zeros(3, np.complex64)}, {}, "no type for these elements"),
+        ({"w": np.zeros(3, np.uint8)}, {}, "no type for these elements"),
+        ({"w": np.zeros((), np.float32)}, {}, "number of dimensions"),
+        ({"w": np.zeros((1,) * 5, np.float32)}, {}, "number of dimensions"),
+        ({"w" * 64: np.zeros(3, np.float32)}, {}, "longer than ggml allows"),
+        ({}, {"adapter.lora.alpha": "much"}, "cannot be written as GGUF's type"),
+        ({}, {"general.file_type": "-1"}, "cannot be written as GGUF's type"),
+        ({}, {"general.tags": '"a"'}, "cannot be written as GGUF's type"),
+        ({}, {"tokenizer.ggml.tokens": '{"length": 5000}'}, "cannot be written as GGUF's type"),
+    ],
+)
+def test_what_gguf_has_no_room_for(tensors: dict[str, Any], metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        written(tensors, metadata)
 
 
 def test_version_2_and_unknown_types() -> None:

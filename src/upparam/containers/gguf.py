@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upparam.containers.base import Head, TensorFile
-from upparam.errors import LimitError, MalformedError
+from upparam.containers.safetensors import chunks
+from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Finding, info, warning
 from upparam.limits import MAX_DIMS, MAX_GGUF_ARRAY_SHOWN, MAX_GGUF_HEADER, MAX_GGUF_KEYS, MAX_GGUF_NESTING, MAX_TENSORS
 from upparam.tensors import DTYPES, Source, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 name = "gguf"
 title = "GGUF (llama.cpp)"
@@ -279,3 +285,123 @@ def _rooms(offsets: list[int], size: int) -> dict[int, int]:
     """Bytes from each tensor's offset to the next one's, or to the end of the data."""
     ordered = sorted(set(offsets))
     return {offset: max(0, after - offset) for offset, after in zip(ordered, [*ordered[1:], size], strict=False)}
+
+
+_TYPE_NUMBERS = {dtype: number for number, dtype in _PLAIN.items()}
+_ALIGNMENT = 32
+_MOST_DIMS = 4
+"""ggml's GGML_MAX_DIMS."""
+_LONGEST_NAME = 63
+"""Bytes of a tensor name, ggml's GGML_MAX_NAME without the closing zero."""
+_UINT32, _INT32, _FLOAT32, _BOOL, _UINT64, _INT64 = 4, 5, 6, 7, 10, 11
+_TYPED = {
+    "general.alignment": _UINT32, "general.quantization_version": _UINT32, "general.file_type": _UINT32, "general.base_model.count": _UINT32,
+    "general.dataset.count": _UINT32, "adapter.lora.alpha": _FLOAT32, "adapter.alora.invocation_tokens": _UINT32,
+    "general.tags": _STRING, "general.languages": _STRING, "general.datasets": _STRING,
+}  # fmt: skip
+"""Keys whose values are no single strings. Source: ggml-org/ggml docs/gguf.md; ggml-org/llama.cpp gguf-py/gguf/constants.py Keys."""
+_ARRAYS = ("adapter.alora.invocation_tokens", "general.tags", "general.languages", "general.datasets")
+
+
+def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a version 3 little-endian GGUF file to a binary stream, one tensor in memory at a time.
+
+    Values of metadata are text as `read` gives it: each gets the type GGUF defines for its key, keys below the architecture's name and
+    `tokenizer.` that of their JSON value, all others stay text. Raises RefusedError for a dtype, number of dimensions, name or value
+    that GGUF has no room for.
+    """
+    keys = {key: value for key, value in metadata.items() if key != "general.alignment"}
+    free = ("tokenizer.", f"{metadata.get('general.architecture', '')}.")
+    out = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(keys)))
+    for key, value in keys.items():
+        out += _text(key) + _value(key, value, _TYPED.get(key), typed=key in _TYPED or key.startswith(free))
+    at = 0
+    for key, tensor in tensors.items():
+        _fits(key, tensor)
+        dims = len(tensor.shape)
+        number = _TYPE_NUMBERS[tensor.dtype.name]
+        out += _text(key) + struct.pack(f"<I{dims}QIQ", dims, *reversed(tensor.shape), number, at)
+        at += _padded(tensor.nbytes)
+    stream.write(bytes(out) + bytes(_padded(len(out)) - len(out)))
+    for tensor in tensors.values():
+        for chunk in chunks(tensor):
+            stream.write(chunk)
+        stream.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+
+
+def _fits(key: str, tensor: Tensor) -> None:
+    if tensor.dtype.name not in _TYPE_NUMBERS:
+        raise RefusedError("GGUF has no type for these elements", tensor=key, expected=", ".join(_TYPE_NUMBERS), found=tensor.dtype)
+    if not 1 <= len(tensor.shape) <= _MOST_DIMS:
+        raise RefusedError("a number of dimensions ggml does not hold", tensor=key, expected=f"1 to {_MOST_DIMS}", found=tensor.shape)
+    if len(key.encode()) > _LONGEST_NAME:
+        raise RefusedError("a name longer than ggml allows", tensor=key, expected=f"<= {_LONGEST_NAME} bytes", found=len(key.encode()))
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(key: str, text: str, known: int | None, *, typed: bool) -> bytes:
+    """Type number and bytes of one metadata value; `known` is the type (of an array's items) that its key asks for."""
+    if not typed:
+        return struct.pack("<I", _STRING) + _text(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    if isinstance(value, list) and (known is None or key in _ARRAYS):
+        kind = known if known is not None else max(map(_kind, value), default=_STRING)
+        if all(_holds(kind, item) for item in value):
+            return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(_scalar(kind, item) for item in value)
+    kind = _kind(value) if known is None else known
+    if key in _ARRAYS or isinstance(value, (list, dict)) or not _holds(kind, value):
+        if known is not None or isinstance(value, (list, dict)):
+            raise RefusedError(f"a value of '{key}' that cannot be written as GGUF's type for it", found=text[:80])
+        kind, value = _STRING, text
+    return struct.pack("<I", kind) + _scalar(kind, value)
+
+
+def _kind(value: Any) -> int:
+    if isinstance(value, bool):
+        return _BOOL
+    if isinstance(value, int):
+        return _UINT32 if 0 <= value < 1 << 32 else _INT32 if -(1 << 31) <= value < 0 else _UINT64 if value >= 0 else _INT64
+    return _FLOAT32 if isinstance(value, float) else _STRING
+
+
+def _holds(kind: int, value: Any) -> bool:
+    if kind == _STRING:
+        return isinstance(value, str)
+    if kind == _FLOAT32:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == _BOOL:
+        return isinstance(value, bool)
+    low, high = {_UINT32: (0, 1 << 32), _INT32: (-(1 << 31), 1 << 31), _UINT64: (0, 1 << 64), _INT64: (-(1 << 63), 1 << 63)}[kind]
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
+
+
+def _scalar(kind: int, value: Any) -> bytes:
+    return _text(value) if kind == _STRING else struct.pack("<" + _SCALARS[kind], value)
+
+
+def dequantised(source: Source, tensor: QuantisedTensor) -> Tensor | None:
+    """The float32 values of a little-endian Q8_0 tensor, computed when read: scale times whole number, exact in float32. None for other types.
+
+    Source: ggml-org/ggml src/ggml-common.h block_q8_0 (a float16 and 32 int8).
+    """
+    if tensor.type != "Q8_0" or source.read(4, 4)[:2] == b"\0\0":
+        return None
+
+    def values() -> NDArray[np.float32]:
+        import numpy as np
+
+        blocks = np.frombuffer(source.read(tensor.offset, tensor.nbytes), np.dtype([("d", "<f2"), ("q", "i1", 32)]))
+        return (blocks["d"].astype(np.float32)[:, None] * blocks["q"].astype(np.float32)).reshape(tensor.shape)
+
+    return Tensor.computed(DTYPES["float32"], tensor.shape, values, source.name)

@@ -18,6 +18,8 @@ DIALECTS: dict[str, str] = {
     "diffusers-old": "upparam.dialects.diffusers_old",
     "cloneofsimo": "upparam.dialects.cloneofsimo",
     "mlx": "upparam.dialects.mlx",
+    "gguf-lora": "upparam.dialects.gguf_lora",
+    "ggla": "upparam.dialects.ggla",
     "sam-lora": "upparam.dialects.sam_lora",
     "triad": "upparam.dialects.triad",
 }

@@ -153,11 +153,9 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
             found=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
         )
     pieces: dict[str, list[tuple[int, Delta]]] = {}
-    for target, delta in deltas.items():
+    for target, delta in _whole_where_reordered(one, deltas).items():
         foreign, part = one.places[target.module]
         if not part.order.plain:
-            if target.rows is not None:
-                raise RefusedError("a slice of a weight whose rows lie in another order cannot be placed", tensor=str(target))
             delta = reorder(delta, part.order.foreign_rows(delta.shape[0]))
         start = (part.span[0] if part.span else 0) + (target.rows[0] if target.rows else 0)
         pieces.setdefault(foreign, []).append((start, delta))
@@ -171,6 +169,23 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
             ) from None
         if told is not None and (how := _how_joined(one, foreign, members, found[foreign])):
             told[foreign] = how
+    return found
+
+
+def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[Target, Delta]:
+    """The deltas, slices of a weight joined where its rows lie in another order here: a slice of it is no slice there."""
+    from upparam.algorithms.slicing import join
+
+    found: dict[Target, Delta] = {}
+    sliced: dict[str, list[tuple[int, Delta]]] = {}
+    for target, delta in deltas.items():
+        if target.rows is None or one.places[target.module].part.order.plain:
+            found[target] = delta
+        else:
+            sliced.setdefault(target.module, []).append((target.rows[0], delta))
+            found[Target(target.module)] = delta
+    for module, members in sliced.items():
+        found[Target(module)] = join(_with_gaps(members, one.places[module].part.shape[0]))
     return found
 
 

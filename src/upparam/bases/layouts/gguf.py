@@ -26,6 +26,8 @@ _GPT2 = {
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }  # fmt: skip
+_MOE = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
+"""A mixture's experts, whose weights llama.cpp stacks: (experts, out, in), which is row upon row."""
 _FUSED = {
     "self_attention.query_key_value": "attn_qkv", "self_attention.dense": "attn_output", "attention.query_key_value": "attn_qkv",
     "attention.dense": "attn_output", "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down", "input_layernorm": "attn_norm",
@@ -40,7 +42,7 @@ def gguf(base: Base) -> LayoutMap | None:
     """
     config = inventory.data("_configs.json").get(base.name, {})
     for body in ("model.", "model.language_model."):
-        if has(base, f"{body}layers.0.self_attn.") and not has(base, f"{body}layers.0.block_sparse_moe."):
+        if has(base, f"{body}layers.0.self_attn."):
             return _llama(base, body, config)
     for start, layers, lines, outer in (
         ("transformer.h.0.attn.c_attn", "transformer.h.{}.", _GPT2, {"transformer.wte": "token_embd", "transformer.wpe": "position_embd"}),
@@ -70,7 +72,33 @@ def _llama(base: Base, body: str, config: Mapping[str, Any]) -> LayoutMap | None
     gemma = has(base, f"{body}layers.0.pre_feedforward_layernorm")
     ends = {} if base.family == "gemma" and not has(base, f"{body}layers.0.self_attn.q_norm") else {"lm_head": "output"}  # Gemma 1, 2: tied
     ends |= {f"{body}embed_tokens": "token_embd", f"{body}norm": "output_norm", f"{body}final_layernorm": "output_norm"}
-    return _assemble(base, f"{body}layers.{{}}.", _GEMMA if gemma else _LLAMA, ends, orders)
+    return _assemble(base, f"{body}layers.{{}}.", (_GEMMA if gemma else _LLAMA) | _experts(base, body), ends, orders)
+
+
+def _experts(base: Base, body: str) -> dict[str, str | Spot]:
+    """Table lines for the experts of a mixture, by the part of their path below the layer; {} for a dense model."""
+    start = f"{body}layers.0.block_sparse_moe.experts."
+    count = len({module.path[len(start) :].split(".")[0] for module in base.modules if module.path.startswith(start)})
+    if not count:
+        return {}
+    lines: dict[str, str | Spot] = {"block_sparse_moe.gate": "ffn_gate_inp"}
+    for expert in range(count):
+        lines |= {f"block_sparse_moe.experts.{expert}.{own}": Spot(foreign, expert) for own, foreign in _MOE.items()}
+    return lines
+
+
+_ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3": "gemma3", "gemma3_text": "gemma3", "phi": "phi2", "phi3": "phi3", "gpt2": "gpt2", "falcon": "falcon", "bloom": "bloom",
+    "gpt_neox": "gptneox",
+}  # fmt: skip
+"""transformers' model_type -> llama.cpp's `general.architecture`. Source: ggml-org/llama.cpp gguf-py/gguf/constants.py MODEL_ARCH_NAMES."""
+
+
+def architecture(base: Base) -> str | None:
+    """llama.cpp's name for the base's architecture; None for what it does not run or a base without a known config."""
+    config = inventory.data("_configs.json").get(base.name, {})
+    return _ARCHITECTURES.get(str(config.get("model_type")))
 
 
 def _groups(config: Mapping[str, Any]) -> Order | None:
@@ -85,6 +113,9 @@ def _groups(config: Mapping[str, Any]) -> Order | None:
     return Order("groups", groups, heads // groups) if groups > 1 else SAME
 
 
-def _assemble(base: Base, layers: str, lines: Mapping[str, str], outer: Mapping[str, str], orders: Mapping[str, Order]) -> LayoutMap:
-    table: dict[str, str | Spot] = {layers + part: Spot(f"blk.{{}}.{name}", order=orders.get(name, SAME)) for part, name in lines.items()}
+def _assemble(base: Base, layers: str, lines: Mapping[str, str | Spot], outer: Mapping[str, str], orders: Mapping[str, Order]) -> LayoutMap:
+    table: dict[str, str | Spot] = {}
+    for part, line in lines.items():
+        spot = Spot(line, order=orders.get(line, SAME)) if isinstance(line, str) else line
+        table[layers + part] = spot._replace(foreign=f"blk.{{}}.{spot.foreign}")
     return assemble("gguf", base, [Component("", Table(table | dict(outer)))])

@@ -1,0 +1,121 @@
+"""Which base a GGUF adapter is for. llama.cpp's names do not tell it, and the order of rows of q, k and fused qkv hangs on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+
+from upparam.adapter import Adapter, BaseHint
+from upparam.bases import inventory
+from upparam.bases.base import Base
+from upparam.bases.layouts import LayoutMap, find, layout
+from upparam.bases.layouts.gguf import architecture
+from upparam.bases.recognise import recognise
+from upparam.dialects.base import ReadOptions
+from upparam.dialects.placing import Resolved, alike
+from upparam.errors import UsageError
+from upparam.findings import warning
+
+ARCHITECTURE = "general.architecture"
+_HUB = re.compile(r"https?://huggingface\.co/")
+_EXAMPLES = {
+    "llama": "llama-2-7b", "qwen2": "qwen2-0.5b", "qwen3": "qwen3-0.6b", "gemma": "gemma-2b", "gemma2": "gemma-2-2b", "gemma3": "gemma-3-1b",
+    "phi2": "phi-2", "phi3": "phi-3-mini", "gpt2": "gpt2", "falcon": "falcon-7b", "bloom": "bloom-560m", "gptneox": "pythia-70m",
+}  # fmt: skip
+"""A base of each architecture, from whose names those of every other follow."""
+
+
+def resolved(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], options: ReadOptions) -> Resolved | None:
+    """The base's layout, and the base named on the adapter; None, with a finding, where the tensors do not tell enough.
+
+    `shapes` are those of the changed weights by llama.cpp's name. Enough is told when one base has every name in its shape, and every
+    base that fits alike has the same rows under the same names. Raises UsageError when the base the user named does not have them.
+    """
+    arch = adapter.metadata.get(ARCHITECTURE)
+    subject = adapter.files[0].rpartition("/")[2]
+    if options.base is not None:
+        return _named(adapter, shapes, options.base, arch)
+    hints = recognise(_translated(arch, shapes), stated=_stated(adapter.metadata)) if arch in _EXAMPLES else []
+    fits: dict[str, LayoutMap] = {}
+    for name in dict.fromkeys(name for hint in hints for name in (hint.name, *hint.lookalikes)):
+        own = inventory.resolve(name)
+        base = None if own is None else inventory.load(own)
+        one = find(base, "gguf") if base is not None and architecture(base) == arch else None
+        if one is not None and _unexplained(one, shapes) is None:
+            fits[name] = one
+    hint = next((hint for hint in hints if hint.name in fits), None)
+    if hint is None:
+        adapter.base = next((hint for hint in hints if hint.stated), None)
+        said = f"no base of architecture {arch} that upparam knows has all these tensors" if arch else f"the header has no {ARCHITECTURE}"
+        adapter.findings.append(warning("base-open", subject, said, "name the base with --base"))
+        return None
+    adapter.base = replace(hint, lookalikes=tuple(name for name in hint.lookalikes if name in fits and name != hint.name))
+    chosen = fits[hint.name]
+    others = [] if hint.stated else [name for name, other in fits.items() if any(_differs(chosen, other, foreign) for foreign in shapes)]
+    if others:
+        said = f"{hint.name} and {', '.join(others)} fit alike and order the rows of q and k differently"
+        adapter.findings.append(warning("base-open", subject, said, "name the base with --base"))
+        return None
+    return Resolved(chosen, {name: name for name in shapes}, adapter.base)
+
+
+def _named(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], base: Base, arch: str | None) -> Resolved:
+    if arch is not None and architecture(base) not in (None, arch):
+        raise UsageError("the adapter is for another architecture", file=adapter.files[0], expected=arch, found=architecture(base))
+    one = layout(base, "gguf")
+    strange = _unexplained(one, shapes)
+    if strange is not None:
+        raise UsageError(
+            f"{base.name} has no such tensor", file=adapter.files[0], tensor=strange, found=f"a delta of shape {shapes[strange]}",
+            expected=f"one of {one.rows(strange)} rows" if one.to_reference(strange) else None, remedy="name another base with --base",
+        )  # fmt: skip
+    adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+    return Resolved(one, {name: name for name in shapes}, adapter.base)
+
+
+def _unexplained(one: LayoutMap, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first name that the layout does not have in that shape."""
+    for foreign, shape in shapes.items():
+        parts = one.to_reference(foreign)
+        if not parts or not alike(shape, (one.rows(foreign), *parts[0].shape[1:])):
+            return foreign
+    return None
+
+
+def _differs(one: LayoutMap, other: LayoutMap, foreign: str) -> bool:
+    return [(part.module, part.order) for part in one.to_reference(foreign)] != [
+        (part.module, part.order) for part in other.to_reference(foreign)
+    ]
+
+
+@cache
+def _words(arch: str) -> Mapping[str, str]:
+    """llama.cpp's names -> transformers', with {} for the layer, for every base of an architecture."""
+    one = find(inventory.load(_EXAMPLES[arch]), "gguf")
+    found: dict[str, str] = {}
+    for foreign, parts in one.foreign.items() if one is not None else ():
+        if not re.search(r"\.[1-9]\d*\.", foreign):
+            found[foreign.replace("blk.0.", "blk.{}.")] = re.sub(r"\.0\.", ".{}.", parts[0].module, count=1)
+    return found
+
+
+def _translated(arch: str | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """transformers' names of these tensors, for the recogniser; names that have none stay."""
+    words = _words(str(arch))
+    found = {}
+    for name, shape in shapes.items():
+        layer = re.match(r"blk\.(\d+)\.", name)
+        word = words.get(re.sub(r"^blk\.\d+\.", "blk.{}.", name), name)
+        found[word.format(layer.group(1)) if layer else word] = shape
+    return found
+
+
+def _stated(metadata: Mapping[str, str]) -> str | None:
+    """The base the header names: the model's address, else its name."""
+    address = metadata.get("general.base_model.0.repo_url")
+    if address:
+        return _HUB.sub("", address)
+    name = metadata.get("general.base_model.0.name")
+    return name.replace(" ", "-") if name and inventory.resolve(name.replace(" ", "-")) else None
