@@ -74,6 +74,7 @@ class Adapter:
 
     deltas: dict[Target, Delta]
     dialect: str
+    """Whose spelling it is: what `save` writes by default."""
     extras: list[Extra] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +85,8 @@ class Adapter:
     spelling: dict[str, str] = field(default_factory=dict)
     """Free choices of the source's writer (prefix, layout, dtype of alpha, ...) that a rewrite in the same dialect repeats."""
     files: tuple[str, ...] = ()
+    found_as: str | None = None
+    """The dialect of the files themselves where that is another one: a triad remembers whose adapter was split."""
     leftovers: dict[str, Tensor] = field(default_factory=dict)
     conditions: list[str] = field(default_factory=list)
     """Why the deltas alone are not the whole change, one sentence each (an initialisation that took part of the base's weight, say).

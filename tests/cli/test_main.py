@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def test_every_command_has_help_with_the_exit_codes(command: str, capsys: pytest
 
 
 def test_no_command_and_unknown_commands_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in ([], ["frobnicate"], ["identify"], ["identify", "x", "--no-such-option"]):
+    assert main([]) == 2
+    assert "identify" in capsys.readouterr().out
+    for argv in (["frobnicate"], ["identify"], ["identify", "x", "--no-such-option"]):
         with pytest.raises(SystemExit) as caught:
             main(argv)
         assert caught.value.code == 2
@@ -84,6 +87,21 @@ def test_identify_as_text_and_json(lora: Path, capsys: pytest.CaptureFixture[str
     ((report,),) = [identity["adapters"] for identity in json.loads(capsys.readouterr().out)]
     assert report["dialect"] == "kohya"
     assert report["scales"] == [{"scale": 0.5, "count": 1}]
+
+
+def test_folders_below_are_named_and_looked_into_when_asked(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "many"
+    for name in ("one", "two/deep", ".hidden"):
+        (root / name).mkdir(parents=True)
+        shutil.copy(lora, root / name / "lora.safetensors")
+    (root / "empty").mkdir()
+    assert main(["identify", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "3 folders below were not looked into" in text and "empty, one, two" in text
+    assert main(["identify", "-r", str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [identity["path"] for identity in found] == [str(root / "one"), str(root / "two/deep")]
+    assert all(identity["adapters"][0]["kind"] == "adapter" for identity in found)
 
 
 def test_convert_writes_once_and_overwrites_only_when_forced(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

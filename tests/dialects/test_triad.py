@@ -268,6 +268,7 @@ def test_split_and_back_is_the_same_adapter(tmp_path: Path, adapter: Adapter, fo
     identical(adapter, again)
     fields = ("dialect", "layout", "base", "metadata", "config", "spelling", "transposed_base", "conditions")
     assert all(getattr(again, name) == getattr(adapter, name) for name in fields)
+    assert again.found_as == "triad" and adapter.found_as is None
 
 
 @pytest.mark.parametrize("form", ["torch", "npy", "raw"])

@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"upparam.cli.{name.replace('-', '_')}")
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
+    if not argv:
+        parser.print_help()
+        return 2
     args = parser.parse_args(argv)
     return _run(args)
 

@@ -52,6 +52,7 @@ def restored(note: Mapping[str, Any], factors: Mapping[Any, Mapping[str, Tensor]
                 str(base["name"]), float(base["confidence"]), tuple(base["evidence"]), bool(base["stated"]), tuple(base["lookalikes"])
             ),
             transposed_base=note["transposed_base"], spelling=dict(note["spelling"]), conditions=list(note["conditions"]),
+            found_as="triad",
         )  # fmt: skip
         for module in note["modules"]:
             path, rows, parameter = module["target"]

@@ -110,7 +110,8 @@ def write_adapter(
         outputs = [str(out)]
     counts = {"targets": len(adapter.deltas), "extras": len(adapter.extras), "bytes": size}
     findings = [finding for finding in adapter.findings if finding.severity] + dropped
-    return Receipt(f"{adapter.dialect} to {dialect}", list(adapter.files), outputs, counts, proofs, findings, time.monotonic() - begun)
+    title = f"{adapter.found_as or adapter.dialect} to {dialect}"
+    return Receipt(title, list(adapter.files), outputs, counts, proofs, findings, time.monotonic() - begun)
 
 
 def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:

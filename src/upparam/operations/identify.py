@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,30 @@ def identify(path: Path | str) -> Identity:
     reports = _file_reports(members, files, problems, found)
     identity = Identity(path, reports, adapters)
     identity.findings += _belonging(path, identity, found)
+    if path.is_dir() and not adapters:
+        identity.findings += _below(path)
     return identity
+
+
+def _below(path: Path) -> list[Finding]:
+    below = [member.name for member in sorted(path.iterdir()) if member.is_dir() and not member.name.startswith(".")]
+    if not below:
+        return []
+    shown = ", ".join(below[:5]) + (" ..." if len(below) > 5 else "")
+    return [info("folders-below", path.name, f"{len(below)} folders below were not looked into; --recursive does", shown)]
+
+
+def folders_below(path: Path | str) -> list[Path]:
+    """`path` itself, and if it is a folder every folder below it that holds files, hidden ones and links to folders left out."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    found = []
+    for folder, below, files in os.walk(path):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if any(not name.startswith(".") for name in files):
+            found.append(Path(folder))
+    return found or [path]
 
 
 def _file_reports(
