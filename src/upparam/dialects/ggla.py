@@ -1,8 +1,9 @@
-"""ggla: llama.cpp's LoRA files of 2023, before GGUF. `layers.0.attention.wq.weight.loraA` and `.loraB`, rank and alpha in the header.
+"""ggla: llama.cpp's LoRA files of 2023, before GGUF adapters: `layers.0.attention.wq.weight.loraA` and `.loraB`, later
+`blk.0.attn_q.weight.loraA`; rank and alpha in the header.
 
-Source: ggml-org/llama.cpp convert-lora-to-ggml.py (removed in 2024). The converter took PEFT's factors as they were, loraA transposed to
-(in, r), and gave them Meta's names. It did not interleave the rows of q and k, although the base it was added to had them interleaved:
-what the old program computed from these files is not what was trained. upparam reads what was trained.
+Source: ggerganov/llama.cpp convert-lora-to-ggml.py (removed in 2024). The converter took PEFT's factors as they were, loraA transposed to
+(in, r), and gave them Meta's or its own names. It did not interleave the rows of q and k, although the base it was added to had them
+interleaved: what the old program computed from these files is not what was trained. upparam reads what was trained.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.placing import resolve
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, warning
 from upparam.tensors import Tensor
 
-_NAME = re.compile(r"layers\.(\d+)\.([a-z_]+\.w[a-z0-9])\.weight\.lora([AB])")
+_NAME = re.compile(r"(?:layers|blk)\.(\d+)\.([a-z_]+(?:\.w[1-3a-z])?)\.weight\.lora([AB])")
 _WORDS = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj",
 }  # fmt: skip
 
 
@@ -47,22 +50,13 @@ class Ggla:
         """The adapter under transformers' names. Raises DeadAdapterError when no weight has both factors."""
         file = bundle.main
         adapter = Adapter({}, self.name, files=(str(file.path),), findings=list(file.findings))
-        pairs: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in file.tensors.items():
-            match = _NAME.fullmatch(name)
-            if match is None or match.group(2) not in _WORDS:
-                adapter.leftovers[name] = tensor
-            else:
-                pairs.setdefault(f"model.layers.{match.group(1)}.{_WORDS[match.group(2)]}", {})[match.group(3)] = tensor
-        scaling = Scaling(alpha=float(file.metadata["lora_alpha"]), divisor=float(file.metadata["lora_r"]))
+        alpha, rank = float(file.metadata["lora_alpha"]), float(file.metadata["lora_r"])
+        if options.alpha not in (None, alpha):
+            raise UsageError("the alpha given contradicts the header's", file=file.path, expected=f"{alpha:g}", found=options.alpha)
         deltas: dict[str, Delta] = {}
-        for module, pair in pairs.items():
-            if len(pair) < 2:
-                adapter.leftovers |= {f"{module}.lora{role}": tensor for role, tensor in pair.items()}
-                adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied"))
-                continue
+        for module, pair in _pairs(file, adapter).items():
             try:
-                deltas[module] = LoRA(pair["B"], pair["A"].T, scaling)
+                deltas[module] = LoRA(pair["B"], pair["A"].T, Scaling(alpha=alpha, divisor=rank))
             except MalformedError as problem:
                 raise MalformedError(problem.message, file=file.path, tensor=module, found=problem.found) from None
         if not deltas:
@@ -81,6 +75,22 @@ class Ggla:
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """Always raises RefusedError."""
         raise RefusedError("no program reads ggla any more", remedy="convert to gguf-lora")
+
+
+def _pairs(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """Both factors of each module by transformers' name. What makes no pair goes to the leftovers."""
+    names: dict[str, dict[str, str]] = {}
+    for name, tensor in file.tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None or match.group(2) not in _WORDS:
+            adapter.leftovers[name] = tensor
+        else:
+            names.setdefault(f"model.layers.{match.group(1)}.{_WORDS[match.group(2)]}", {})[match.group(3)] = name
+    for module, own in names.items():
+        if len(own) < 2:
+            adapter.leftovers |= {name: file.tensors[name] for name in own.values()}
+            adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied"))
+    return {module: {role: file.tensors[name] for role, name in own.items()} for module, own in names.items() if len(own) == 2}
 
 
 dialect = Ggla()
