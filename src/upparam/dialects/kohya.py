@@ -81,7 +81,7 @@ class Kohya:
         """The adapter; modules in reference names when a base explains them, else as the file names them (layout 'kohya')."""
         file = bundle.main
         groups, rest = words.grouped(file.tensors, self.vocabulary())
-        extras, leftovers = _bundled(rest)
+        extras, leftovers = bundled(rest)
         deltas: dict[str, dict[str, Delta]] = {}
         findings: list[Finding] = list(file.findings)
         for module, group in groups.items():
@@ -118,7 +118,7 @@ class Kohya:
         told: Parts = {}
         named = self.names(adapter, options, told)
         problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
-        tensors = {_bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
+        tensors = {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
             try:
                 spelled = self.spell_parameter(parameter, delta)
@@ -172,7 +172,7 @@ _PARAMETER = ".string_to_param.*"
 _ENCODERS = (".clip_l", ".clip_g", ".t5", ".t5_out", ".clip_l_out", ".clip_g_out")
 
 
-def _bundled(tensors: Mapping[str, Tensor]) -> tuple[list[Extra], dict[str, Tensor]]:
+def bundled(tensors: Mapping[str, Tensor]) -> tuple[list[Extra], dict[str, Tensor]]:
     """(tokens bundled with the adapter, the rest).
 
     `bundle_emb.<token>.string_to_param.*` is read by AUTOMATIC1111/stable-diffusion-webui extensions-builtin/Lora/networks.py;
@@ -189,7 +189,8 @@ def _bundled(tensors: Mapping[str, Tensor]) -> tuple[list[Extra], dict[str, Tens
     return extras, rest
 
 
-def _bundle_name(token: str) -> str:
+def bundle_name(token: str) -> str:
+    """The tensor's name of a bundled token."""
     return f"bundle_emb.{token}" if token.endswith(_ENCODERS) else f"bundle_emb.{token}{_PARAMETER}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -13,9 +15,11 @@ from upparam.errors import MalformedError, UsageError
 
 
 def left_out(base: Base, kind: str, path: str) -> bool:
-    """Modules a layout is not about: text encoders in `original`; the vision tower and Gemma's tied head in `gguf`."""
+    """Modules a layout is not about: text encoders in `original`, all but attention in `xlabs`; the vision tower and Gemma's tied head in `gguf`."""
     if kind == "original":
         return not path.startswith(denoiser.component(base) or "")
+    if kind == "xlabs":
+        return ".attn.to_" not in path and ".attn.add_" not in path and not re.fullmatch(r"transformer\.single\w+\.\d+\.proj_out", path)
     if kind == "gguf" and path == "lm_head":
         return base.name.startswith(("gemma-2b", "gemma-7b", "gemma-2-"))
     return kind == "gguf" and path.startswith(("model.vision_tower.", "model.multi_modal_projector."))
@@ -83,6 +87,18 @@ def test_orders_are_permutations_with_their_inverse(order: Order) -> None:
         ("flux.1-dev", "kohya", "lora_unet_double_blocks_0_img_attn_qkv", 3),
         ("flux.1-dev", "kohya", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", 1),
         ("sd3-medium", "kohya", "lora_unet_joint_blocks_0_x_block_attn_qkv", 3),
+        ("flux.1-dev", "comfyui", "diffusion_model.single_blocks.37.linear1", 4),
+        ("flux.1-dev", "comfyui", "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q", 1),
+        ("sdxl", "comfyui", "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1", 1),
+        ("sd2", "comfyui", "text_encoders.clip_h.transformer.text_model.encoder.layers.0.mlp.fc1", 1),
+        ("krea-2", "comfyui", "diffusion_model.txtfusion.layerwise_blocks.0.attn.wq", 1),
+        ("flux.1-dev", "xlabs", "double_blocks.0.processor.qkv_lora2", 3),
+        ("flux.1-dev", "xlabs", "single_blocks.0.processor.proj_lora", 1),
+        ("flux.1-dev", "omi", "transformer.single_blocks.0.linear1.3", 1),
+        ("flux.1-dev", "omi", "transformer.img_in.proj", 1),
+        ("flux.1-dev", "omi", "t5.encoder.block.0.layer.0.SelfAttention.q", 1),
+        ("sdxl", "omi", "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q", 1),
+        ("sdxl", "omi", "clip_g.text_model.encoder.layers.0.mlp.fc1", 1),
         ("sd3-medium", "kohya", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", 1),
     ],
 )
