@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.matrix.specimens import CONV, embedding, locon, plain, rslora, saved_head, token
+from tests.matrix.specimens import CONV, dora, embedding, locon, loha, lokr, plain, rslora, saved_head, token
 from tests.matrix.test_matrix import identical
 from tests.operations.merging import save as save_safetensors
 
@@ -259,8 +259,11 @@ def test_unnamed_modules_are_not_converted(tmp_path: Path) -> None:
         saved_head("llama-3-8b"),
         locon(next(iter(CONV))),
         plain("sam-vit-b"),
+        dora("sd1.5"),
+        loha("sd1.5"),
+        lokr("llama-3-8b"),
     ],
-    ids=["plain", "rslora", "embedding", "token", "saved", "mid", "slices"],
+    ids=["plain", "rslora", "embedding", "token", "saved", "mid", "slices", "dora", "loha", "lokr"],
 )
 def test_split_and_back_is_the_same_adapter(tmp_path: Path, adapter: Adapter, form: str) -> None:
     write_adapter(adapter, tmp_path / "split", "triad", options={"format": form})
@@ -292,6 +295,15 @@ def test_a_split_adapter_that_lost_a_file_is_dead(tmp_path: Path) -> None:
     write_adapter(plain("sd1.5"), tmp_path / "split", "triad")
     (tmp_path / "split" / "up-param.bin").unlink()
     with pytest.raises(DeadAdapterError, match=r"up-param\.bin"):
+        open_adapter(tmp_path / "split")
+
+
+@pytest.mark.parametrize("lost", ["w1_a", "w2_b"])
+def test_factors_of_other_kinds_are_missed_too(tmp_path: Path, lost: str) -> None:
+    write_adapter(loha("sd1.5"), tmp_path / "split", "triad")
+    assert identify(tmp_path / "split").adapters[0].kind == "adapter"
+    (tmp_path / "split" / f"{lost}-param.bin").unlink()
+    with pytest.raises(DeadAdapterError, match=rf"{lost}-param"):
         open_adapter(tmp_path / "split")
 
 

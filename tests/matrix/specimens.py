@@ -11,6 +11,9 @@ import numpy as np
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.dora import DoRA
+from upparam.algorithms.loha import LoHa
+from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
 from upparam.bases.base import Module
@@ -143,6 +146,32 @@ def saved_head(base: str) -> Adapter:
     return adapter(base, plain(base).deltas, [Extra(ExtraKind.SAVED_MODULE, f"{path}.weight", values((out, into), path))])
 
 
+def dora(base: str) -> Adapter:
+    """Magnitudes of rows."""
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        plain = lora(base, target.module)
+        deltas[target] = DoRA(plain.up, plain.down, values((plain.shape[0], 1), f"{target}magnitude"), plain.scaling)
+    return adapter(base, deltas)
+
+
+def loha(base: str) -> Adapter:
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        one, two = lora(base, target.module), lora(base, target.module, rows=(0, module(base, target.module).canonical[0]))
+        deltas[target] = LoHa(one.up, one.down, two.up, two.down, scaling=one.scaling)
+    return adapter(base, deltas)
+
+
+def lokr(base: str) -> Adapter:
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out, into = module(base, target.module).canonical
+        w1, w2_a, w2_b = (values(shape, f"{target}{shape}") for shape in ((8, 8), (out // 8, 4), (4, into // 8)))
+        deltas[target] = LoKr(w1=w1, w2_a=w2_a, w2_b=w2_b, scaling=Scaling(alpha=4.0))
+    return adapter(base, deltas)
+
+
 FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "plain": (plain, tuple(MODULES)),
     "every attention": (every_attention, ("sd1.5",)),
@@ -151,6 +180,9 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "rsLoRA": (rslora, ("llama-3-8b",)),
     "conv": (conv, tuple(CONV)),
     "conv with mid": (locon, tuple(CONV)),
+    "DoRA": (dora, ("sd1.5", "llama-3-8b")),
+    "LoHa": (loha, ("sd1.5", "llama-3-8b")),
+    "LoKr": (lokr, ("sd1.5", "llama-3-8b")),
     "text encoder": (text_encoder, tuple(TEXT)),
     "embedding": (embedding, tuple(EMBEDDING)),
     "token": (token, ("sd1.5",)),

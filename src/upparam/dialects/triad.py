@@ -9,34 +9,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
-from upparam.adapter import Adapter, BaseHint, Target
+from upparam.adapter import Adapter
 from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
-from upparam.bases import inventory
-from upparam.bases.base import Base, Module
-from upparam.bases.recognise import recognise
 from upparam.containers import raw
 from upparam.containers.base import TensorFile
 from upparam.dialects import triad_whole
-from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import alike
+from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions, read_json
 from upparam.dialects.triad_files import Found, Label, collect, keyed, label
-from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, MismatchError, UsageError
+from upparam.dialects.triad_naming import name_modules
+from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError
 from upparam.findings import info, warning
 from upparam.tensors import DTYPES, Tensor
 
-_CONFIGS = ("config.json", "adapter_config.json", "lora_config.json")
+CONFIG = "config.json"
+"""What `split` writes beside the factors."""
+_CONFIGS = (CONFIG, "adapter_config.json", "lora_config.json")
 _ALPHA, _RANK, _SCALE = (
     ("lora_alpha", "alpha", "network_alpha"),
     ("r", "rank", "lora_rank", "network_dim", "lora_dim"),
     ("scale", "scaling", "lora_scale"),
 )
 _LISTED = 8
-_KINDS = 14
-"""Kinds of modules of which every choice is tried; of more, choices of up to three."""
+"""Readings of a headerless file that a refusal lists."""
 _CLEAR = 0.6
 """How likely a reading of a headerless file must be to be taken without asking."""
 _SUFFIX = {"torch": ".bin", "npy": ".npz", "raw": ".raw"}
@@ -57,8 +54,15 @@ class Triad:
         if keys:
             return Match(self.name, 0.97, (f"keys {', '.join(keys)}",))
         told = label(file.name)
-        if told is None or told.role not in ("up", "down") or not file.tensors:
+        if told is None or not file.tensors:
             return None
+        if told.role not in ("up", "down"):
+            note = _note(file) if told.param else None
+            return (
+                None
+                if note is None or told.role not in note.get("roles", ())
+                else Match(self.name, 0.95, (f"named {file.name}", f"listed in {CONFIG}"))
+            )
         if file.container == "raw":
             sure = 0.6 if told.param else 0.4
             return Match(self.name, sure, (f"named {file.name}", "bytes without a header"))
@@ -112,7 +116,7 @@ class Triad:
                     found=problem.found,
                 ) from None
         adapter.leftovers |= found.extras
-        _name(adapter, pairs, config, bundle, options)
+        name_modules(adapter, pairs, config, bundle, options)
         if any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in adapter.deltas.values()):
             adapter.findings.append(
                 warning(
@@ -137,7 +141,7 @@ class Triad:
                 files.setdefault(role, {})[str(target)] = tensor
         if adapter.extras:
             files["extras"] = {f"{extra.kind.value}:{extra.name}": extra.tensor for extra in adapter.extras}
-        note = triad_whole.described(adapter)
+        note = triad_whole.described(adapter) | {"roles": list(files)}
         package = Package()
         if form == "raw":
             note["raw"] = {}
@@ -154,8 +158,17 @@ class Triad:
         config = {"r": ranks.pop() if len(ranks) == 1 else None, "lora_alpha": alphas.pop() if len(alphas) == 1 else None}
         config = {key: value for key, value in config.items() if value is not None}
         text = json.dumps({**config, triad_whole.KEY: note}, indent=1, ensure_ascii=False) + "\n"
-        package.files["config.json"] = text.encode()
+        package.files[CONFIG] = text.encode()
         return package
+
+
+def _note(file: TensorFile) -> Mapping[str, Any] | None:
+    """What `split` noted in the config beside a file; None where nothing readable of that kind is there."""
+    try:
+        note = (read_json(file.path.parent / CONFIG) or {}).get(triad_whole.KEY)
+    except UpparamError:
+        return None
+    return note if isinstance(note, dict) and isinstance(note.get("roles", []), list) else None
 
 
 def _thin(shape: tuple[int, ...]) -> bool:
@@ -208,10 +221,10 @@ def _whole(bundle: Bundle, found: Found, note: Mapping[str, Any], config_name: s
 def _refuse_missing(bundle: Bundle, note: Mapping[str, Any], factors: Mapping[Any, Mapping[str, Tensor]]) -> None:
     """Raise DeadAdapterError when a whole factor file of a split adapter is gone."""
     have = {role for roles in factors.values() for role in roles}
-    lost = {"up", "down"} - have if note.get("modules") else set()
-    if lost and have & {"up", "down"}:
-        (role,) = lost
-        _dead(bundle, role, len(note["modules"]))
+    listed = note.get("roles", ["up", "down"]) if note.get("modules") else []
+    lost = [role for role in listed if isinstance(role, str) and role not in have and role != "extras"] if isinstance(listed, list) else []
+    if lost:
+        _dead(bundle, lost[0], len(note["modules"]), sorted(have))
 
 
 def _refuse_lone(bundle: Bundle, found: Found) -> None:
@@ -221,13 +234,14 @@ def _refuse_lone(bundle: Bundle, found: Found) -> None:
             _dead(bundle, partner, len(found.factors))
 
 
-def _dead(bundle: Bundle, missing: str, modules: int) -> None:
-    have = "down" if missing == "up" else "up"
+def _dead(bundle: Bundle, missing: str, modules: int, here: Sequence[str] = ()) -> None:
+    have = {"up": "down", "down": "up"}.get(missing, "other")
     named = bundle.main.name
     partner = named.replace(have, missing) if have in named else f"{missing}-param"
+    held = " and ".join(here) or have
     raise DeadAdapterError(
-        f"the {have} factor is here and the {missing} factor is not: up @ down cannot be formed", file=bundle.main.path,
-        expected=f"{partner} beside it", found=f"{have} factors of {modules} module{'s' if modules != 1 else ''}",
+        f"the {held} factor{'s are' if len(here) > 1 else ' is'} here and the {missing} factor is not: the change of the weight cannot be formed",
+        file=bundle.main.path, expected=f"{partner} beside it", found=f"{held} factors of {modules} module{'s' if modules != 1 else ''}",
         remedy=f"look for {partner} where this file came from; without it the adapter is dead",
     )  # fmt: skip
 
@@ -346,119 +360,6 @@ def _turned(key: str | int | None, up: Tensor, down: Tensor, rank: int | None, b
     elif rank is None and len({way[2].shape[0] for way in fitting}) > 1 and up.shape[0] == up.shape[1]:
         adapter.findings.append(warning("square", name or bundle.main.name, "square factors fit together in several ways; taken as named"))
     return first, second
-
-
-def _name(
-    adapter: Adapter, pairs: Mapping[str | int | None, LoRA], config: Mapping[str, Any], bundle: Bundle, options: ReadOptions
-) -> None:
-    """Put each pair under its module: by the files' own names, the user's, the config's, or the base's order."""
-    named = {key: delta for key, delta in pairs.items() if isinstance(key, str)}
-    if len(named) == len(pairs) and not options.targets:
-        _by_names(adapter, named, options)
-        return
-    ordered = [
-        pairs[key] for key in sorted(pairs, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else 0, str(key)))
-    ]
-    targets = options.targets
-    listed = config.get("modules") or config.get("target_modules")
-    if targets is None and isinstance(listed, list) and len(listed) == len(ordered) and all(isinstance(name, str) for name in listed):
-        targets = tuple(listed)
-    if targets is not None:
-        if len(targets) != len(ordered):
-            raise UsageError(
-                "as many names as modules are needed", file=bundle.main.path, expected=f"{len(ordered)} --target", found=f"{len(targets)}"
-            )
-        _by_names(adapter, dict(zip(targets, ordered, strict=True)), options)
-        return
-    if options.base is not None:
-        _by_order(adapter, ordered, options.base, bundle)
-        return
-    adapter.layout = "unnamed"
-    for number, delta in enumerate(ordered):
-        adapter.deltas[Target(f"module-{number}")] = delta
-    adapter.findings.append(
-        warning(
-            "modules-unnamed", bundle.folder.name or bundle.main.name, f"the files do not say which module{'s' if len(ordered) > 1 else ''} they change",
-            "name them with --target, or give --base so that shapes and order tell", *[f"dW is {delta.shape}" for delta in ordered[:3]],
-        )
-    )  # fmt: skip
-
-
-def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions) -> None:
-    """Modules by name; the base is the user's, or recognised. Raises MismatchError when the user's base has no such module."""
-    shapes = {name: delta.shape for name, delta in named.items()}
-    base = options.base
-    if base is not None:
-        adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
-    else:
-        hints = recognise(shapes)
-        adapter.base = hints[0] if hints else None
-        known = inventory.resolve(adapter.base.name) if adapter.base is not None else None
-        base = inventory.load(known) if known is not None else None
-    wrong = []
-    for name, delta in named.items():
-        module = base.by_path.get(name) if base is not None else None
-        if module is None or not alike(module.canonical, delta.shape):
-            wrong.append(f"{name}: dW {delta.shape}, {'the base has ' + str(module.canonical) if module else 'not in the base'}")
-        adapter.deltas[Target(name)] = delta
-    if wrong and options.base is not None:
-        raise MismatchError(
-            f"{len(wrong)} modules do not fit the base", file=options.base.name, tensor=wrong[0].split(":")[0], found="; ".join(wrong[:5]),
-            remedy="check --base and --target",
-        )  # fmt: skip
-    adapter.layout = "reference" if base is not None and not wrong else "triad"
-
-
-def _by_order(adapter: Adapter, ordered: Sequence[LoRA], base: Base, bundle: Bundle) -> None:
-    """Modules by the base's order: the one choice of module kinds whose shapes, in order, are those of the pairs.
-
-    Raises AmbiguousError listing candidates where several fit, MismatchError where none does.
-    """
-    shapes = [delta.shape for delta in ordered]
-    fitting = [module for module in base.modules if any(alike(module.canonical, shape) for shape in shapes)]
-    choices = _choices(fitting, shapes)
-    if not choices:
-        raise MismatchError(
-            "no modules of the base have these shapes in this order", file=bundle.main.path, expected=f"modules of {base.name}",
-            found=f"{len(shapes)} pairs, dW {', '.join(str(shape) for shape in shapes[:4])}", remedy="name them with --target",
-        )  # fmt: skip
-    if len(choices) > 1:
-        shown = "; ".join(f"{choice[0].path} ... {choice[-1].path}" if len(choice) > 1 else choice[0].path for choice in choices[:_LISTED])
-        raise AmbiguousError(
-            f"{len(choices)} choices of modules of {base.name} fit the shapes" if len(shapes) > 1 else f"{len(choices)} modules of {base.name} have this shape",
-            file=bundle.main.path, found=shown + ("; ..." if len(choices) > _LISTED else ""), remedy="name them with --target",
-        )  # fmt: skip
-    adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
-    adapter.deltas = {Target(module.path): delta for module, delta in zip(choices[0], ordered, strict=True)}
-    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in choices[0]})
-    adapter.findings.append(
-        info(
-            "named-by-order",
-            bundle.main.name,
-            f"modules named by the order of {base.name}",
-            f"the only choice that fits: {', '.join(kinds)}",
-        )
-    )
-
-
-def _choices(fitting: Sequence[Module], shapes: Sequence[tuple[int, ...]]) -> list[list[Module]]:
-    """Every choice of module kinds (last words of paths) whose modules, in order, have these shapes; for one pair every module."""
-    if len(shapes) == 1:
-        return [[module] for module in fitting]
-    kinds = sorted({_kind(module) for module in fitting})
-    found = []
-    most = len(kinds) if len(kinds) <= _KINDS else 3
-    for count in range(1, most + 1):
-        for chosen in combinations(kinds, count):
-            members = [module for module in fitting if _kind(module) in chosen]
-            if len(members) == len(shapes) and all(alike(module.canonical, shape) for module, shape in zip(members, shapes, strict=True)):
-                found.append(members)
-    return found
-
-
-def _kind(module: Module) -> str:
-    words = [word for word in module.path.split(".") if not word.isdigit()]
-    return ".".join(words[-2:])
 
 
 dialect = Triad()

@@ -18,6 +18,10 @@ _NOISE = frozenset(("param", "params", "weight", "weights", "lora", "factor", "m
 _ENDINGS = re.compile(r"(\.(bin|pt|pth|npy|npz|raw|tofile|dat|safetensors|f32|f16|bf16|json))+$", re.I)
 
 
+_PARAM = re.compile(r"([a-z]\w*)-param(?:\.(\d+))?(?=\.|$)")
+"""How `split` names a file of factors that are neither up nor down: `w1_a-param.bin`, `magnitude-param.0003.raw`."""
+
+
 class Label(NamedTuple):
     """What a name says: the factor's role, a number (`up-param.3`), the words left over, and whether it is spelled as `up-param` is."""
 
@@ -46,7 +50,8 @@ def label(name: str) -> Label | None:
         elif word not in _NOISE and not (word == "w" and index + 1 < len(words) and words[index + 1] in ("a", "b")):
             rest.append(word)
     if role is None:
-        return None
+        other = _PARAM.match(name)
+        return None if other is None else Label(other[1], None if other[2] is None else int(other[2]), (), True)
     return Label(role, number, tuple(rest), "param" in words or "params" in words)
 
 

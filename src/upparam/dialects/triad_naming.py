@@ -1,0 +1,135 @@
+"""Which modules a triad's pairs of factors change: by the files' own names, the user's, the config's, or the base's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from upparam.adapter import Adapter, BaseHint, Target
+from upparam.algorithms.lora import LoRA
+from upparam.bases import inventory
+from upparam.bases.base import Base, Module
+from upparam.bases.recognise import recognise
+from upparam.dialects.base import Bundle, ReadOptions
+from upparam.dialects.placing import alike
+from upparam.errors import AmbiguousError, MismatchError, UsageError
+from upparam.findings import info, warning
+
+_LISTED = 8
+"""Choices that a refusal lists."""
+_KINDS = 14
+"""Kinds of modules of which every choice is tried; of more, choices of up to three."""
+
+
+def name_modules(
+    adapter: Adapter, pairs: Mapping[str | int | None, LoRA], config: Mapping[str, Any], bundle: Bundle, options: ReadOptions
+) -> None:
+    """Put each pair under its module: by the files' own names, the user's, the config's, or the base's order."""
+    named = {key: delta for key, delta in pairs.items() if isinstance(key, str)}
+    if len(named) == len(pairs) and not options.targets:
+        _by_names(adapter, named, options)
+        return
+    ordered = [
+        pairs[key] for key in sorted(pairs, key=lambda key: (not isinstance(key, int), key if isinstance(key, int) else 0, str(key)))
+    ]
+    targets = options.targets
+    listed = config.get("modules") or config.get("target_modules")
+    if targets is None and isinstance(listed, list) and len(listed) == len(ordered) and all(isinstance(name, str) for name in listed):
+        targets = tuple(listed)
+    if targets is not None:
+        if len(targets) != len(ordered):
+            raise UsageError(
+                "as many names as modules are needed", file=bundle.main.path, expected=f"{len(ordered)} --target", found=f"{len(targets)}"
+            )
+        _by_names(adapter, dict(zip(targets, ordered, strict=True)), options)
+        return
+    if options.base is not None:
+        _by_order(adapter, ordered, options.base, bundle)
+        return
+    adapter.layout = "unnamed"
+    for number, delta in enumerate(ordered):
+        adapter.deltas[Target(f"module-{number}")] = delta
+    adapter.findings.append(
+        warning(
+            "modules-unnamed", bundle.folder.name or bundle.main.name, f"the files do not say which module{'s' if len(ordered) > 1 else ''} they change",
+            "name them with --target, or give --base so that shapes and order tell", *[f"dW is {delta.shape}" for delta in ordered[:3]],
+        )
+    )  # fmt: skip
+
+
+def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions) -> None:
+    """Modules by name; the base is the user's, or recognised. Raises MismatchError when the user's base has no such module."""
+    shapes = {name: delta.shape for name, delta in named.items()}
+    base = options.base
+    if base is not None:
+        adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+    else:
+        hints = recognise(shapes)
+        adapter.base = hints[0] if hints else None
+        known = inventory.resolve(adapter.base.name) if adapter.base is not None else None
+        base = inventory.load(known) if known is not None else None
+    wrong = []
+    for name, delta in named.items():
+        module = base.by_path.get(name) if base is not None else None
+        if module is None or not alike(module.canonical, delta.shape):
+            wrong.append(f"{name}: dW {delta.shape}, {'the base has ' + str(module.canonical) if module else 'not in the base'}")
+        adapter.deltas[Target(name)] = delta
+    if wrong and options.base is not None:
+        raise MismatchError(
+            f"{len(wrong)} modules do not fit the base", file=options.base.name, tensor=wrong[0].split(":")[0], found="; ".join(wrong[:5]),
+            remedy="check --base and --target",
+        )  # fmt: skip
+    adapter.layout = "reference" if base is not None and not wrong else "triad"
+
+
+def _by_order(adapter: Adapter, ordered: Sequence[LoRA], base: Base, bundle: Bundle) -> None:
+    """Modules by the base's order: the one choice of module kinds whose shapes, in order, are those of the pairs.
+
+    Raises AmbiguousError listing candidates where several fit, MismatchError where none does.
+    """
+    shapes = [delta.shape for delta in ordered]
+    fitting = [module for module in base.modules if any(alike(module.canonical, shape) for shape in shapes)]
+    choices = _choices(fitting, shapes)
+    if not choices:
+        raise MismatchError(
+            "no modules of the base have these shapes in this order", file=bundle.main.path, expected=f"modules of {base.name}",
+            found=f"{len(shapes)} pairs, dW {', '.join(str(shape) for shape in shapes[:4])}", remedy="name them with --target",
+        )  # fmt: skip
+    if len(choices) > 1:
+        shown = "; ".join(f"{choice[0].path} ... {choice[-1].path}" if len(choice) > 1 else choice[0].path for choice in choices[:_LISTED])
+        raise AmbiguousError(
+            f"{len(choices)} choices of modules of {base.name} fit the shapes" if len(shapes) > 1 else f"{len(choices)} modules of {base.name} have this shape",
+            file=bundle.main.path, found=shown + ("; ..." if len(choices) > _LISTED else ""), remedy="name them with --target",
+        )  # fmt: skip
+    adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+    adapter.deltas = {Target(module.path): delta for module, delta in zip(choices[0], ordered, strict=True)}
+    kinds = sorted({module.path.rsplit(".", 1)[-1] for module in choices[0]})
+    adapter.findings.append(
+        info(
+            "named-by-order",
+            bundle.main.name,
+            f"modules named by the order of {base.name}",
+            f"the only choice that fits: {', '.join(kinds)}",
+        )
+    )
+
+
+def _choices(fitting: Sequence[Module], shapes: Sequence[tuple[int, ...]]) -> list[list[Module]]:
+    """Every choice of module kinds (last words of paths) whose modules, in order, have these shapes; for one pair every module."""
+    if len(shapes) == 1:
+        return [[module] for module in fitting]
+    kinds = sorted({_kind(module) for module in fitting})
+    found = []
+    most = len(kinds) if len(kinds) <= _KINDS else 3
+    for count in range(1, most + 1):
+        for chosen in combinations(kinds, count):
+            members = [module for module in fitting if _kind(module) in chosen]
+            if len(members) == len(shapes) and all(alike(module.canonical, shape) for module, shape in zip(members, shapes, strict=True)):
+                found.append(members)
+    return found
+
+
+def _kind(module: Module) -> str:
+    words = [word for word in module.path.split(".") if not word.isdigit()]
+    return ".".join(words[-2:])
