@@ -10,7 +10,7 @@ from upparam.adapter import Adapter, BaseHint, Target
 from upparam.algorithms.base import Delta
 from upparam.bases import inventory
 from upparam.bases.base import Base
-from upparam.bases.layouts import LayoutMap, Place, find, layout
+from upparam.bases.layouts import LayoutMap, Place, available, find
 from upparam.bases.recognise import recognise, recognise_underscored
 from upparam.errors import RefusedError
 
@@ -245,7 +245,9 @@ def layout_for(adapter: Adapter, options: Mapping[str, object], name: str) -> La
             f"the {name} names follow from the base, and which base this adapter is for is not known",
             file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
         )  # fmt: skip
-    one = layout(base, name)
+    one = find(base, name)
+    if one is None:
+        raise RefusedError(f"{base.name} has no {name} names", expected="one of " + ", ".join(available(base)), found=name)
     hint = adapter.base
     if isinstance(options.get("base"), Base) or hint is None or hint.stated:
         return one
