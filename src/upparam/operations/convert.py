@@ -13,7 +13,7 @@ from upparam import dialects
 from upparam.adapter import Adapter
 from upparam.atomic import atomic_file, atomic_folder, refuse_existing
 from upparam.dialects.base import NamedTensors, Package, ReadOptions
-from upparam.errors import RefusedError, VerificationError
+from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import prove_same
@@ -157,5 +157,9 @@ def write_file(content: NamedTensors | bytes, path: Path) -> int:
 
 
 def _prove(adapter: Adapter, written: Path, dialect: str, read: ReadOptions | None) -> list[str]:
-    again = open_adapter(written, dialect=dialect, options=read)
+    try:
+        again = open_adapter(written, dialect=dialect, options=read)
+    except UsageError:
+        # What the user had to say of the input, the output says itself and in its own terms: the alpha of parts that were joined, say.
+        again = open_adapter(written, dialect=dialect, options=ReadOptions(base=read.base if read is not None else None))
     return prove_same(adapter, again)

@@ -1,0 +1,117 @@
+"""Writing loralib: the state dict that its layers load, and beside it what they are built with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from upparam.adapter import Adapter, ExtraKind, Target
+from upparam.algorithms.base import Delta
+from upparam.algorithms.lora import LoRA
+from upparam.algorithms.slicing import stack
+from upparam.bases.layouts import LayoutMap, find
+from upparam.dialects.base import NamedTensors, Package
+from upparam.dialects.diffusers import refuse
+from upparam.dialects.placing import base_of
+from upparam.dialects.words import alpha_for
+from upparam.errors import RefusedError
+from upparam.tensors import Tensor
+
+FILE, SIDE = "lora.pt", "loralib.json"
+_PATHS = ("reference", "peft", "diffusers", "triad")
+"""Layouts in which a target is the path of a module, even where no base is known."""
+Parts = list[tuple["tuple[int, int] | None", LoRA]]
+
+
+def package(adapter: Adapter, options: Mapping[str, Any]) -> Package:
+    """The two files. Raises RefusedError listing what loralib has no layers for, and where names are no module paths."""
+    if adapter.layout not in _PATHS:
+        raise RefusedError(
+            "loralib needs the module names of the base, and the base is not known",
+            file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
+        )  # fmt: skip
+    base = base_of(adapter, options)
+    problems = [
+        f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind not in (ExtraKind.BIAS, ExtraKind.SAVED_MODULE)
+    ]
+    problems += [f"{target}: {problem}" for target, delta in adapter.deltas.items() if (problem := _problem(target, delta)) is not None]
+    refuse("loralib", problems)
+    own = adapter.spelling if adapter.dialect == "loralib" else {}
+    one = find(base, own["layout"]) if base is not None and "layout" in own else None
+    modules: dict[str, Parts] = {}
+    for target, delta in adapter.deltas.items():
+        assert isinstance(delta, LoRA)
+        modules.setdefault(target.module, []).append((target.rows, delta))
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for module, parts in modules.items():
+        known = None if base is None else base.by_path.get(module)
+        name = _spelled(module, one)
+        embedding = parts[0][1].embedding or (known is not None and known.kind == "Embedding")
+        layers[name], down, up = _layer(module, parts, None if known is None else known.canonical[0], embedding=embedding)
+        tensors |= {f"{name}.lora_A": down, f"{name}.lora_B": up}
+    for extra in adapter.extras:
+        module, _, leaf = extra.name.rpartition(".")
+        tensors[f"{_spelled(module, one)}.{leaf}"] = extra.tensor
+    structure: Any = dict(tensors)
+    for key in reversed(own["where"].split("/") if "where" in own else ()):
+        structure = {key: structure}
+    side = json.dumps({"layers": layers}, indent=2, ensure_ascii=False) + "\n"
+    return Package({FILE: NamedTensors(tensors, container="torch", structure=structure), SIDE: side.encode()})
+
+
+def _spelled(module: str, one: LayoutMap | None) -> str:
+    place = None if one is None else one.to_foreign(module)
+    return module if place is None else place.foreign
+
+
+def _problem(target: Target, delta: Delta) -> str | None:
+    if target.parameter != "weight":
+        return f"a delta of the {target.parameter}"
+    if type(delta) is not LoRA or delta.mid is not None:
+        return f"a {delta.algorithm} delta"
+    if prod(delta.shape[2:]) != 1:
+        return "a convolution: its layer factors the kernel in another way"
+    return "the scale is unknown; give it with --alpha or --scale" if delta.scale is None else None
+
+
+def _layer(module: str, parts: Parts, out: int | None, *, embedding: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """What a module's layer is built with, its lora_A and its lora_B."""
+    first = parts[0][1]
+    alpha = alpha_for(first)
+    arguments: dict[str, Any] = {"r": first.rank, "lora_alpha": _number(float(first.rank) if alpha is None else alpha)}
+    downs = [part.down.reshape(part.down.shape[:2]) for _, part in parts]
+    ups = [part.up.reshape(part.up.shape[:2]) for _, part in parts]
+    if parts[0][0] is None:
+        return (arguments, ups[0].T, downs[0].T) if embedding else (arguments, downs[0], ups[0])
+    arguments["enable_lora"] = _enabled(module, parts, out)
+    order = sorted(range(len(parts)), key=lambda index: parts[index][0] or (0, 0))
+    return arguments, stack([downs[index] for index in order]), stack([ups[index] for index in order])
+
+
+def _enabled(module: str, parts: Parts, out: int | None) -> list[bool]:
+    """`enable_lora` of a MergedLinear. Raises RefusedError where the slices are not equal blocks of one rank, scale and dtype."""
+    spans = sorted(span for span, _ in parts if span is not None)
+    size = spans[0][1] - spans[0][0]
+    alike = {(part.rank, part.known_scale(), part.up.dtype, part.down.dtype) for _, part in parts}
+    blocks = out // size if out is not None and out % size == 0 else 0
+    if len(spans) < len(parts) or len(alike) > 1 or not blocks or any(low % size or high - low != size for low, high in spans):
+        shown = ", ".join(f"rows {low} to {high}" for low, high in spans)
+        why = (
+            "slices that are not equal blocks of one rank, scale and dtype"
+            if out is not None
+            else "slices of a weight whose size is not known"
+        )
+        raise RefusedError(
+            f"{why}: a MergedLinear adapts nothing else",
+            tensor=module,
+            found=shown,
+            remedy=None if out is not None else "name the base with --base",
+        )
+    return [(block * size, (block + 1) * size) in spans for block in range(blocks)]
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
