@@ -60,6 +60,11 @@ class RowSlice(Delta):
         """That of the whole delta."""
         return self.whole.rank
 
+    @property
+    def scale(self) -> float | None:
+        """That of the whole delta."""
+        return self.whole.scale
+
     def factors(self) -> Mapping[str, Tensor]:
         """The factors of the whole delta."""
         return self.whole.factors()

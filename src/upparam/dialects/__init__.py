@@ -14,6 +14,7 @@ from upparam.errors import UsageError
 DIALECTS: dict[str, str] = {
     "peft": "upparam.dialects.peft",
     "kohya": "upparam.dialects.kohya",
+    "comfyui": "upparam.dialects.comfyui",
     "diffusers": "upparam.dialects.diffusers",
     "diffusers-old": "upparam.dialects.diffusers_old",
     "cloneofsimo": "upparam.dialects.cloneofsimo",

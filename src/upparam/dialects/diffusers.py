@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from upparam.adapter import Adapter, Target
+from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
@@ -46,7 +47,12 @@ FORMS: dict[str, Form] = {
     "kohya": Form("lora_down.weight", "lora_up.weight"),
 }
 """`linear` and `text` until 2023, `peft` since; `kohya` words under diffusers names are what several trainers write."""
+_WITH_PEFT = {"lora_B.bias": "bias", "lora_magnitude_vector.weight": "magnitude", "lora_magnitude_vector": "magnitude"}
+"""What PEFT writes beside its factors: the bias of up (`lora_bias`), the magnitude of DoRA, one number a row."""
 _ENDINGS = {ending: (form, role) for form, pair in FORMS.items() for ending, role in ((pair.down, "down"), (pair.up, "up"))}
+_ENDINGS |= {ending: ("peft", role) for ending, role in _WITH_PEFT.items()}
+_NORM = re.compile(r"(transformer\..+\.norm_(?:added_)?[qk])\.weight")
+"""Norms whose weights FLUX's control adapters replace (loaders/lora_pipeline.py `_control_lora_supported_norm_keys`)."""
 _ENDING = re.compile(r"(.+)\.(" + "|".join(re.escape(ending) for ending in (*_ENDINGS, "alpha")) + ")")
 
 
@@ -103,7 +109,7 @@ class Diffusers:
         """The share of names that are a component (or one of its blocks), a dotted path and a factor's ending."""
         hits = named = 0
         for name in file.tensors:
-            found = _ENDING.fullmatch(name)
+            found = _ENDING.fullmatch(name) or _NORM.fullmatch(name)
             if found is None:
                 continue
             if found.group(1).split(".", 1)[0] in COMPONENTS:
@@ -132,6 +138,7 @@ class Diffusers:
             {}, self.name, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings)
         )
         deltas: dict[str, Delta] = {}
+        biases: dict[str, Tensor] = {}
         for module, (form, tensors) in found.items():
             component, path = with_component(module)
             if "up" not in tensors or "down" not in tensors or path in deltas:
@@ -139,7 +146,10 @@ class Diffusers:
                 continue
             deltas[path] = _lora(file, path, tensors, _scaling(path, component, tensors, config))
             _note(adapter.spelling, module, path, form, tensors)
+            if "bias" in tensors:
+                biases[path] = tensors["bias"]
         settle(adapter, deltas, file, options)
+        _take_beside(adapter, biases)
         return adapter
 
     def restated(self, adapter: Adapter) -> Adapter:
@@ -149,19 +159,30 @@ class Diffusers:
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """A folder with `pytorch_lora_weights.safetensors`. Raises RefusedError for extras and for deltas diffusers does not load."""
         deltas = reference_deltas(adapter, options, self.name)
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         spelling = adapter.spelling if adapter.dialect == self.name else {}
-        tensors: dict[str, Tensor] = {}
+        norms = {
+            extra.name: extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.SAVED_MODULE and _NORM.fullmatch(extra.name)
+        }
+        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.name not in norms]
+        biases = {target.module: delta for target, delta in deltas.items() if target.parameter == "bias" and delta.algorithm == "full"}
+        tensors: dict[str, Tensor] = dict(norms)
         stored: dict[str, Delta] = {}
+        problems += _mixed(deltas, biases)
         for target, delta in deltas.items():
-            problem = unloadable(target, delta)
+            if target.module in biases and target.parameter == "bias":
+                continue
+            problem = unwritable(target, delta)
             if problem is not None:
                 problems.append(f"{target}: {problem}")
                 continue
-            assert isinstance(delta, LoRA)
+            assert isinstance(delta, (LoRA, DoRA))
             form = _form(spelling, target.module)
             module = target.module.removeprefix(spelling.get("bare", "\0"))
             tensors[f"{module}.{FORMS[form].down}"], tensors[f"{module}.{FORMS[form].up}"] = delta.down, delta.up
+            if isinstance(delta, DoRA):
+                tensors[f"{module}.lora_magnitude_vector"] = delta.magnitude.reshape((delta.shape[0],))
+            if target.module in biases:
+                tensors[f"{module}.lora_B.bias"] = biases[target.module].factors()["diff"]
             if f"alpha {target.module}" in spelling or "alpha" in spelling:
                 alpha = alpha_for(delta)
                 if alpha is not None:
@@ -170,7 +191,7 @@ class Diffusers:
             stored[target.module] = delta
         refuse(self.name, problems)
         metadata = {"format": "pt", **adapter.metadata}
-        config = _config_of(stored)
+        config = _config_of(stored, set(biases))
         if not _says(adapter.metadata.get(METADATA_KEY), stored):
             metadata.pop(METADATA_KEY, None)
             if config:
@@ -178,8 +199,29 @@ class Diffusers:
         return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, metadata)})
 
 
-def _lora(file: TensorFile, module: str, tensors: Mapping[str, Tensor], scaling: Scaling) -> LoRA:
+def _take_beside(adapter: Adapter, biases: Mapping[str, Tensor]) -> None:
+    """Biases of up as deltas of the base's biases, and the weights of norms as what replaces the base's."""
+    from upparam.algorithms.full import Full
+
+    for path, bias in biases.items():
+        weight = adapter.deltas[Target(path)]
+        if weight.scale == 1.0 and bias.shape == weight.shape[:1]:
+            adapter.deltas[Target(path, parameter="bias")] = Full(bias)
+        else:
+            adapter.leftovers[f"{path}.lora_B.bias"] = bias
+            adapter.findings.append(
+                error("lora-bias", path, "a bias of lora_B that is not one number a row, or that is scaled with the rest")
+            )
+    for name in list(adapter.leftovers):
+        found = _NORM.fullmatch(name)
+        if found is not None and len(adapter.leftovers[name].shape) == 1:
+            adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, name, adapter.leftovers.pop(name)))
+
+
+def _lora(file: TensorFile, module: str, tensors: Mapping[str, Tensor], scaling: Scaling) -> LoRA | DoRA:
     try:
+        if "magnitude" in tensors:
+            return DoRA(tensors["up"], tensors["down"], tensors["magnitude"], scaling)
         return LoRA(tensors["up"], tensors["down"], scaling)
     except MalformedError as problem:
         raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from None
@@ -188,7 +230,9 @@ def _lora(file: TensorFile, module: str, tensors: Mapping[str, Tensor], scaling:
 def give_back(adapter: Adapter, module: str, form: str, tensors: Mapping[str, Tensor]) -> None:
     """Put a module without one of its factors, or named a second time, among the leftovers, with a finding."""
     for role, tensor in tensors.items():
-        ending = "alpha" if role == "alpha" else getattr(FORMS[form], role)
+        ending = (
+            getattr(FORMS[form], role) if role in Form._fields else next((word for word, its in _WITH_PEFT.items() if its == role), role)
+        )
         adapter.leftovers[f"{module}.{ending}"] = tensor
     if "up" in tensors and "down" in tensors:
         adapter.findings.append(error("named-twice", module, "another name in the file means the same module"))
@@ -281,7 +325,7 @@ def _form(spelling: Mapping[str, str], path: str) -> str:
     return spelling.get(f"form {path}", spelling.get(_kind(path), default))
 
 
-def _alpha(spelling: Mapping[str, str], path: str, value: float, delta: LoRA) -> Tensor:
+def _alpha(spelling: Mapping[str, str], path: str, value: float, delta: LoRA | DoRA) -> Tensor:
     dtype, dims = spelling.get(f"alpha {path}", spelling.get("alpha", "float32 0")).split()
     return alpha_tensor(value, DTYPES[dtype], delta.up.dtype, int(dims))
 
@@ -296,7 +340,37 @@ def reference_deltas(adapter: Adapter, options: Mapping[str, Any], dialect: str)
     if not any(target.rows for target in adapter.deltas):
         return adapter.deltas
     one = layout_for(adapter, options, "reference")
-    return {Target(module): delta for module, delta in to_foreign(one, adapter.deltas).items()}
+    found: dict[Target, Delta] = {}
+    for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):
+        own = {target: delta for target, delta in adapter.deltas.items() if target.parameter == parameter}
+        found |= {Target(module, parameter=parameter): delta for module, delta in to_foreign(one, own).items()}
+    return found
+
+
+def unwritable(target: Target, delta: Delta) -> str | None:
+    """Why diffusers would not load this delta of a weight; None when it does."""
+    if type(delta) is not DoRA:
+        return unloadable(target, delta)
+    if not delta.per_row:
+        return "a DoRA with a norm for each input, where diffusers has one for each output"
+    return unloadable(target, delta.direction)
+
+
+def _mixed(deltas: Mapping[Target, Delta], biases: Mapping[str, Delta]) -> list[str]:
+    """What is trained in some modules of a component only, and diffusers' loader expects in all of them or in none."""
+    weights = {target.module: delta for target, delta in deltas.items() if target.parameter == "weight"}
+    found = [
+        f"{module}.bias: a delta of a bias whose weight has none of scale 1"
+        for module in biases
+        if module not in weights or weights[module].scale != 1.0
+    ]
+    for component in dict.fromkeys(module.split(".", 1)[0] for module in weights):
+        own = [module for module in weights if module.split(".", 1)[0] == component]
+        for what, having in (("DoRA", {m for m in own if type(weights[m]) is DoRA}), ("bias", {m for m in own if m in biases})):
+            if having and len(having) < len(own):
+                missing = next(module for module in own if module not in having)
+                found.append(f"{missing}: no {what}, where diffusers has one in every module of the {component} or in none")
+    return found
 
 
 def unloadable(target: Target, delta: Delta) -> str | None:
@@ -321,7 +395,7 @@ def refuse(dialect: str, problems: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _config_of(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+def _config_of(deltas: Mapping[str, Delta], biases: Collection[str] = ()) -> dict[str, Any]:
     """The metadata for these modules, {} when every one has scale 1 and no alpha. PEFT wants whole configs, so all of a component is said."""
     config: dict[str, Any] = {}
     for component in dict.fromkeys(module.split(".", 1)[0] for module in deltas):
@@ -338,8 +412,8 @@ def _config_of(deltas: Mapping[str, Delta]) -> dict[str, Any]:
             "rank_pattern": {_anchored(module): rank for module, rank in ranks.items() if rank != r},
             "alpha_pattern": {_anchored(module): value for module, value in settled.items() if value != alpha},
             "target_modules": sorted(module.removeprefix(_CLIP) for module in own),
-            "use_dora": False,
-            "lora_bias": False,
+            "use_dora": any(type(delta) is DoRA for delta in own.values()),
+            "lora_bias": any(f"{component}.{module}" in biases for module in own),
         }
         config |= {f"{component}.{key}": value for key, value in values.items()}
     return config

@@ -1,0 +1,347 @@
+"""ComfyUI: a module's path in the model's own file and its factors, `diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`.
+
+ComfyUI calls it its generic form; ai-toolkit, diffusion-pipe, musubi-tuner and OneTrainer write it, black-forest-labs without the prefix.
+Sources: comfyanonymous/ComfyUI comfy/lora.py (model_lora_keys_unet, model_lora_keys_clip), comfy/lora_convert.py, comfy/weight_adapter/*.py;
+ostris/ai-toolkit toolkit/network_mixins.py; Nerogar/OneTrainer modules/modelSaver/mixin/LoRASaverMixin.py (_save_comfy, _save_original).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms.base import Delta
+from upparam.bases import inventory
+from upparam.bases.base import Base
+from upparam.bases.layouts import LayoutMap, find
+from upparam.containers.base import TensorFile
+from upparam.dialects import comfyui_words as words
+from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, Spoken, located, named_alike, resolve
+from upparam.dialects.diffusers import METADATA_KEY, refuse
+from upparam.dialects.kohya import bundle_name, bundled
+from upparam.dialects.placing import PARTS_KEY, Parts, base_of, layout_for, take_parts, to_foreign, to_targets
+from upparam.dialects.words import alpha_tensor
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.findings import error, warning
+from upparam.tensors import DTYPES, Tensor
+
+_BARE = re.compile(
+    r"(double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|individual_token_refiner)\.\d+\.|"
+    r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\.|blocks\.\d+\.(self_attn|cross_attn|ffn|adaln_modulation_\w+)\."
+)
+"""How the authors' names of a denoiser begin when no prefix says whose they are."""
+_DIFFUSERS_WORDS = ("ab", "kohya", "linear")
+_SPLIT_FAMILIES = ("flux", "sd3", "z-image")
+"""Families whose fused weights ComfyUI reads by their parts too, under diffusers' names (comfy/utils.py *_to_diffusers)."""
+
+
+class ComfyUI:
+    """The dialect."""
+
+    name = "comfyui"
+    title = "ComfyUI (the model's own names)"
+    writable = True
+
+    def match(self, file: TensorFile) -> Match | None:
+        """The share of names that are a known word after a path below `diffusion_model.`, `text_encoders.`, or an author's block."""
+        named = bare = others = foreign = 0
+        for name in file.tensors:
+            found = words.split(name)
+            if found is None:
+                continue
+            if name.startswith((DENOISER, "model." + DENOISER, TEXT)):
+                named += 1
+            elif _BARE.match(name):
+                bare += 1
+            elif name.startswith(COMPONENTS):
+                others += 1
+                foreign += found[1].startswith(("lokr_", "hada_", "diff", "set_weight", "dora_scale"))
+        # diffusers' names with words diffusers does not have, or beside names of ours, are for ComfyUI.
+        hits = named + bare + (others if named or bare or foreign else 0)
+        if not hits:
+            return None
+        share = hits / len(file.tensors)
+        evidence = f"{hits} of {len(file.tensors)} names are [diffusion_model.]<module of the model's own file>.<factor>"
+        return Match(self.name, round((0.97 if named else 0.93 if bare else 0.96) * share, 3), (evidence,))
+
+    def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
+        """One file is one adapter."""
+        return [file]
+
+    def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
+        """The adapter; modules in reference names where a base has them all, else as the file names them (layout 'comfyui')."""
+        file = bundle.main
+        groups, rest = words.grouped(file.tensors)
+        extras, leftovers = bundled(rest)
+        adapter = Adapter(
+            {}, self.name, extras, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings),
+            layout="comfyui",
+        )  # fmt: skip
+        built = {module: _built(file, module, group) for module, group in groups.items()}
+        for module, group in groups.items():
+            _leave(adapter, module, group, built[module])
+        if not any(one.deltas for one in built.values()):
+            raise DeadAdapterError("no module has all the factors of a delta", file=file.path, found=", ".join(list(file.tensors)[:3]))
+        shapes = {module: one.deltas["weight"].shape for module, one in built.items() if "weight" in one.deltas}
+        found = resolve(shapes, options.base)
+        if found is None:
+            _unknown_base(adapter, shapes, file)
+            for module, one in built.items():
+                adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in one.deltas.items()}
+                if one.saved is not None:
+                    adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{module}.weight", one.saved))
+        else:
+            adapter.base, adapter.layout = found.hint, "reference"
+            told = take_parts(adapter.metadata)
+            for module, one in built.items():
+                _settle(adapter, module, one, groups[module], found, told)
+        _note(adapter, groups, found)
+        return adapter
+
+    def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
+        """One safetensors file. Raises RefusedError for what ComfyUI has no words or names for."""
+        told: Parts = {}
+        problems: list[str] = []
+        named, saved = self._named(adapter, options, told, problems)
+        bare = _control(adapter, named, saved) and not problems
+        spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
+        tensors: dict[str, Tensor] = {}
+        for (module, parameter), delta in named.items():
+            if parameter == "bias":
+                if delta.algorithm not in ("full", "norm"):
+                    problems.append(f"{module}: a {delta.algorithm} delta of the bias")
+                    continue
+                word = "lora_B.bias" if bare or f"bias {module}" in spelling else "diff_b"
+                tensors[f"{module}.{word}"] = delta.factors()["diff"]
+                continue
+            try:
+                spelled = words.spell(delta, spelling.get(f"pair {module}", spelling.get("pair", "ab")))
+                alpha = words.stored_alpha(delta)
+            except RefusedError as problem:
+                problems.append(f"{module}: {problem.message}")
+                continue
+            tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
+            if alpha is not None and not (bare and delta.scale == 1.0):
+                tensors[f"{module}.alpha"] = _alpha(spelling, module, alpha, next(iter(spelled.values())))
+        for module, tensor in saved.items():
+            tensors[f"{module}.scale" if bare or spelling.get(f"saved {module}") == "scale" else f"{module}.set_weight"] = tensor
+        tensors |= _reshapes(adapter, options, named, spelling, bare)
+        tensors |= {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
+        refuse(self.name, problems)
+        if bare:
+            tensors = {name.removeprefix(DENOISER): tensor for name, tensor in tensors.items()}
+        # Hashes and settings that other dialects keep of their own files would be untrue of this one.
+        own = adapter.dialect == self.name
+        metadata = {key: value for key, value in adapter.metadata.items() if own or not key.startswith(("sshs_", METADATA_KEY))}
+        if told:
+            metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
+        return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
+
+    def _named(
+        self, adapter: Adapter, options: Mapping[str, Any], told: Parts, problems: list[str]
+    ) -> tuple[dict[tuple[str, str], Delta], dict[str, Tensor]]:
+        """((module as ComfyUI names it, parameter) -> delta, norm as ComfyUI names it -> weight that replaces the base's)."""
+        saved: dict[str, Tensor] = {}
+        if adapter.layout == "comfyui":
+            for extra in adapter.extras:
+                if extra.kind is ExtraKind.SAVED_MODULE:
+                    saved[extra.name.removesuffix(".weight")] = extra.tensor
+                elif extra.kind is not ExtraKind.TEXTUAL_INVERSION:
+                    problems.append(f"{extra.kind.value} {extra.name}")
+            return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}, saved
+        if adapter.layout not in ("reference", "diffusers"):
+            raise RefusedError(
+                f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
+                file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
+            )  # fmt: skip
+        one = layout_for(adapter, options, "comfyui")
+        naming = _Naming(one, base_of(adapter, options), adapter.spelling if adapter.dialect == self.name else {})
+        for extra in adapter.extras:
+            place = one.to_foreign(extra.name.removesuffix(".weight"))
+            if extra.kind is ExtraKind.SAVED_MODULE and place is not None and place.part.span is None and len(extra.tensor.shape) == 1:
+                saved[naming.styled(place.foreign, extra.name.removesuffix(".weight"))] = extra.tensor
+            elif extra.kind is not ExtraKind.TEXTUAL_INVERSION:
+                problems.append(f"{extra.kind.value} {extra.name}")
+        return naming.deltas(adapter.deltas, told), saved
+
+
+class _Naming(NamedTuple):
+    """How targets are named in a file: the layout, the base it is of, and the choices of the file they came from."""
+
+    one: LayoutMap
+    base: Base | None
+    spelling: Mapping[str, str]
+
+    def deltas(self, deltas: Mapping[Target, Delta], told: Parts) -> dict[tuple[str, str], Delta]:
+        """(name, parameter) -> delta. Parts of a fused weight are joined, or named apart where that is impossible and ComfyUI reads it."""
+        groups: dict[tuple[str, str], dict[Target, Delta]] = {}
+        found: dict[tuple[str, str], Delta] = {}
+        for target, delta in deltas.items():
+            place = self.one.to_foreign(target.module)
+            if self.style(target.module)[0] == "reference" and target.rows is None:
+                groups[self.apart(target.module), target.parameter] = {target: delta}
+            else:
+                # to_foreign says which targets have no name.
+                foreign = place.foreign if place is not None else next(iter(to_foreign(self.one, {target: delta})))
+                groups.setdefault((foreign, target.parameter), {})[target] = delta
+        for (foreign, parameter), members in groups.items():
+            first = next(iter(members))
+            if foreign == self.apart(first.module) and self.style(first.module)[0] == "reference":
+                found[foreign, parameter] = members[first]
+                continue
+            try:
+                whole = to_foreign(self.one, members, told)[foreign]
+            except RefusedError:
+                if parameter != "weight" or not self.splits(foreign, members):
+                    raise
+                found |= {(target.module, parameter): delta for target, delta in members.items()}
+            else:
+                found[self.styled(foreign, first.module), parameter] = whole
+        return found
+
+    def splits(self, foreign: str, members: Mapping[Target, Delta]) -> bool:
+        """True when ComfyUI reads these parts of a fused weight under diffusers' names."""
+        family = self.base.family if self.base is not None else ""
+        return (
+            family in _SPLIT_FAMILIES and foreign.startswith(DENOISER) and len(members) > 1 and not any(target.rows for target in members)
+        )
+
+    def style(self, module: str) -> tuple[str, str]:
+        """(layout, prefix) of the names of this module's component."""
+        component = module.split(".", 1)[0]
+        layout, _, prefix = self.spelling.get(f"style {module}", self.spelling.get(f"style {component}", "")).partition(" ")
+        default = DENOISER if component in ("transformer", "unet") else ""
+        return (layout, prefix) if layout else ("comfyui", default)
+
+    def styled(self, foreign: str, module: str) -> str:
+        """The layout's name with the prefix of the source."""
+        return self.style(module)[1] + foreign[len(DENOISER) :] if foreign.startswith(DENOISER) else foreign
+
+    def apart(self, module: str) -> str:
+        """diffusers' name with the prefix of the source."""
+        component, _, path = module.partition(".")
+        return self.style(module)[1] + path if component in ("transformer", "unet") else module
+
+
+def _built(file: TensorFile, module: str, group: words.Group) -> words.Built:
+    try:
+        return words.build(group)
+    except MalformedError as problem:
+        raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from problem
+
+
+def _leave(adapter: Adapter, module: str, group: words.Group, built: words.Built) -> None:
+    """Put what nothing explains among the leftovers, with a finding."""
+    if not built.unexplained:
+        return
+    names = [group.names[role] for role in built.unexplained]
+    adapter.leftovers |= {name: group.roles[role] for name, role in zip(names, built.unexplained, strict=True)}
+    if "weight" in built.deltas:
+        adapter.findings.append(error("unexplained", module, "words that no form of comfyui explains", *names))
+    else:
+        adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", *names))
+
+
+def _unknown_base(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], file: TensorFile) -> None:
+    near = named_alike(shapes)
+    message = "no base that upparam knows has all these modules in these shapes, or several do and mean different ones; name it with --base"
+    adapter.findings.append(warning("base-unknown", file.name, message, *([near] if near else [])))
+
+
+def _settle(adapter: Adapter, module: str, built: words.Built, group: words.Group, found: Spoken, told: Parts) -> None:
+    """Put a module's deltas under their targets; what the base does not have, or has already been changed, goes to the leftovers."""
+    known = found.names.get(module)
+    if known is None and "weight" not in built.deltas:
+        layouts = (find(found.base, "comfyui"), find(found.base, "reference"))
+        known = located([one for one in layouts if one is not None], module)
+    targets = None if known is None else _targets(*known, built, told)
+    if targets is not None and known is not None and not targets.keys() & adapter.deltas.keys():
+        adapter.deltas |= targets
+        if built.saved is not None:
+            adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{known[0].to_reference(known[1])[0].module}.weight", built.saved))
+        return
+    adapter.leftovers |= {group.names[role]: tensor for role, tensor in group.roles.items()}
+    if targets is not None:
+        adapter.findings.append(error("named-twice", module, "another name in the file means the same module"))
+    else:
+        adapter.findings.append(warning("unknown-module", module, f"{found.base.name} has no such module of this shape"))
+
+
+def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> dict[Target, Delta] | None:
+    """The reference targets a module's deltas change; None where a bias or a saved weight does not have the module's shape."""
+    parts = one.to_reference(foreign)
+    if built.saved is not None and (len(parts) > 1 or built.saved.shape != parts[0].shape):
+        return None
+    found: dict[Target, Delta] = {}
+    for parameter, delta in built.deltas.items():
+        if parameter != "weight" and delta.shape != (one.rows(foreign),):
+            return None
+        found |= {target._replace(parameter=parameter): piece for target, piece in to_targets(one, foreign, delta, told).items()}
+    return found
+
+
+def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | None) -> None:
+    """Remember the source's free choices: prefixes, the words of factors, the form of alphas."""
+    spelling = adapter.spelling
+    for module, group in groups.items():
+        known = None if found is None else found.names.get(module)
+        if known is not None:
+            one, foreign = known
+            reference = one.to_reference(foreign)[0].module
+            own = foreign.split(".", 1)[1] if one.name == "reference" or foreign.startswith(DENOISER) else foreign
+            style = f"{one.name} {module[: len(module) - len(own)]}"
+            component = reference.split(".", 1)[0]
+            if spelling.setdefault(f"style {component}", style) != style:
+                spelling |= {f"style {part.module}": style for part in one.to_reference(foreign)}
+        if group.pair is not None and spelling.setdefault("pair", group.pair) != group.pair:
+            spelling[f"pair {module}"] = group.pair
+        if "alpha" in group.roles:
+            form = f"{group.roles['alpha'].dtype} {len(group.roles['alpha'].shape)}"
+            if spelling.setdefault("alpha", form) != form:
+                spelling[f"alpha {module}"] = form
+        if group.names.get("diff_b", "").endswith(".lora_B.bias"):
+            spelling[f"bias {module}"] = "lora_B"
+        if group.names.get("set_weight", "").endswith(".scale"):
+            spelling[f"saved {module}"] = "scale"
+        if "reshape_weight" in group.roles:
+            spelling[f"reshape {module}"] = "yes"
+
+
+def _control(adapter: Adapter, named: Mapping[tuple[str, str], Delta], saved: Mapping[str, Tensor]) -> bool:
+    """True when this is a control adapter of FLUX, which ComfyUI and diffusers know by names without a prefix."""
+    marks = (DENOISER + "img_in", "weight") in named and DENOISER + "single_blocks.0.norm.key_norm" in saved
+    return marks and all(module.startswith(DENOISER) for module, _ in named)
+
+
+def _reshapes(
+    adapter: Adapter, options: Mapping[str, Any], named: Mapping[tuple[str, str], Delta], spelling: Mapping[str, str], bare: bool
+) -> dict[str, Tensor]:
+    """`reshape_weight` for modules wider than in the model the adapter is loaded into (the input of control adapters): ComfyUI pads them."""
+    import numpy as np
+
+    base = base_of(adapter, options) if adapter.layout == "reference" else None
+    fact = inventory.known().get(base.name) if base is not None else None
+    parent = (
+        inventory.load(fact.variant_of) if fact is not None and fact.variant_of is not None and fact.variant_of.startswith("flux") else None
+    )
+    one = find(parent, "comfyui") if parent is not None else None
+    found: dict[str, Tensor] = {}
+    for (module, parameter), delta in named.items():
+        parts = one.to_reference(module) if one is not None else ()
+        wider = len(parts) == 1 and len(delta.shape) == 2 and delta.shape[1] > parts[0].shape[1]
+        if parameter == "weight" and not bare and (wider or f"reshape {module}" in spelling):
+            found[f"{module}.reshape_weight"] = Tensor.of(np.array(delta.shape, dtype=np.int64))
+    return found
+
+
+def _alpha(spelling: Mapping[str, str], module: str, value: float, like: Tensor) -> Tensor:
+    form = spelling.get(f"alpha {module}", spelling.get("alpha"))
+    dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
+    return alpha_tensor(value, dtype, like.dtype, dims)
+
+
+dialect = ComfyUI()

@@ -1,0 +1,121 @@
+"""From the module names ComfyUI reads to places in a base: `diffusion_model.` names, bare ones, diffusers' names, text encoders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from upparam.adapter import BaseHint
+from upparam.bases import inventory
+from upparam.bases.base import Base
+from upparam.bases.layouts import LayoutMap, find
+from upparam.bases.recognise import recognise
+from upparam.dialects.placing import Shape, alike
+
+DENOISER = "diffusion_model."
+TEXT = "text_encoders."
+COMPONENTS = ("transformer.", "unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_WRAPPED = re.compile(r"(base_model\.model\.)?(model\.)?diffusion_model\.")
+_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
+_TRIED = 4
+"""Suggested bases that are tried, best first."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Names explained: for each the layout it is of and that layout's own name for it; and what is known about the base."""
+
+    base: Base
+    hint: BaseHint
+    names: Mapping[str, tuple[LayoutMap, str]]
+
+
+def resolve(shapes: Mapping[str, Shape], base: Base | None) -> Spoken | None:
+    """The base that has these modules with these delta shapes.
+
+    Without a named base one is only taken when it explains every name and has none of them in another shape: a file may leave modules
+    out, but a base that contradicts it is not its base. With a named one what it does not have is simply not in `names`.
+    """
+    if base is not None:
+        hint = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
+        names = _explained(base, shapes)
+        return Spoken(base, hint, names) if names else None
+    for hint in _suggested(shapes):
+        name = inventory.resolve(hint.name)
+        known = None if name is None else inventory.load(name)
+        names = {} if known is None else _explained(known, shapes)
+        if known is not None and len(names) == len(shapes):
+            return Spoken(known, hint, names) if _alone(hint, names, shapes) else None
+    return None
+
+
+def _alone(hint: BaseHint, names: Mapping[str, tuple[LayoutMap, str]], shapes: Mapping[str, Shape]) -> bool:
+    """True when every base that fits as well means the same modules by these names; else the choice would be a guess."""
+    for other in hint.lookalikes:
+        resolved = inventory.resolve(other)
+        theirs = {} if resolved is None else _explained(inventory.load(resolved), shapes)
+        for name, (one, foreign) in names.items():
+            if name in theirs and _meant(*theirs[name]) != _meant(one, foreign):
+                return False
+    return True
+
+
+def _meant(one: LayoutMap, foreign: str) -> list[tuple[object, ...]]:
+    return [(part.module, part.span, part.order) for part in one.to_reference(foreign)]
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def named_alike(shapes: Mapping[str, Shape]) -> str | None:
+    """What speaks for a base that has modules of these names but not in these shapes, as a sentence; None when there is none."""
+    index = {template: found for file in ("_original.json", "_shapes.json") for template, found in inventory.data(file).items()}
+    names, bases = inventory.names(), set(range(len(inventory.names())))
+    odd: tuple[str, Shape, list[int]] | None = None
+    for name, shape in shapes.items():
+        bare = _WRAPPED.sub("", name)
+        templates = [_NUMBER.sub("#", form) for form in (name, f"transformer.{bare}", f"unet.{bare}")]
+        entries = [entry for template in templates for entry in index.get(template, ())]
+        bases &= {base for entry in entries for base in entry[3]}
+        if not bases:
+            return None
+        theirs = [entry[0] for entry in entries if bases & set(entry[3])]
+        if odd is None and not any(alike(shape, tuple(one)) for one in theirs):
+            odd = (bare, shape, theirs[0])
+    shown = ", ".join(names[base] for base in sorted(bases)[:3])
+    if odd is None:
+        return f"its names are those of {shown}"
+    return f"its names are those of {shown}, but {odd[0]} changes a weight of {odd[1]}, there {tuple(odd[2])}"
+
+
+def _suggested(shapes: Mapping[str, Shape]) -> Iterable[BaseHint]:
+    """What the recogniser says to the denoiser's modules; without any, to the text encoder's."""
+    own = {_WRAPPED.sub("", name): shape for name, shape in shapes.items() if not name.startswith(("text_encoder", TEXT))}
+    text = {_ENCODER.sub("", name): shape for name, shape in shapes.items()}
+    return recognise(own or text)[:_TRIED]
+
+
+def _explained(base: Base, shapes: Mapping[str, Shape]) -> dict[str, tuple[LayoutMap, str]]:
+    layouts = [one for one in (find(base, "comfyui"), find(base, "reference")) if one is not None]
+    found: dict[str, tuple[LayoutMap, str]] = {}
+    for name, shape in shapes.items():
+        place = located(layouts, name)
+        if place is not None and _fits(shape, place[0], place[1]):
+            found[name] = place
+    return found
+
+
+def located(layouts: Iterable[LayoutMap], name: str) -> tuple[LayoutMap, str] | None:
+    """The layout that has a module of this name, under one of the forms ComfyUI reads, and the layout's own name for it."""
+    bare = _WRAPPED.sub("", name)
+    for one in layouts:
+        own = (DENOISER + bare,) if one.name == "comfyui" else (f"transformer.{bare}", f"unet.{bare}")
+        for candidate in (name, *own):
+            if one.to_reference(candidate):
+                return one, candidate
+    return None
+
+
+def _fits(shape: Shape, one: LayoutMap, foreign: str) -> bool:
+    return alike(shape, (one.rows(foreign), *one.to_reference(foreign)[0].shape[1:]))
