@@ -16,8 +16,8 @@ from upparam.errors import AmbiguousError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior", "decoder")
 """First segments that name a component of a pipeline rather than a module of one network."""
-_PREFIXES = ("base_model.model.", "model.", "transformer.", "base_model.", "module.", "diffusion_model.", "language_model.")
-"""Prefixes that wrappers add to or take from the names of the same modules."""
+_PREFIXES = ("base_model.model.", "model.", "transformer.", "base_model.", "module.", "diffusion_model.", "language_model.", "text_model.")
+"""Prefixes that wrappers and versions add to or take from the names of the same modules (transformers 5 drops CLIP's `text_model.`)."""
 _CONV1D_LEAF = re.compile(r"(.*\.)?(c_attn|c_proj|c_fc|q_attn)")
 """Modules that are Conv1D, with an (in, out) weight, in the models of transformers that use it."""
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "jukebox", "clvp"))
