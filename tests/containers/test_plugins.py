@@ -35,7 +35,7 @@ shouted = Shouted()
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     point = EntryPoint("shouted", f"{__name__}:shouted", "upparam.containers")
-    monkeypatch.setattr(containers, "entry_points", lambda group: [point] if group == "upparam.containers" else [])
+    monkeypatch.setattr(containers, "installed", lambda group: [point] if group == "upparam.containers" else [])
     containers.plugins.cache_clear()
     yield
     containers.plugins.cache_clear()

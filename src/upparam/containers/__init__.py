@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +12,7 @@ from upparam.containers import archive, ggla, gguf, lookalikes, npy, pickles, sa
 from upparam.containers.base import Container, Head, TensorFile
 from upparam.errors import AmbiguousError, LimitError, UnreadableError
 from upparam.limits import MAX_ARCHIVE_NESTING, SNIFF_BYTES
+from upparam.plugins import installed
 from upparam.tensors import FileSource, Source
 
 CONTAINERS: tuple[Container | ModuleType, ...] = (
@@ -32,7 +32,7 @@ CONTAINERS: tuple[Container | ModuleType, ...] = (
 @cache
 def plugins() -> tuple[Container, ...]:
     """Containers that installed packages add (entry points of the group `upparam.containers`); asked after all of ours."""
-    return tuple(point.load() for point in entry_points(group="upparam.containers"))
+    return tuple(point.load() for point in installed("upparam.containers"))
 
 
 def head_of(source: Source, path: Path) -> Head:

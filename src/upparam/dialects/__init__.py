@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from importlib.metadata import entry_points
 
 from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Dialect, Match
 from upparam.errors import UsageError
+from upparam.plugins import installed
 
 DIALECTS: dict[str, str] = {
     "peft": "upparam.dialects.peft",
     "kohya": "upparam.dialects.kohya",
     "comfyui": "upparam.dialects.comfyui",
+    "xlabs": "upparam.dialects.xlabs",
     "diffusers": "upparam.dialects.diffusers",
     "diffusers-old": "upparam.dialects.diffusers_old",
     "cloneofsimo": "upparam.dialects.cloneofsimo",
@@ -34,7 +35,7 @@ def get(name: str) -> Dialect:
     if name in DIALECTS:
         found: Dialect = importlib.import_module(DIALECTS[name]).dialect
         return found
-    plugins = {point.name: point for point in entry_points(group="upparam.dialects")}
+    plugins = {point.name: point for point in installed("upparam.dialects")}
     if name in plugins:
         plugin: Dialect = plugins[name].load()
         return plugin
@@ -45,7 +46,7 @@ def matches(file: TensorFile) -> list[Match]:
     """Every dialect that recognises the file, best first. Plugins are asked only where none of ours is sure."""
     found = [match for name in DIALECTS if (match := get(name).match(file)) is not None]
     if not any(match.confidence >= 0.9 for match in found):
-        for point in entry_points(group="upparam.dialects"):
+        for point in installed("upparam.dialects"):
             match = get(point.name).match(file)
             if match is not None:
                 found.append(match)
