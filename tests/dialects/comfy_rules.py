@@ -82,6 +82,19 @@ def converted(file: Mapping[str, Array]) -> dict[str, Array]:
                 [file["img_in.lora_B.weight"].shape[0], file["img_in.lora_A.weight"].shape[1]]
             )
         }
+    # Both of these must be there: other adapters of attention processors are not recognised.
+    if "single_blocks.37.processor.qkv_lora.up.weight" in file and "double_blocks.18.processor.qkv_lora2.up.weight" in file:
+        words = (
+            (".down.weight", ".lora_down.weight"), (".up.weight", ".lora_up.weight"), (".qkv_lora2.", ".txt_attn.qkv."), (".qkv_lora1.", ".img_attn.qkv."),
+            (".proj_lora1.", ".img_attn.proj."), (".proj_lora2.", ".txt_attn.proj."), (".qkv_lora.", ".linear1_qkv."), (".proj_lora.", ".linear2."),
+            (".processor.", "."),
+        )  # fmt: skip
+        renamed = {}
+        for name, value in file.items():
+            for word, its in words:
+                name = name.replace(word, its)
+            renamed["diffusion_model." + name] = value
+        return renamed
     return dict(file)
 
 
