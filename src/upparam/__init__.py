@@ -18,19 +18,21 @@ if TYPE_CHECKING:
     from upparam.adapter import Adapter, Target
     from upparam.errors import UpparamError
     from upparam.operations.combine import combine
+    from upparam.operations.compare import compare
     from upparam.operations.extract import extract
     from upparam.operations.identify import identify
     from upparam.operations.merge import merge
     from upparam.operations.opening import open_adapter as open
     from upparam.operations.resize import resize
 
-__all__ = ["Adapter", "Target", "UpparamError", "__version__", "combine", "extract", "identify", "merge", "open", "resize"]
+__all__ = ["Adapter", "Target", "UpparamError", "__version__", "combine", "compare", "extract", "identify", "merge", "open", "resize"]
 
 _PLACES = {
     "Adapter": "upparam.adapter:Adapter",
     "Target": "upparam.adapter:Target",
     "UpparamError": "upparam.errors:UpparamError",
     "combine": "upparam.operations.combine:combine",
+    "compare": "upparam.operations.compare:compare",
     "extract": "upparam.operations.extract:extract",
     "identify": "upparam.operations.identify:identify",
     "merge": "upparam.operations.merge:merge",

@@ -82,13 +82,16 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Both checkpoints matched. `alone` are tensors that only one has, `unnamed` pairs of equal names that are no module of the base."""
+    """Both checkpoints matched. `unnamed` are pairs of equal names that are no module of the base, `only_tuned` and `only_base` names that
+    one has alone, `unfit` pairs as they are stored that cannot be subtracted: quantised, or of other shapes.
+    """
 
     base: Base
     pairs: tuple[Pair, ...]
     unnamed: Mapping[str, tuple[Tensor, Tensor]]
     only_tuned: tuple[str, ...]
     only_base: tuple[str, ...]
+    unfit: Mapping[str, tuple[Tensor, Tensor]]
 
 
 def locate(checkpoint: Checkpoint) -> Located:
@@ -131,32 +134,38 @@ def _lying(base: Base, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return found
 
 
-def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool]) -> Pairing:
+def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool], *, strict: bool = True) -> Pairing:
     """Match two checkpoints of one model, those modules only whose path is `chosen`.
 
-    Raises MismatchError when they share no module and when a weight has another shape in one of them, RefusedError for quantised weights.
+    Raises MismatchError when they share no module and when a weight has another shape in one of them, RefusedError for quantised weights;
+    such weights are `unfit` instead when not `strict`.
     """
     one, other = locate(tuned), locate(base)
     pairs = []
+    unfit: dict[str, tuple[Tensor, Tensor]] = {}
     for key in one.places:
         if key in other.places and chosen(key[0]):
-            pairs.append(
-                _pair(key, other.base.by_path[key[0]], one.places[key], one.tensor(key), other.tensor(key), other.places[key].transposed)
-            )
-    if not one.places.keys() & other.places.keys():
-        raise MismatchError(
-            "the two models have no module in common", file=tuned.path,
-            expected=f"names of {other.base.name}", found=f"names of {one.base.name}", remedy="give the model it was trained from",
-        )  # fmt: skip
+            mine, theirs = one.places[key], other.places[key]
+            try:
+                pairs.append(_pair(key, other.base.by_path[key[0]], mine, one.tensor(key), other.tensor(key), theirs.transposed))
+            except (MismatchError, RefusedError):
+                if strict:
+                    raise
+                unfit[mine.tensor] = (tuned.tensors[mine.tensor][1], base.tensors[theirs.tensor][1])
     named = {place.tensor for place in one.places.values()}
     theirs_named = {place.tensor for place in other.places.values()}
     rest = [name for name in tuned.tensors if name not in named and chosen(name)]
     common = {name: (tuned.tensors[name][1], base.tensors[name][1]) for name in rest if name in base.tensors and name not in theirs_named}
+    if not one.places.keys() & other.places.keys() and (strict or not common):
+        raise MismatchError(
+            "the two models have no module in common", file=tuned.path,
+            expected=f"names of {other.base.name}", found=f"names of {one.base.name}", remedy="give the model it was trained from",
+        )  # fmt: skip
     missing = [".".join(key) for key in one.places if key not in other.places]
     lacking = [".".join(key) for key in other.places if key not in one.places]
     return Pairing(
         other.base, tuple(pairs), common, (*missing, *(name for name in rest if name not in common)),
-        (*lacking, *(name for name in base.tensors if name not in theirs_named and name not in common)),
+        (*lacking, *(name for name in base.tensors if name not in theirs_named and name not in common)), unfit,
     )  # fmt: skip
 
 

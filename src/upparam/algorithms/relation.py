@@ -1,0 +1,193 @@
+"""How two matrices known by their factors relate: norms, inner product, distance, principal angles; neither matrix is ever formed.
+
+Everything follows from the Gram matrices of the factors, in float64. Subtracting squares costs half the digits: a distance is known to
+about sqrt(rank eps) |up| |down|, some 1e-8 of the norms, which `Relation.floor` states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, NamedTuple
+
+from upparam.errors import MalformedError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float64]
+
+_EPS = 2.0**-52
+_INDEPENDENT = 1e-5
+"""Ratio of the Cholesky diagonal's smallest to largest value below which the columns of a factor may be dependent."""
+
+
+class Precision(NamedTuple):
+    """How exactly values are stored: `unit` is the largest relative rounding error, `step` the largest absolute one next to zero."""
+
+    unit: float
+    step: float
+
+
+class Form(NamedTuple):
+    """A matrix scale * up @ down with up (out, r) and down (r, rest) in float64, and the precision its factors are stored in."""
+
+    up: Matrix
+    down: Matrix
+    scale: float
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Relation:
+    """||A||^2, ||B||^2 and <A, B> of two matrices of one shape, and how far each can be off.
+
+    `spread` is, for each, how far independent relative errors of size 1 in every element of its factors would move it (the root of the
+    expected square), `noise` how far rounding each element once to the precision it is stored in does. `floor` is how far a distance
+    computed from these numbers may be off because they are float64.
+    """
+
+    squares: tuple[float, float]
+    inner: float
+    spread: tuple[float, float]
+    noise: tuple[float, float]
+    floor: float
+
+    @cached_property
+    def norms(self) -> tuple[float, float]:
+        """(||A||_F, ||B||_F)."""
+        return sqrt(self.squares[0]), sqrt(self.squares[1])
+
+    @property
+    def cosine(self) -> float | None:
+        """<A, B> / (||A|| ||B||), None where one of them is zero."""
+        size = self.norms[0] * self.norms[1]
+        return max(-1.0, min(1.0, self.inner / size)) if size else None
+
+    @property
+    def multiplier(self) -> float | None:
+        """The c for which c A is nearest to B; None where A is zero."""
+        return self.inner / self.squares[0] if self.squares[0] else None
+
+    def distance(self, multiplier: float = 1.0) -> float:
+        """||multiplier * A - B||_F."""
+        square = multiplier**2 * self.squares[0] - 2 * multiplier * self.inner + self.squares[1]
+        return sqrt(max(square, 0.0))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two forms of matrices of one shape, and the products of their factors. Raises MalformedError when a factor is not finite."""
+
+    one: Form
+    other: Form
+    _ups: tuple[Matrix, Matrix, Matrix] = field(init=False, repr=False)
+    _downs: tuple[Matrix, Matrix, Matrix] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        import numpy as np
+
+        (up, down, *_), (up2, down2, *_) = self.one, self.other
+        if len(up) != len(up2) or down.shape[1] != down2.shape[1]:
+            raise MalformedError(
+                "matrices of different shapes have no inner product", expected=(len(up), down.shape[1]), found=(len(up2), down2.shape[1])
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            object.__setattr__(self, "_ups", (up.T @ up, up2.T @ up2, up.T @ up2))
+            object.__setattr__(self, "_downs", (down @ down.T, down2 @ down2.T, down @ down2.T))
+            size = sum(float(np.trace(gram)) for gram in (*self._ups[:2], *self._downs[:2]))
+        if not isfinite(size):
+            raise MalformedError("a factor holds values that are not finite, or too large to square")
+
+    def relation(self) -> Relation:
+        """The numbers."""
+        squares, spreads, noises, sizes = [], [], [], []
+        for form, up, down in zip((self.one, self.other), self._ups, self._downs, strict=False):
+            squares.append(max(form.scale**2 * float((up * down).sum()), 0.0))
+            spread, noise = _noise(form, up.diagonal(), down.diagonal())
+            spreads.append(spread)
+            noises.append(noise)
+            sizes.append(form.scale**2 * float(up.trace()) * float(down.trace()))
+        inner = self.one.scale * self.other.scale * float((self._ups[2] * self._downs[2]).sum())
+        rank = self.one.up.shape[1] + self.other.up.shape[1]
+        floor = sqrt(rank * _EPS * sum(sizes))
+        return Relation((squares[0], squares[1]), inner, (spreads[0], spreads[1]), (noises[0], noises[1]), floor)
+
+    def angles(self) -> tuple[Matrix, Matrix]:
+        """Principal angles in radians, smallest first, between the two column spaces and between the two row spaces.
+
+        (q,) each, q the smaller of the two matrices' ranks; empty where one is zero. The spaces are those of the matrices as stored,
+        small singular values included. Angles below 1e-7 cannot be told from zero. Source: Bjorck & Golub 1973.
+        """
+        columns, rows = _angles(*self._ups), _angles(*self._downs)
+        if columns is not None and rows is not None:
+            return columns, rows
+        # Dependent columns in one factor take directions from the other: only the singular vectors then tell the spaces.
+        (left, right), (left2, right2) = _spaces(self.one), _spaces(self.other)
+        return _between(left.T @ left2), _between(right @ right2.T)
+
+
+def _noise(form: Form, ups: Matrix, downs: Matrix) -> tuple[float, float]:
+    """(spread, noise) of a form (see `Relation`), from the squared norms of the columns of up and of the rows of down.
+
+    Errors in a column of up are multiplied by its row of down, and the other way round. A rounding error lies anywhere in +-unit |x| at
+    most, with a mean square of a third of that; next to zero it lies in +-step.
+    """
+    spread = abs(form.scale) * sqrt(2 * float(ups @ downs))
+    steps = form.precision.step**2 * (len(form.up) * float(downs.sum()) + form.down.shape[1] * float(ups.sum()))
+    return spread, sqrt(((form.precision.unit * spread) ** 2 + form.scale**2 * steps) / 3)
+
+
+def _angles(one: Matrix, other: Matrix, cross: Matrix) -> Matrix | None:
+    """The angles between the spaces two factors span, from their Gram matrices; None where the columns of one may be dependent."""
+    import numpy as np
+
+    inverses = []
+    for gram in (one, other):
+        try:
+            lower: Matrix = np.linalg.cholesky(gram).astype(np.float64, copy=False)
+        except np.linalg.LinAlgError:
+            return None
+        if not lower.diagonal().min() > _INDEPENDENT * lower.diagonal().max():
+            return None
+        inverses.append(_inverse(lower))
+    return _between(inverses[0] @ cross @ inverses[1].T)
+
+
+def _inverse(lower: Matrix) -> Matrix:
+    """The inverse of a lower triangular matrix, by halves: numpy has only that of full matrices, which takes twice as long."""
+    import numpy as np
+
+    count = len(lower)
+    if count <= 48:
+        small: Matrix = np.linalg.inv(lower).astype(np.float64, copy=False)
+        return small
+    half = count // 2
+    found = np.zeros_like(lower)
+    found[:half, :half], found[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    found[half:, :half] = -(found[half:, half:] @ lower[half:, :half] @ found[:half, :half])
+    return found
+
+
+def _between(cross: Matrix) -> Matrix:
+    """The angles whose cosines are the singular values of the product of two orthonormal bases."""
+    import numpy as np
+
+    if not cross.size:
+        return np.empty(0)
+    small = cross @ cross.T if len(cross) <= cross.shape[1] else cross.T @ cross
+    squares = np.clip(np.linalg.eigvalsh(small)[::-1], 0.0, 1.0)
+    # The arc sine tells small angles from one another, as far as the squares do.
+    angles: Matrix = np.arctan2(np.sqrt(1.0 - squares), np.sqrt(squares))
+    return angles
+
+
+def _spaces(form: Form) -> tuple[Matrix, Matrix]:
+    """Orthonormal bases (out, q) of the columns and (q, rest) of the rows of up @ down, singular values within rounding of zero left out."""
+    from upparam.algorithms.lowrank import qr_spectral
+
+    found = qr_spectral(form.up, form.down)
+    rank = int((found.sigma > found.floor).sum())
+    return found.left @ found.mix[:, :rank], found.mixed[:rank] @ found.right

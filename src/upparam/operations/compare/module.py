@@ -1,0 +1,366 @@
+"""One module of two adapters: what its two deltas are to each other, through the factors, and what that rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from math import degrees, isclose, prod, sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from upparam.algorithms.base import BAKED, Delta, Update, tiles
+from upparam.algorithms.dora import Decomposed
+from upparam.algorithms.lora import LoRA
+from upparam.algorithms.relation import Form, Pair, Precision, Relation
+from upparam.algorithms.slicing import RowSlice
+from upparam.errors import MalformedError
+from upparam.operations.extract.difference import same_weights
+from upparam.operations.proof import same_delta
+from upparam.tensors import DTYPES, DType, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+NEAR = 0.1
+"""Deltas are near-duplicates when what no multiplier explains is at most this share of ||dW||: a cosine of 0.995 or more.
+
+A copy whose factors went through 8 bits lies at 0.04; deltas trained apart have cosines near 0, which is 1.0 by this measure.
+"""
+ROUNDINGS = 4.0
+"""How many times further apart than one rounding of every factor element is expected to bring them two equal deltas may lie."""
+ARITHMETIC = 16 * 2.0**-24
+"""The relative error of factors that were computed in float32 (another gauge, a scale put into them), sums of some hundred products."""
+EQUAL_CAP = 0.02
+"""Relative distance beyond which deltas are not called equal however coarsely they are stored: rounding could then hide training."""
+_FLOAT32 = Precision(2.0**-24, 2.0**-150)
+
+
+class Alike(str, Enum):
+    """What one delta is to the other, the closest that holds."""
+
+    BITS = "bit-equal"
+    """The same factors bit for bit, and the same effective scale."""
+    ROUNDED = "rounded"
+    """The factors of one are those of the other, rounded to a narrower dtype."""
+    EQUAL = "equal"
+    """Other factors of the same dW (another gauge, or scale put into them), as far as the dtypes tell."""
+    SCALED = "scaled"
+    """dW of one is a multiple of the other's."""
+    RESIZED = "resized"
+    """dW of one is the best approximation of the other's of its rank."""
+    NEAR = "near"
+    """Near-duplicates, see NEAR."""
+    DIFFERENT = "different"
+    """None of these."""
+    INCOMPARABLE = "not-comparable"
+    """The factors alone do not tell, or the shapes differ."""
+
+
+SAME = frozenset((Alike.BITS, Alike.ROUNDED, Alike.EQUAL))
+"""The relations under which the two deltas do the same."""
+
+
+class Angles(NamedTuple):
+    """Principal angles between two spaces in degrees: how many there are, the smallest, the largest, and the mean squared cosine.
+
+    `overlap` is 1 when one space lies in the other; that of random spaces is `chance`, the larger rank over the dimension.
+    """
+
+    number: int
+    smallest: float
+    largest: float
+    overlap: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class ModuleComparison:
+    """One module. Pairs are (first, second).
+
+    `distance` = ||dW1 - dW2|| / max(||dW1||, ||dW2||); `tolerance` is the distance up to which they count as equal, from the dtypes;
+    `multiplier` is the c for which c dW1 is nearest to dW2. None where it was not computed or has no meaning. `smaller` is 0 or 1 where
+    that one is the other resized. Norms include the scale, unless `scales` are unknown.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    alike: Alike
+    algorithms: tuple[str, str]
+    ranks: tuple[int | None, int | None]
+    alphas: tuple[float | None, float | None]
+    scales: tuple[float | None, float | None]
+    dtypes: tuple[str, str]
+    norms: tuple[float | None, float | None] = (None, None)
+    inner: float | None = None
+    cosine: float | None = None
+    distance: float | None = None
+    tolerance: float | None = None
+    multiplier: float | None = None
+    smaller: int | None = None
+    columns: Angles | None = None
+    rows: Angles | None = None
+    reason: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        found: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("inner", "smaller")}
+        for name in ("columns", "rows"):
+            found[name] = None if found[name] is None else found[name]._asdict()
+        resized = {} if self.smaller is None else {"smaller": ("first", "second")[self.smaller]}
+        return (
+            {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+            | {"alike": self.alike.value}
+            | resized
+        )
+
+
+def compare_deltas(target: str, one: Delta, other: Delta) -> ModuleComparison:
+    """What two deltas of one target are to each other. Reads both; memory is bounded by their factors and a tile of dW."""
+    found = ModuleComparison(
+        target, one.shape, Alike.INCOMPARABLE, (one.algorithm, other.algorithm), (one.rank, other.rank), (one.alpha, other.alpha),
+        (one.scale, other.scale), (_dtypes(one), _dtypes(other)),
+    )  # fmt: skip
+    if _flat(one.shape) != _flat(other.shape):
+        return replace(found, reason=f"their weights have other shapes: {one.shape} and {other.shape}")
+    bits = same_delta(one, other)
+    try:
+        numbers = _numbers(found, one, one if bits else other)
+    except MalformedError as problem:
+        numbers = replace(found, reason=problem.message)
+    if bits:
+        one_or_none = 1.0 if numbers.norms[0] else None
+        return replace(
+            numbers, alike=Alike.BITS, cosine=one_or_none, distance=0.0, multiplier=one_or_none, columns=None, rows=None, tolerance=None, reason=""
+        )  # fmt: skip
+    if _same_scale(one, other) and _rounded(one, other):
+        return replace(numbers, alike=Alike.ROUNDED, columns=None, rows=None, reason="")
+    return numbers
+
+
+def _numbers(found: ModuleComparison, one: Delta, other: Delta) -> ModuleComparison:
+    """Norms, cosine, distance, angles and the relation they bear out; raises MalformedError for factors that are not finite."""
+    if isinstance(one, Decomposed) and isinstance(other, Decomposed):
+        return _decomposed(found, one, other)
+    if not one.additive or not other.additive:
+        return _by_factor(found, one, other)
+    note = ""
+    unknown = [which for which, scale in (("the first", one.scale), ("the second", other.scale)) if scale is None]
+    if unknown:
+        note = f"the effective scale of {' and '.join(unknown)} is not in the files; compared without scales"
+        one, other = _unscaled(one), _unscaled(other)
+    mine, theirs = one.load(), one.load() if other is one else other.load()
+    forms = (_form(one, mine), _form(other, theirs))
+    pair = None
+    if forms[0] is not None and forms[1] is not None:
+        pair = Pair(forms[0], forms[1])
+        relation = pair.relation()
+    else:
+        relation = _by_rows(one, other, mine, theirs)
+    return _judged(replace(found, reason=note), relation, pair, half_known=len(unknown) == 1)
+
+
+def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half_known: bool = False) -> ModuleComparison:
+    norms, largest = relation.norms, max(relation.norms)
+    allowed = allowance(relation)
+    found = replace(
+        found, norms=norms, inner=relation.inner, cosine=relation.cosine, distance=relation.distance() / largest if largest else 0.0,
+        tolerance=allowed / largest if largest else None, multiplier=relation.multiplier,
+    )  # fmt: skip
+    alike, smaller = _relation(relation, allowed, pair)
+    if half_known and alike is Alike.EQUAL:
+        alike = Alike.SCALED
+    if half_known:
+        found = replace(found, multiplier=None)
+    columns = rows = None
+    if pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT):
+        angles = pair.angles()
+        columns, rows = _angles(angles[0], pair, len(pair.one.up)), _angles(angles[1], pair, pair.one.down.shape[1])
+    return replace(found, alike=alike, smaller=smaller, columns=columns, rows=rows)
+
+
+def allowance(relation: Relation, multiplier: float = 1.0) -> float:
+    """The distance of multiplier * A from B that rounding can explain: of the stored factors of both, and of float32 arithmetic."""
+    mine, theirs = (ROUNDINGS * noise + ARITHMETIC * spread for noise, spread in zip(relation.noise, relation.spread, strict=True))
+    largest = max(abs(multiplier) * relation.norms[0], relation.norms[1])
+    return min(abs(multiplier) * mine + theirs + relation.floor, EQUAL_CAP * largest)
+
+
+def _relation(relation: Relation, allowed: float, pair: Pair | None) -> tuple[Alike, int | None]:
+    if relation.distance() <= allowed:
+        return Alike.EQUAL, None
+    multiplier = relation.multiplier
+    if not multiplier or not relation.squares[1]:
+        return Alike.DIFFERENT, None
+    rest = relation.distance(multiplier)
+    if rest <= allowance(relation, multiplier):
+        return Alike.SCALED, None
+    if pair is not None:
+        smaller = 0 if relation.norms[0] < relation.norms[1] else 1
+        if _resized(relation, pair, smaller, allowed):
+            return Alike.RESIZED, smaller
+    near = relation.inner > 0 and rest <= NEAR * relation.norms[1]
+    return (Alike.NEAR if near else Alike.DIFFERENT), None
+
+
+def _resized(relation: Relation, pair: Pair, smaller: int, allowed: float) -> bool:
+    """True when the one of smaller norm is the best approximation of its rank of the other.
+
+    Whoever cut it rounded the singular vectors at the cut by about eps of their arithmetic over the gap between the singular values
+    (Davis & Kahan); float32 is allowed for that.
+    """
+    from upparam.algorithms.lowrank import difference, spectral
+
+    small, large = relation.squares[smaller], relation.squares[1 - smaller]
+    # A best approximation is orthogonal to what it leaves out.
+    if abs(relation.inner - small) > 2 * EQUAL_CAP * large:
+        return False
+    cut, whole = (pair.one, pair.other) if smaller == 0 else (pair.other, pair.one)
+    own, full = spectral(cut.up, cut.down), spectral(whole.up, whole.down)
+    rank = int((own.sigma > max(own.floor, 1e-7 * own.sigma[0])).sum())
+    if not 0 < rank < len(full.sigma) or abs(whole.scale) * full.tail(rank) <= allowed:
+        return False
+    sigma = abs(whole.scale) * full.sigma
+    gap = float(sigma[rank - 1] - sigma[rank])
+    turned = 2.0**-20 * float(sigma[0] * sigma[rank - 1]) / gap if gap else sqrt(large)
+    up, down = full.factors(rank)
+    off = difference(whole.scale * up, down, cut.scale * cut.up, cut.down)
+    return off <= min(allowed + turned, EQUAL_CAP * sqrt(large))
+
+
+def _angles(angles: NDArray[np.float64], pair: Pair, dimension: int) -> Angles | None:
+    if not angles.size:
+        return None
+    import numpy as np
+
+    rank = max(pair.one.up.shape[1], pair.other.up.shape[1])
+    overlap = float(np.square(np.cos(angles)).mean())
+    return Angles(len(angles), degrees(float(angles[0])), degrees(float(angles[-1])), overlap, min(1.0, rank / dimension))
+
+
+def _form(delta: Delta, update: Update) -> Form | None:
+    found = update.low_rank()
+    return None if found is None else Form(*found, update.scale, _precision(delta, found if type(delta) is LoRA else ()))
+
+
+def _by_rows(one: Delta, other: Delta, mine: Update, theirs: Update) -> Relation:
+    """The relation of two deltas of which one has no low-rank form, from tiles of both."""
+    squares, inner = [0.0, 0.0], 0.0
+    for start, stop in tiles(_flat(one.shape)):
+        first, second = mine.rows(start, stop), theirs.rows(start, stop)
+        squares[0] += float((first * first).sum())
+        squares[1] += float((second * second).sum())
+        inner += float((first * second).sum())
+    if not sum(squares) < float("inf"):
+        raise MalformedError("a factor holds values that are not finite, or too large to square")
+    spread = [sqrt(square * len(delta.factors())) for square, delta in zip(squares, (one, other), strict=True)]
+    noise = [_precision(delta).unit * size for delta, size in zip((one, other), spread, strict=True)]
+    floor = 2.0**-25 * sqrt(sum(squares))
+    return Relation((squares[0], squares[1]), inner, (spread[0], spread[1]), (noise[0], noise[1]), floor)
+
+
+def _decomposed(found: ModuleComparison, one: Decomposed, other: Decomposed) -> ModuleComparison:
+    """Deltas with a magnitude: equal when the directions are and the magnitudes are. Numbers are those of the directions."""
+    import numpy as np
+
+    inside = _numbers(found, one.direction, other.direction)
+    if one.per_row is not other.per_row:
+        return replace(inside, alike=Alike.INCOMPARABLE, reason="one has a magnitude for each row, the other for each column")
+    first, second = one.magnitude.doubles().reshape(-1), other.magnitude.doubles().reshape(-1)
+    size = float(max(np.linalg.norm(first), np.linalg.norm(second)))
+    off = float(np.linalg.norm(first - second)) / size if size else 0.0
+    units = [_unit(factor.dtype).unit for factor in (one.magnitude, other.magnitude)]
+    same = off <= max(sum(units), 2.0**-22) and inside.alike in SAME
+    return replace(
+        inside, alike=Alike.EQUAL if same else Alike.DIFFERENT, smaller=None,
+        reason="; ".join(part for part in (f"numbers are of the directions; the magnitudes differ by {off:.2g}", inside.reason) if part),
+    )  # fmt: skip
+
+
+def _by_factor(found: ModuleComparison, one: Delta, other: Delta) -> ModuleComparison:
+    """Deltas whose change depends on the weight: the same when each factor is, as far as the dtypes tell; else nothing is claimed."""
+    import numpy as np
+
+    depends = f"how {' and '.join(dict.fromkeys(found.algorithms))} change a weight depends on the weight"
+    mine, theirs = one.factors(), other.factors()
+    if type(one) is not type(other) or _shapes(mine) != _shapes(theirs) or not _same_scale(one, other):
+        return replace(found, reason=depends)
+    worst = 0.0
+    for role, factor in mine.items():
+        first, second = factor.doubles(), theirs[role].doubles()
+        size = float(max(np.linalg.norm(first), np.linalg.norm(second)))
+        if not size < float("inf"):
+            raise MalformedError("a factor holds values that are not finite, or too large to square")
+        worst = max(worst, float(np.linalg.norm(first - second)) / size if size else 0.0)
+    allowed = max(_precision(one).unit + _precision(other).unit, 2.0**-22)
+    if worst <= allowed:
+        return replace(
+            found, alike=Alike.EQUAL, distance=worst, tolerance=allowed, reason="distance and tolerance are those of the factors"
+        )
+    return replace(found, reason=f"{depends}; their factors differ by up to {worst:.2g}")
+
+
+def _same_scale(one: Delta, other: Delta) -> bool:
+    if one.scale is None or other.scale is None:
+        return one.scale is other.scale
+    return isclose(one.scale, other.scale, rel_tol=1e-12)
+
+
+def _rounded(one: Delta, other: Delta) -> bool:
+    """True when each factor of one is the other's, rounded to the narrower of the two dtypes."""
+    mine, theirs = one.factors(), other.factors()
+    if one.algorithm != other.algorithm or _shapes(mine) != _shapes(theirs):
+        return False
+    return all(same_weights(factor, theirs[role]) or same_weights(theirs[role], factor) for role, factor in mine.items())
+
+
+def _unscaled(delta: Delta) -> Delta:
+    """The delta with a scale of 1."""
+    if isinstance(delta, RowSlice):
+        return RowSlice(_unscaled(delta.whole), delta.start, delta.stop)
+    return replace(delta, scaling=BAKED)  # type: ignore[type-var]
+
+
+def _shapes(factors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {role: factor.shape for role, factor in factors.items()}
+
+
+def _dtypes(delta: Delta) -> str:
+    return " ".join(dict.fromkeys(factor.dtype.name for factor in delta.factors().values()))
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0] if shape else 1, prod(shape[1:]))
+
+
+def _precision(delta: Delta, values: tuple[NDArray[np.float64], ...] = ()) -> Precision:
+    """The coarsest precision of its factors; of `values`, factors as they are stored, also one narrower than their dtype.
+
+    A float32 file made from a 16-bit one is no more exact than that.
+    """
+    precisions = [_unit(factor.dtype) for factor in delta.factors().values()] or [_FLOAT32]
+    coarsest = max(precisions)
+    if values and coarsest.unit <= _FLOAT32.unit:
+        for name, zeros in (("bfloat16", 45), ("float16", 42)):
+            if all(_ends_in_zeros(array, zeros) for array in values):
+                return _unit(DTYPES[name])
+    return coarsest
+
+
+def _ends_in_zeros(values: NDArray[np.float64], count: int) -> bool:
+    """True when the last `count` of the 52 bits of every fraction are zero."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint64)
+    mask = np.uint64((1 << count) - 1)
+    return not any(np.bitwise_or.reduce(part) & mask for part in (bits[:64], bits) if part.size)
+
+
+def _unit(dtype: DType) -> Precision:
+    """The precision of a dtype; of one finer than float32, float32's, in which tools compute."""
+    if not dtype.is_float:
+        return _FLOAT32
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(dtype.numpy)
+    return max(Precision(float(info.eps) / 2, float(info.smallest_subnormal) / 2), _FLOAT32)
