@@ -7,18 +7,18 @@ from pathlib import Path
 
 from upparam.cli.common import add_common, add_reading, emit, progress_for, reading
 
-EPILOG = (
-    "verdicts of adapters: bit-equal (same factors and scales); equal (the same dW up to the rounding of the stored dtypes: another dtype, "
-    "another gauge, a scale put into the factors); scaled; resized; near-duplicate (cosine of dW 0.995 or more); partly-shared (some "
-    "modules are the same); related; unrelated; not-comparable. Of models: bit-equal; equal; within-rounding; low-rank-change; changed; "
-    "not-comparable. exit codes: 0 the verdict is one of --accept, by default bit-equal and equal; 1 it is another; 2 usage; "
-    "3 unreadable or malformed; 4 the module names of the two cannot be brought together without --base"
+DESCRIPTION = (
+    "Say what the second is to the first, and on what that rests. Adapters are compared through their factors, in whatever dialects they are: "
+    "bit-equal (same factors and scales); equal (the same dW as far as the stored dtypes tell: another dtype, other factors of it, a scale put "
+    "into them); scaled; resized; near-duplicate (cosine of dW 0.995 or more); partly-shared (some modules are the same); related; unrelated; "
+    "not-comparable. A model against its base is: bit-equal; equal; within-rounding; low-rank-change; changed; not-comparable. "
+    "The exit code is 0 when the verdict is one of --accept, by default bit-equal and equal, and 1 when it is another."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FIRST, SECOND, --accept, --all, what only the user knows, --json."""
-    parser.epilog = EPILOG
+    parser.description = DESCRIPTION
     parser.add_argument("first", type=Path, metavar="FIRST", help="an adapter, or a model that may have been changed")
     parser.add_argument("second", type=Path, metavar="SECOND", help="another adapter, in any dialect; for a model the base it is of")
     parser.add_argument(
