@@ -324,6 +324,7 @@ def test_what_loralib_has_no_layers_for(tmp_path: Path) -> None:
         ("transformer.h.0.attn.qkv.lora_A", "transformer.h.0.attn.qkv.lora_B"),
         ("transformer.h.0.attn.attn.lora_A", "transformer.h.0.mlp.fc_1.lora_B"),
         ("base_model.model.h.0.attn.c_attn.lora_A",),
+        ("bert.encoder.layer.0.attention.self.query.loras.x.lora_A",),
         ("encoder.0.parametrizations.weight.0.lora_A", "encoder.0.parametrizations.weight.0.lora_B"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.q_proj.lora_B.weight"),
     ],

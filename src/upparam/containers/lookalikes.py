@@ -112,6 +112,12 @@ _MAGIC: tuple[tuple[bytes, int, str, str], ...] = (
     (b"algg", 0, "ggla", "a llama.cpp LoRA from before GGUF, of a version upparam does not read"),
     (b"\x89HDF\r\n\x1a\n", 0, "hdf5", "an HDF5 file (Keras weights are stored so); export it as safetensors or npz"),
     (b"TFL3", 4, "tflite", "a TensorFlow Lite model"),
+    (
+        b"TORT",
+        4,
+        "onnx-adapter",
+        "an ONNX Runtime adapter: LoRA factors as inputs of one ONNX graph; take the PEFT adapter it was exported from",
+    ),
     (b"ARROW1\0\0", 0, "arrow", "an Arrow file"),
     (b"PAR1", 0, "parquet", "a Parquet table"),
     (b"SQLite format 3\0", 0, "sqlite", "an SQLite database"),

@@ -33,7 +33,7 @@ _EMBEDDING = re.compile(
 _OTHERS = re.compile(
     r"\.parametrizations\.|(^|\.)(transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_1|_2)?|proj))|base_model\.model\..+)\.lora_[AB]$"
 )
-"""Names of minLoRA, LitGPT and PEFT that end alike."""
+"""Names of minLoRA, AdapterHub, LitGPT and PEFT that end alike."""
 _PARTS = ("q", "k", "v")
 _LAYOUTS = ("reference", "bare")
 

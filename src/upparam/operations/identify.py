@@ -14,9 +14,10 @@ from upparam.containers import file_source, head_of
 from upparam.containers.base import TensorFile
 from upparam.containers.lookalikes import LookAlike, recognise
 from upparam.dialects.base import ReadOptions
-from upparam.errors import AmbiguousError, DeadAdapterError, RefusedError, UnreadableError, UpparamError, UsageError
+from upparam.errors import AmbiguousError, DeadAdapterError, NotAnAdapterError, RefusedError, UnreadableError, UpparamError, UsageError
 from upparam.findings import Finding, error, exit_code, info, warning
 from upparam.operations.kinds import classify
+from upparam.operations.kinds_other import other
 from upparam.operations.opening import Candidate, Siblings, group, tensor_files
 
 
@@ -44,7 +45,10 @@ class FileReport:
 
 @dataclass
 class AdapterReport:
-    """What files together are. `kind` is `adapter`, `orphan-factor` or `dead-adapter`; counts map a value to how many deltas have it."""
+    """What files together are; counts map a value to how many deltas have it.
+
+    `kind` is `adapter`, `orphan-factor`, `dead-adapter`, `unsupported-adapter` (of a method upparam does not know) or `broken-adapter`.
+    """
 
     files: list[Path]
     kind: str
@@ -122,6 +126,7 @@ def identify(path: Path | str) -> Identity:
         except UpparamError as problem:
             problems = {path: problem}
         found = group(files, path.parent, Siblings(path, files))
+    found = [candidate for candidate in found if other(candidate.bundle.main) is None]
     adapters = [_adapter_report(candidate) for candidate in found]
     reports = _file_reports(members, files, problems, found)
     identity = Identity(path, reports, adapters)
@@ -172,7 +177,7 @@ def _file_reports(
                 )
             else:
                 known = classify(file)
-                kind, message, evidence, sure = known.name, known.message, known.evidence, known.confidence
+                kind, message, evidence, sure = known.name, known.sentence, known.evidence, known.confidence
             claims = [info("kind", file.name, message, *evidence, confidence=None if sure == 1 else sure)]
             reports.append(
                 FileReport(
@@ -247,6 +252,10 @@ def _adapter_report(candidate: Candidate) -> AdapterReport:
     except (UsageError, RefusedError) as problem:
         code = "ambiguous" if isinstance(problem, AmbiguousError) else "needs-more"
         report.findings.append(warning(code, subject, problem.line()))
+        return report
+    except NotAnAdapterError as problem:
+        report.kind = "unsupported-adapter"
+        report.findings.append(warning("unsupported", subject, problem.line()))
         return report
     except UpparamError as problem:
         report.kind = "broken-adapter"

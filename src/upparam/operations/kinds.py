@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from upparam.containers.base import Opaque, TensorFile
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a file is: a stable `name`, a sentence, the facts it rests on, and how sure we are."""
-
-    name: str
-    message: str
-    evidence: tuple[str, ...] = ()
-    confidence: float = 1.0
+from upparam.operations.kinds_other import Kind, other
 
 
 def classify(file: TensorFile) -> Kind:
@@ -76,20 +66,22 @@ def _training_args(file: TensorFile) -> Kind | None:
 def _textual_inversion(file: TensorFile) -> Kind | None:
     keys = _keys(file)
     if "string_to_param" in keys:
-        return Kind("textual-inversion", "a textual inversion embedding (AUTOMATIC1111 form)", ("key string_to_param",))
+        return _embedding("a textual inversion embedding (AUTOMATIC1111 form)", "key string_to_param")
     names = set(file.tensors)
     if names and names <= {"clip_l", "clip_g", "t5xxl", "emb_params"}:
-        return Kind("textual-inversion", "a textual inversion embedding", (f"tensors {', '.join(sorted(names))}",))
+        return _embedding("a textual inversion embedding", f"tensors {', '.join(sorted(names))}")
     tokens = [name for name in names if re.fullmatch(r"<[^<>]+>", name)]
     if tokens and len(tokens) == len(names):
-        return Kind(
-            "textual-inversion",
-            "a textual inversion embedding (diffusers form)",
-            (f"token {tokens[0]} {list(file.tensors[tokens[0]].shape)}",),
-        )
+        return _embedding("a textual inversion embedding (diffusers form)", f"token {tokens[0]} {list(file.tensors[tokens[0]].shape)}")
     if "learned_embeds" in file.name and all(len(tensor.shape) <= 2 for tensor in file.tensors.values()):
-        return Kind("textual-inversion", "a textual inversion embedding", (f"named {file.name}", _names(file)), 0.8)
+        return _embedding("a textual inversion embedding", f"named {file.name}", _names(file), confidence=0.8)
     return None
+
+
+def _embedding(message: str, *evidence: str, confidence: float = 1.0) -> Kind:
+    why = "it is a new word for the text encoder, not a change of weights, so it cannot be merged or converted alone"
+    remedy = "put it in the embeddings folder, or load it with load_textual_inversion"
+    return Kind("textual-inversion", f"{message}; {why}", evidence, confidence, remedy)
 
 
 _MODELS = (
@@ -144,6 +136,7 @@ RULES: tuple[Callable[[TensorFile], Kind | None], ...] = (
     _scheduler,
     _rng,
     _training_args,
+    other,
     _textual_inversion,
     _full_model,
     _state_dict,

@@ -14,6 +14,8 @@ from upparam.containers import file_source, head_of, lookalikes, open_all, raw
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, ReadOptions
 from upparam.errors import AmbiguousError, NotAnAdapterError, UnreadableError, UpparamError
+from upparam.operations.kinds import classify
+from upparam.operations.kinds_other import other
 
 
 @dataclass
@@ -128,7 +130,7 @@ def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadO
     and what the containers raise for files that break their format.
     """
     path = Path(path)
-    found = candidates(path)
+    found = [candidate for candidate in candidates(path) if other(candidate.bundle.main) is None]
     if dialect is not None:
         found = [candidate for candidate in found if any(match.dialect == dialect for match in candidate.matches)]
     if not found:
@@ -145,6 +147,10 @@ def _explain_nothing(path: Path, dialect: str | None) -> None:
     if problems and not files:
         raise next(iter(problems.values()))
     if files:
+        file, known = next(((file, kind) for file in files if (kind := other(file)) is not None), (files[0], classify(files[0])))
+        if known.name != "tensors" and dialect is None:
+            remedy = known.remedy or "see 'upparam identify'"
+            raise NotAnAdapterError(known.message, file=file.path, found="; ".join(known.evidence), remedy=remedy)
         shown = ", ".join(list(files[0].tensors)[:3])
         wanted = f" of dialect {dialect}" if dialect else ""
         raise NotAnAdapterError(

@@ -11,6 +11,7 @@ KINDS = {
     "orphan-factor": "orphan factor (dead adapter)",
     "dead-adapter": "dead adapter",
     "broken-adapter": "broken adapter",
+    "unsupported-adapter": "adapter of a kind upparam does not read",
 }
 
 _SHOWN = 4
