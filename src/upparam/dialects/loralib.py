@@ -31,7 +31,7 @@ _EMBEDDING = re.compile(
     r"(^|\.)(wte|wpe|word_embeddings|position_embeddings|embed_tokens|embed_in|shared|token_embedding|position_embedding)$"
 )
 _OTHERS = re.compile(
-    r"\.parametrizations\.|(^|\.)(transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_1|_2)?|proj))|base_model\.model\..+)\.lora_[AB]$"
+    r"\.parametrizations\.|\.loras\.|(^|\.)(transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_1|_2)?|proj))|base_model\.model\..+)\.lora_[AB]$"
 )
 """Names of minLoRA, AdapterHub, LitGPT and PEFT that end alike."""
 _PARTS = ("q", "k", "v")
