@@ -114,7 +114,6 @@ _LEARNED = {
     "CARTRIDGE": ("prefix-tuning", "a cartridge: keys and values put before every layer's own"),
 }
 """peft_type -> what it is."""
-_PATTERNS = tuple(re.compile(sign.names) for sign in SIGNS)
 _FACTOR = re.compile(r"lora|hada_|lokr_|loha")
 _LAYER_SIZES = {320, 640, 768, 1024, 1280, 2048}
 
@@ -122,9 +121,10 @@ _LAYER_SIZES = {320, 640, 768, 1024, 1280, 2048}
 def other(file: TensorFile) -> Kind | None:
     """The kind of a file that only looks like an adapter upparam could convert; None for everything else. Reads names, no data."""
     text = "\n".join(file.tensors)
-    for sign, pattern in zip(SIGNS, _PATTERNS, strict=True):
+    for sign in SIGNS:
         if not any(word in text for word in sign.words):
             continue
+        pattern = re.compile(sign.names)
         own = [name for name in file.tensors if pattern.search(name) and (sign.lora or not _FACTOR.search(name))]
         if own:
             evidence = (f"{len(own)} of {len(file.tensors)} tensors are named like {own[0]}",)
