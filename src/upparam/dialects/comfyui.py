@@ -20,14 +20,14 @@ from upparam.bases.layouts import LayoutMap, find
 from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, Spoken, located, named_alike, resolve
+from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, named_alike, resolve
 from upparam.dialects.diffusers import METADATA_KEY, refuse
 from upparam.dialects.kohya import bundle_name, bundled
-from upparam.dialects.placing import PARTS_KEY, Parts, base_of, layout_for, take_parts, to_foreign, to_targets
-from upparam.dialects.words import alpha_tensor
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
-from upparam.findings import error, warning
-from upparam.tensors import DTYPES, Tensor
+from upparam.dialects.placing import PARTS_KEY, Parts, base_of, layout_for, take_parts, to_foreign
+from upparam.dialects.spoken import Spoken, alpha_of, built, leave, settle
+from upparam.errors import DeadAdapterError, RefusedError
+from upparam.findings import warning
+from upparam.tensors import Tensor
 
 _BARE = re.compile(
     r"(double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|individual_token_refiner)\.\d+\.|"
@@ -81,24 +81,24 @@ class ComfyUI:
             {}, self.name, extras, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings),
             layout="comfyui",
         )  # fmt: skip
-        built = {module: _built(file, module, group) for module, group in groups.items()}
+        spelled = {module: built(file, module, group) for module, group in groups.items()}
         for module, group in groups.items():
-            _leave(adapter, module, group, built[module])
-        if not any(one.deltas for one in built.values()):
+            leave(adapter, self.name, module, group, spelled[module])
+        if not any(one.deltas for one in spelled.values()):
             raise DeadAdapterError("no module has all the factors of a delta", file=file.path, found=", ".join(list(file.tensors)[:3]))
-        shapes = {module: one.deltas["weight"].shape for module, one in built.items() if "weight" in one.deltas}
+        shapes = {module: one.deltas["weight"].shape for module, one in spelled.items() if "weight" in one.deltas}
         found = resolve(shapes, options.base)
         if found is None:
             _unknown_base(adapter, shapes, file)
-            for module, one in built.items():
+            for module, one in spelled.items():
                 adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in one.deltas.items()}
                 if one.saved is not None:
                     adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{module}.weight", one.saved))
         else:
             adapter.base, adapter.layout = found.hint, "reference"
             told = take_parts(adapter.metadata)
-            for module, one in built.items():
-                _settle(adapter, module, one, groups[module], found, told)
+            for module, one in spelled.items():
+                settle(adapter, module, one, groups[module], found, told)
         _note(adapter, groups, found)
         return adapter
 
@@ -126,7 +126,7 @@ class ComfyUI:
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
             if alpha is not None and not (bare and delta.scale == 1.0):
-                tensors[f"{module}.alpha"] = _alpha(spelling, module, alpha, next(iter(spelled.values())))
+                tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(spelled.values())))
         for module, tensor in saved.items():
             tensors[f"{module}.scale" if bare or spelling.get(f"saved {module}") == "scale" else f"{module}.set_weight"] = tensor
         tensors |= _reshapes(adapter, options, named, spelling, bare)
@@ -227,61 +227,10 @@ class _Naming(NamedTuple):
         return self.style(module)[1] + path if component in ("transformer", "unet") else module
 
 
-def _built(file: TensorFile, module: str, group: words.Group) -> words.Built:
-    try:
-        return words.build(group)
-    except MalformedError as problem:
-        raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from problem
-
-
-def _leave(adapter: Adapter, module: str, group: words.Group, built: words.Built) -> None:
-    """Put what nothing explains among the leftovers, with a finding."""
-    if not built.unexplained:
-        return
-    names = [group.names[role] for role in built.unexplained]
-    adapter.leftovers |= {name: group.roles[role] for name, role in zip(names, built.unexplained, strict=True)}
-    if "weight" in built.deltas:
-        adapter.findings.append(error("unexplained", module, "words that no form of comfyui explains", *names))
-    else:
-        adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", *names))
-
-
 def _unknown_base(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], file: TensorFile) -> None:
     near = named_alike(shapes)
     message = "no base that upparam knows has all these modules in these shapes, or several do and mean different ones; name it with --base"
     adapter.findings.append(warning("base-unknown", file.name, message, *([near] if near else [])))
-
-
-def _settle(adapter: Adapter, module: str, built: words.Built, group: words.Group, found: Spoken, told: Parts) -> None:
-    """Put a module's deltas under their targets; what the base does not have, or has already been changed, goes to the leftovers."""
-    known = found.names.get(module)
-    if known is None and "weight" not in built.deltas:
-        layouts = (find(found.base, "comfyui"), find(found.base, "reference"))
-        known = located([one for one in layouts if one is not None], module)
-    targets = None if known is None else _targets(*known, built, told)
-    if targets is not None and known is not None and not targets.keys() & adapter.deltas.keys():
-        adapter.deltas |= targets
-        if built.saved is not None:
-            adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{known[0].to_reference(known[1])[0].module}.weight", built.saved))
-        return
-    adapter.leftovers |= {group.names[role]: tensor for role, tensor in group.roles.items()}
-    if targets is not None:
-        adapter.findings.append(error("named-twice", module, "another name in the file means the same module"))
-    else:
-        adapter.findings.append(warning("unknown-module", module, f"{found.base.name} has no such module of this shape"))
-
-
-def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> dict[Target, Delta] | None:
-    """The reference targets a module's deltas change; None where a bias or a saved weight does not have the module's shape."""
-    parts = one.to_reference(foreign)
-    if built.saved is not None and (len(parts) > 1 or built.saved.shape != parts[0].shape):
-        return None
-    found: dict[Target, Delta] = {}
-    for parameter, delta in built.deltas.items():
-        if parameter != "weight" and delta.shape != (one.rows(foreign),):
-            return None
-        found |= {target._replace(parameter=parameter): piece for target, piece in to_targets(one, foreign, delta, told).items()}
-    return found
 
 
 def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | None) -> None:
@@ -336,12 +285,6 @@ def _reshapes(
         if parameter == "weight" and not bare and (wider or f"reshape {module}" in spelling):
             found[f"{module}.reshape_weight"] = Tensor.of(np.array(delta.shape, dtype=np.int64))
     return found
-
-
-def _alpha(spelling: Mapping[str, str], module: str, value: float, like: Tensor) -> Tensor:
-    form = spelling.get(f"alpha {module}", spelling.get("alpha"))
-    dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
-    return alpha_tensor(value, dtype, like.dtype, dims)
 
 
 dialect = ComfyUI()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
 from upparam.adapter import BaseHint
 from upparam.bases import inventory
@@ -12,23 +12,16 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, find
 from upparam.bases.recognise import recognise
 from upparam.dialects.placing import Shape, alike
+from upparam.dialects.spoken import Named, Spoken
 
 DENOISER = "diffusion_model."
 TEXT = "text_encoders."
 COMPONENTS = ("transformer.", "unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 _WRAPPED = re.compile(r"(base_model\.model\.)?(model\.)?diffusion_model\.")
 _ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
+_CLIP_G = "text_encoders.clip_g.transformer."
 _TRIED = 4
 """Suggested bases that are tried, best first."""
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """Names explained: for each the layout it is of and that layout's own name for it; and what is known about the base."""
-
-    base: Base
-    hint: BaseHint
-    names: Mapping[str, tuple[LayoutMap, str]]
 
 
 def resolve(shapes: Mapping[str, Shape], base: Base | None) -> Spoken | None:
@@ -40,24 +33,23 @@ def resolve(shapes: Mapping[str, Shape], base: Base | None) -> Spoken | None:
     if base is not None:
         hint = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
         names = _explained(base, shapes)
-        return Spoken(base, hint, names) if names else None
+        return Spoken(base, hint, names, partial(located, _layouts(base))) if names else None
     for hint in _suggested(shapes):
         name = inventory.resolve(hint.name)
         known = None if name is None else inventory.load(name)
         names = {} if known is None else _explained(known, shapes)
         if known is not None and len(names) == len(shapes):
-            return Spoken(known, hint, names) if _alone(hint, names, shapes) else None
+            return Spoken(known, hint, names, partial(located, _layouts(known))) if _alone(hint, names, shapes) else None
     return None
 
 
-def _alone(hint: BaseHint, names: Mapping[str, tuple[LayoutMap, str]], shapes: Mapping[str, Shape]) -> bool:
+def _alone(hint: BaseHint, names: Mapping[str, Named], shapes: Mapping[str, Shape]) -> bool:
     """True when every base that fits as well means the same modules by these names; else the choice would be a guess."""
     for other in hint.lookalikes:
         resolved = inventory.resolve(other)
         theirs = {} if resolved is None else _explained(inventory.load(resolved), shapes)
-        for name, (one, foreign) in names.items():
-            if name in theirs and _meant(*theirs[name]) != _meant(one, foreign):
-                return False
+        if len(theirs) == len(shapes) and any(_meant(*theirs[name]) != _meant(*mine) for name, mine in names.items()):
+            return False
     return True
 
 
@@ -90,15 +82,14 @@ def named_alike(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def _suggested(shapes: Mapping[str, Shape]) -> Iterable[BaseHint]:
-    """What the recogniser says to the denoiser's modules; without any, to the text encoder's."""
-    own = {_WRAPPED.sub("", name): shape for name, shape in shapes.items() if not name.startswith(("text_encoder", TEXT))}
-    text = {_ENCODER.sub("", name): shape for name, shape in shapes.items()}
-    return recognise(own or text)[:_TRIED]
+    """What the recogniser says to these modules, text encoders' prefixes taken off; CLIP-G is the second one wherever it stands."""
+    bare = {_ENCODER.sub("", name.replace(_CLIP_G, "text_encoder_2.")): shape for name, shape in shapes.items()}
+    return recognise({_WRAPPED.sub("", name): shape for name, shape in bare.items()})[:_TRIED]
 
 
-def _explained(base: Base, shapes: Mapping[str, Shape]) -> dict[str, tuple[LayoutMap, str]]:
-    layouts = [one for one in (find(base, "comfyui"), find(base, "reference")) if one is not None]
-    found: dict[str, tuple[LayoutMap, str]] = {}
+def _explained(base: Base, shapes: Mapping[str, Shape]) -> dict[str, Named]:
+    layouts = _layouts(base)
+    found: dict[str, Named] = {}
     for name, shape in shapes.items():
         place = located(layouts, name)
         if place is not None and _fits(shape, place[0], place[1]):
@@ -106,7 +97,11 @@ def _explained(base: Base, shapes: Mapping[str, Shape]) -> dict[str, tuple[Layou
     return found
 
 
-def located(layouts: Iterable[LayoutMap], name: str) -> tuple[LayoutMap, str] | None:
+def _layouts(base: Base) -> list[LayoutMap]:
+    return [one for one in (find(base, "comfyui"), find(base, "reference")) if one is not None]
+
+
+def located(layouts: Iterable[LayoutMap], name: str) -> Named | None:
     """The layout that has a module of this name, under one of the forms ComfyUI reads, and the layout's own name for it."""
     bare = _WRAPPED.sub("", name)
     for one in layouts:

@@ -97,6 +97,8 @@ def test_orders_are_permutations_with_their_inverse(order: Order) -> None:
         ("flux.1-dev", "omi", "transformer.single_blocks.0.linear1.3", 1),
         ("flux.1-dev", "omi", "transformer.img_in.proj", 1),
         ("flux.1-dev", "omi", "t5.encoder.block.0.layer.0.SelfAttention.q", 1),
+        ("flux.1-dev", "onetrainer", "lora_te2_encoder_block_0_layer_0_SelfAttention_q", 1),
+        ("flux.1-dev", "onetrainer", "lora_transformer_single_transformer_blocks_0_proj_mlp", 1),
         ("sdxl", "omi", "unet.input_blocks.4.1.transformer_blocks.0.attn1.to_q", 1),
         ("sdxl", "omi", "clip_g.text_model.encoder.layers.0.mlp.fc1", 1),
         ("sd3-medium", "kohya", "lora_te3_encoder_block_0_layer_0_SelfAttention_q", 1),

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, str] = {
     "kohya-original": "kohya:kohya_original",
     "comfyui": "comfyui:comfyui",
     "xlabs": "trainers:xlabs",
+    "onetrainer": "trainers:onetrainer",
     "omi": "trainers:omi",
     "gguf": "gguf:gguf",
     "bare": "plain:bare",

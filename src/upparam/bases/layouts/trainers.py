@@ -1,7 +1,7 @@
-"""Names that single trainers gave the modules of FLUX and its kin: XLabs' attention processors, OneTrainer's OMI form.
+"""Names that single trainers gave the modules of FLUX and its kin: XLabs' attention processors, OneTrainer's own form and its OMI form.
 
 Sources: XLabs-AI/x-flux src/flux/modules/layers.py (DoubleStreamBlockLoraProcessor, SingleStreamBlockLoraProcessor);
-Nerogar/OneTrainer modules/util/convert/lora/convert_{flux,chroma,sdxl,clip,t5}*.py (until 2026; removed since).
+Nerogar/OneTrainer modules/util/convert_lora_util.py (convert_to_mixture) and, until 2026, modules/util/convert/lora/convert_*.py (omi_prefix).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from upparam.bases.base import Base
 from upparam.bases.layouts.base import Component, LayoutMap, Naming, Spot, Table, assemble, has, same, stacked, under
 from upparam.bases.layouts.comfyui import ENCODERS, encoder
 from upparam.bases.layouts.denoiser import component, original
+from upparam.bases.layouts.kohya import underscored
 
 _TWO, _ONE = "transformer_blocks.{}.", "single_transformer_blocks.{}."
 _DOUBLE, _SINGLE = "double_blocks.{}.processor.", "single_blocks.{}.processor."
@@ -37,6 +38,18 @@ def xlabs(base: Base) -> LayoutMap | None:
 def _is_flux(base: Base) -> bool:
     """True for FLUX.1 and Chroma; FLUX.2's single blocks and HunyuanVideo's input go by other names."""
     return has(base, "transformer.single_transformer_blocks.0.proj_mlp") and "transformer.x_embedder" in base.by_path
+
+
+def onetrainer(base: Base) -> LayoutMap | None:
+    """Pipelines with a transformer under diffusers' names, dots as underscores, text encoders numbered by their component; None for others.
+
+    Those with a UNet go by kohya's names there.
+    """
+    if component(base) != "transformer.":
+        return None
+    numbered = {name: f"lora_te{number}_" for number, name in enumerate(ENCODERS, 1)}
+    texts = [Component(name, under(prefix, same)) for name, prefix in numbered.items()]
+    return assemble("onetrainer", base, [Component("transformer.", under("lora_transformer_", same)), *texts], rename=underscored)
 
 
 _OMI_ENCODERS = {"clip_l": "clip_l.", "clip_g": "clip_g.", "t5xxl": "t5."}
