@@ -163,6 +163,15 @@ def test_diffusers_names_are_read_beside_its_own() -> None:
     same(written("comfyui", adapter).tensors, tensors)
 
 
+def test_diffusers_names_behind_the_prefix() -> None:
+    """ai-toolkit trains diffusers' Z-Image and puts the prefix before its names (extensions_built_in/diffusion_models/z_image)."""
+    module = "diffusion_model.layers.0.attention.to_q"
+    tensors = filled({f"{module}.lora_A.weight": [4, 3840], f"{module}.lora_B.weight": [3840, 4]})
+    adapter = read("comfyui", tensors)
+    assert adapter.base is not None and adapter.base.name == "z-image" and list(adapter.deltas) == [Target("transformer.layers.0.attention.to_q")]
+    same(written("comfyui", adapter).tensors, tensors)
+
+
 def test_one_module_named_twice_keeps_the_first() -> None:
     shapes = {
         f"{QKV}.lora_A.weight": [4, 3072], f"{QKV}.lora_B.weight": [9216, 4],
