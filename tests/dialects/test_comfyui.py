@@ -168,7 +168,11 @@ def test_diffusers_names_behind_the_prefix() -> None:
     module = "diffusion_model.layers.0.attention.to_q"
     tensors = filled({f"{module}.lora_A.weight": [4, 3840], f"{module}.lora_B.weight": [3840, 4]})
     adapter = read("comfyui", tensors)
-    assert adapter.base is not None and adapter.base.name == "z-image" and list(adapter.deltas) == [Target("transformer.layers.0.attention.to_q")]
+    assert (
+        adapter.base is not None
+        and adapter.base.name == "z-image"
+        and list(adapter.deltas) == [Target("transformer.layers.0.attention.to_q")]
+    )
     same(written("comfyui", adapter).tensors, tensors)
 
 
