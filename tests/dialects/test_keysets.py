@@ -193,6 +193,40 @@ def test_the_lokr_set_with_shapes_of_flux() -> None:
     same(written("comfyui", adapter).tensors, tensors)
 
 
+@pytest.mark.parametrize(
+    ("name", "bases"), [("anima_lora_kohya", {"anima", "cosmos-predict2-2b"}), ("anima_lora_kohya_with_te", {"anima"})]
+)
+def test_the_anima_sets_with_shapes_of_anima(name: str, bases: set[str]) -> None:
+    """The same names with the sizes of library/anima_models.py and of Qwen3 0.6B: told apart from dots, and there and back."""
+    shapes = {key: list(shape) for key, shape in TRIMMED[name].items()}
+    sizes = {
+        "cross_attn_k_proj": (2048, 1024), "cross_attn_v_proj": (2048, 1024), "adaln_modulation_cross_attn_1": (256, 2048),
+        "te_layers_0_self_attn_q_proj": (2048, 1024), "te_layers_0_self_attn_o_proj": (1024, 2048), "te_layers_0_mlp_gate_proj": (3072, 1024),
+        "te_layers_0_mlp_up_proj": (3072, 1024), "te_layers_0_mlp_down_proj": (1024, 3072),
+    }  # fmt: skip
+    for key, shape in shapes.items():
+        size = next((size for part, size in sizes.items() if f"{part}." in key), None)
+        if size is not None and shape:
+            shapes[key] = [size[0], 8] if "lora_up" in key else [8, size[1]]
+    tensors = filled(shapes)
+    adapter = read("kohya", tensors)
+    assert not adapter.leftovers and adapter.base is not None and {adapter.base.name, *adapter.base.lookalikes} == bases
+    same(written("kohya", adapter).tensors, tensors)
+    content = written("comfyui", adapter)
+    prefixes = {key.split("0.")[0] for key in content.tensors}
+    # The prefixes of kohya-ss/sd-scripts networks/convert_anima_lora_to_comfy.py.
+    assert prefixes <= {"diffusion_model.blocks.", "text_encoders.qwen3_06b.transformer.model.layers."}
+    again = read("comfyui", content.tensors, content.metadata)
+    same_adapter(adapter, again)
+    same(written("kohya", again).tensors, tensors)
+    if "with_te" in name:
+        with pytest.raises(RefusedError) as caught:
+            written("diffusers", adapter)
+        assert "a language model as text encoder" in str(caught.value.found)
+    else:
+        same_adapter(adapter, read("diffusers", written("diffusers", adapter).tensors, written("diffusers", adapter).metadata))
+
+
 @pytest.mark.parametrize("name", [*CASES, *IMPOSSIBLE])
 def test_identify_names_dialect_and_base(name: str, tmp_path: Path) -> None:
     from upparam.containers.safetensors import write

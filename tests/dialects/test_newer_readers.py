@@ -42,6 +42,7 @@ def equal(ours: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("base", "converter", "without"),
     [
+        ("anima", "_convert_non_diffusers_anima_lora_to_diffusers", ()),
         ("krea-2", "_convert_non_diffusers_krea2_lora_to_diffusers", ()),
         ("qwen-image", "_convert_non_diffusers_qwen_lora_to_diffusers", ()),
         ("wan2.1-t2v-1.3b", "_convert_non_diffusers_wan_lora_to_diffusers", ()),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from inventories import Entry, Row, on_meta, prefixed, trace
-from inventories.text import clip_text, t5_encoder
+from inventories.text import clip_text, hf, t5_encoder
 
 ENTRIES: list[Entry] = []
 
@@ -210,6 +210,19 @@ def _others() -> None:
         text=lambda: t5_xxl("text_encoder."))  # fmt: skip
     add("sana-1.6b", "sana", "Sana 1.6B (transformer)", "SanaTransformer2DModel", {"num_layers": 20, "num_attention_heads": 70},
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers")  # fmt: skip
+
+    def conditioned() -> list[Row]:
+        qwen3 = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                 "num_key_value_heads": 8, "vocab_size": 151936, "head_dim": 128}  # fmt: skip
+        return [*denoiser("text_conditioner.", "AnimaTextConditioner", {}), *prefixed("text_encoder.", hf("Qwen3Model", qwen3))]
+
+    cosmos2 = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 128, "text_embed_dim": 1024, "adaln_lora_dim": 256,
+               "in_channels": 16, "out_channels": 16, "extra_pos_embed_type": None}  # fmt: skip
+    add("cosmos-predict2-2b", "cosmos", "Cosmos-Predict2 2B Text2Image (transformer)", "CosmosTransformer3DModel", cosmos2,
+        "nvidia/Cosmos-Predict2-2B-Text2Image")  # fmt: skip
+    # Its transformer's config is that of Cosmos-Predict2, so no config leads back to it.
+    ENTRIES.append(Entry("anima", "anima", "Anima", lambda: [*denoiser("transformer.", "CosmosTransformer3DModel", cosmos2), *conditioned()],
+                         ids=("circlestone-labs/Anima",)))  # fmt: skip
     add("krea-2", "krea", "Krea 2 (transformer)", "Krea2Transformer2DModel", {"num_layers": 28, "num_attention_heads": 48})
 
 

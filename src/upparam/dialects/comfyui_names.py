@@ -19,7 +19,8 @@ TEXT = "text_encoders."
 COMPONENTS = ("transformer.", "unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 _WRAPPED = re.compile(r"(base_model\.model\.)?(model\.)?diffusion_model\.")
 _ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
-_CLIP_G = "text_encoders.clip_g.transformer."
+_NUMBERED = (("text_encoders.clip_g.transformer.", "text_encoder_2."), ("text_encoders.qwen3_06b.transformer.model.", "text_encoder."))
+"""Encoders whose modules alone would be taken for those of others."""
 _TRIED = 4
 """Suggested bases that are tried, best first."""
 
@@ -83,8 +84,14 @@ def named_alike(shapes: Mapping[str, Shape]) -> str | None:
 
 def _suggested(shapes: Mapping[str, Shape]) -> Iterable[BaseHint]:
     """What the recogniser says to these modules, text encoders' prefixes taken off; CLIP-G is the second one wherever it stands."""
-    bare = {_ENCODER.sub("", name.replace(_CLIP_G, "text_encoder_2.")): shape for name, shape in shapes.items()}
-    return recognise({_WRAPPED.sub("", name): shape for name, shape in bare.items()})[:_TRIED]
+
+    def bare(name: str) -> str:
+        for theirs, ours in _NUMBERED:
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return _WRAPPED.sub("", _ENCODER.sub("", name))
+
+    return recognise({bare(name): shape for name, shape in shapes.items()})[:_TRIED]
 
 
 def _explained(base: Base, shapes: Mapping[str, Shape]) -> dict[str, Named]:

@@ -29,7 +29,7 @@ from upparam.tensors import DTYPES, Tensor
 _CLIP = "text_model."
 """In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""
 METADATA_KEY = "lora_adapter_metadata"
-COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
 _BARE = re.compile(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
 
 
@@ -383,6 +383,8 @@ def unloadable(target: Target, delta: Delta) -> str | None:
         return "a Tucker core"
     if ".SelfAttention." in target.module or ".DenseReluDense." in target.module:
         return "a T5 encoder, which diffusers loads no LoRA into"
+    if re.match(r"text_encoder(_\d)?\.layers\.", target.module):
+        return "a language model as text encoder, which diffusers loads no LoRA into"
     return None if target.module.split(".", 1)[0] in COMPONENTS else "not a module of a pipeline's component"
 
 

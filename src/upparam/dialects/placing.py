@@ -19,6 +19,9 @@ Shape = tuple[int, ...]
 _ENOUGH = 0.5
 """Share of the names that a base's layout must explain before the names are taken to be of that base."""
 
+_VOCABULARY = 20_000
+"""Rows from which on a weight is an embedding's or a head's."""
+
 _TRIED = 4
 """Suggested bases that are tried, best first."""
 
@@ -46,7 +49,8 @@ def resolve(
 ) -> Resolved | None:
     """The base and the first of `layouts` that explain most of these names and delta shapes; None when none explains enough.
 
-    `base` is the one the user named; without it the recogniser suggests some. `underscored` names have lost their dots. `aliases` are
+    `base` is the one the user named; without it the recogniser suggests some, of which none is taken that has a module of one of these names
+    in another shape, unless the file itself states it. `underscored` names have lost their dots. `aliases` are
     prefixes some writers use, and the layout's own in their place.
     """
     hints = _suggested(shapes, base, stated, underscored)
@@ -55,6 +59,8 @@ def resolve(
         for name in layouts:
             one = find(candidate, name)
             names = {} if one is None else _explained(one, shapes, aliases)
+            if one is not None and not hint.stated and _contradicted(one, shapes, aliases):
+                continue
             if one is not None and names and (best is None or len(names) > len(best.names)):
                 best = Resolved(one, names, hint)
             if len(names) == len(shapes):
@@ -85,6 +91,19 @@ def _explained(one: LayoutMap, shapes: Mapping[str, Shape], aliases: Sequence[tu
                 taken.add(foreign)
                 break
     return found
+
+
+def _contradicted(one: LayoutMap, shapes: Mapping[str, Shape], aliases: Sequence[tuple[str, str]]) -> bool:
+    """True when the base has a module of one of these names in another shape, and in no spelling the right one: then it is another base.
+
+    Vocabularies are resized, so an embedding or a head of other rows says nothing.
+    """
+    for given, shape in shapes.items():
+        forms = (given, *(own + given[len(alias) :] for alias, own in aliases if given.startswith(alias)))
+        found = [(one.rows(form), *parts[0].shape[1:]) for form in forms if (parts := one.to_reference(form))]
+        if found and not any(alike(shape, theirs) or (shape[1:] == theirs[1:] and theirs[0] >= _VOCABULARY) for theirs in found):
+            return True
+    return False
 
 
 def alike(one: Shape, other: Shape) -> bool:

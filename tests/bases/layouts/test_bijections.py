@@ -17,7 +17,7 @@ from upparam.errors import MalformedError, UsageError
 def left_out(base: Base, kind: str, path: str) -> bool:
     """Modules a layout is not about: text encoders in `original`, all but attention in `xlabs`; the vision tower and Gemma's tied head in `gguf`."""
     if kind == "original":
-        return not path.startswith(denoiser.component(base) or "")
+        return not path.startswith((denoiser.component(base) or "", "text_conditioner."))
     if kind == "xlabs":
         return ".attn.to_" not in path and ".attn.add_" not in path and not re.fullmatch(r"transformer\.single\w+\.\d+\.proj_out", path)
     if kind == "gguf" and path == "lm_head":

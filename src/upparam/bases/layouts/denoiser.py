@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from upparam.bases.base import Base
-from upparam.bases.layouts.base import Naming, has, same
-from upparam.bases.layouts.dit import HUNYUAN_VIDEO, KREA2, LTX, LUMINA2, WAN, Z_IMAGE
+from upparam.bases.layouts.base import Component, Naming, has, same, under
+from upparam.bases.layouts.dit import COSMOS2, HUNYUAN_VIDEO, KREA2, LTX, LUMINA2, WAN, Z_IMAGE
 from upparam.bases.layouts.flux import FLUX, FLUX2
 from upparam.bases.layouts.mmdit import sd3
 from upparam.bases.layouts.unet import ldm_unet
@@ -18,6 +18,7 @@ _BY_MODULE: tuple[tuple[str, Naming], ...] = (
     ("transformer.all_x_embedder", Z_IMAGE),
     ("transformer.time_caption_embed", LUMINA2),
     ("transformer.text_fusion", KREA2),
+    ("transformer.time_embed.t_embedder", COSMOS2),
     ("transformer.txt_norm", same),  # Qwen-Image: published in diffusers' own names
 )
 """A module only this architecture has, and its original naming."""
@@ -39,3 +40,8 @@ def original(base: Base) -> Naming | None:
     if has(base, "transformer.pos_embed.proj") and has(base, "transformer.transformer_blocks.0.attn.add_q_proj"):
         return sd3(base)
     return next((naming for mark, naming in _BY_MODULE if has(base, mark)), None)
+
+
+def beside(base: Base, prefix: str) -> list[Component]:
+    """Components that the authors keep within the denoiser's file: Anima's text conditioner, `llm_adapter` there."""
+    return [Component("text_conditioner.", under(f"{prefix}llm_adapter.", same))] if has(base, "text_conditioner.") else []

@@ -1,8 +1,9 @@
-"""Wan, Lumina 2, Z-Image, Krea 2, HunyuanVideo and LTX-Video under the names of their authors' files.
+"""Wan, Lumina 2, Z-Image, Krea 2, HunyuanVideo, LTX-Video and Cosmos-Predict2 (with it Anima) under the names of their authors' files.
 
 Sources: huggingface/diffusers src/diffusers/loaders/single_file_utils.py (convert_wan_transformer_to_diffusers,
 convert_lumina2_to_diffusers, convert_z_image_transformer_checkpoint_to_diffusers, convert_krea2_transformer_checkpoint_to_diffusers,
-convert_hunyuan_video_transformer_to_diffusers, convert_ltx_transformer_checkpoint_to_diffusers);
+convert_hunyuan_video_transformer_to_diffusers, convert_ltx_transformer_checkpoint_to_diffusers,
+convert_cosmos_transformer_checkpoint_to_diffusers); kohya-ss/sd-scripts library/anima_models.py;
 Wan-Video/Wan2.1 wan/modules/model.py; Alpha-VLLM/Lumina-Image-2.0 models/model.py.
 """
 
@@ -172,6 +173,27 @@ def _ltx() -> dict[str, str | Spot]:
     return lines | {f"transformer_blocks.{{}}.{part}": f"transformer_blocks.{{}}.{part}" for part in ("ff.net.0.proj", "ff.net.2")}
 
 
+def _cosmos2() -> dict[str, str | Spot]:
+    lines: dict[str, str | Spot] = {
+        "patch_embed.proj": "x_embedder.proj.1",
+        "time_embed.t_embedder.linear_1": "t_embedder.1.linear_1",
+        "time_embed.t_embedder.linear_2": "t_embedder.1.linear_2",
+        "time_embed.norm": "t_embedding_norm",
+        "norm_out.linear_1": "final_layer.adaln_modulation.1",
+        "norm_out.linear_2": "final_layer.adaln_modulation.2",
+        "proj_out": "final_layer.linear",
+        "transformer_blocks.{}.ff.net.0.proj": "blocks.{}.mlp.layer1",
+        "transformer_blocks.{}.ff.net.2": "blocks.{}.mlp.layer2",
+    }
+    parts = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "output_proj", "norm_q": "q_norm", "norm_k": "k_norm"}
+    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn")):
+        lines |= {f"transformer_blocks.{{}}.{ours}.{part}": f"blocks.{{}}.{theirs}.{name}" for part, name in parts.items()}
+    for norm, theirs in (("norm1", "self_attn"), ("norm2", "cross_attn"), ("norm3", "mlp")):
+        for step in (1, 2):
+            lines[f"transformer_blocks.{{}}.{norm}.linear_{step}"] = f"blocks.{{}}.adaln_modulation_{theirs}.{step}"
+    return lines
+
+
 WAN = Table(_wan())
 """Wan 2.1 and 2.2."""
 LUMINA2 = Table(_lumina2())
@@ -184,3 +206,5 @@ HUNYUAN_VIDEO = Table(_hunyuan_video())
 """HunyuanVideo."""
 LTX = Table(_ltx())
 """LTX-Video."""
+COSMOS2 = Table(_cosmos2())
+"""Cosmos-Predict2 and Anima, whose file has it below `net.`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from upparam.bases.base import Base
 from upparam.bases.layouts.base import Component, LayoutMap, Naming, assemble, has, same, under
-from upparam.bases.layouts.denoiser import component, original
+from upparam.bases.layouts.denoiser import beside, component, original
 
 
 def text_prefixes(base: Base) -> dict[str, str]:
@@ -23,7 +23,7 @@ def build(base: Base, denoiser: Naming, name: str) -> LayoutMap:
     components = [Component(text, under(prefix, same)) for text, prefix in text_prefixes(base).items()]
     start = component(base)
     if start is not None:
-        components.append(Component(start, under("lora_unet_", denoiser)))
+        components += [Component(start, under("lora_unet_", denoiser)), *beside(base, "lora_unet_")]
     return assemble(name, base, components, rename=underscored)
 
 

@@ -16,7 +16,7 @@ def authors(base: Base) -> LayoutMap | None:
     """The denoiser alone under its authors' names (`double_blocks.0.img_attn.qkv`, `input_blocks.1.0...`), without a prefix."""
     start = denoiser.component(base)
     naming = denoiser.original(base)
-    return None if start is None or naming is None else assemble("original", base, [Component(start, naming)])
+    return None if start is None or naming is None else assemble("original", base, [Component(start, naming), *denoiser.beside(base, "")])
 
 
 _WRAPPERS = ("transformer.", "model.", "gpt_neox.", "bert.", "roberta.", "distilbert.", "vit.", "deberta.", "albert.")

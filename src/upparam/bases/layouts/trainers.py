@@ -43,9 +43,9 @@ def _is_flux(base: Base) -> bool:
 def onetrainer(base: Base) -> LayoutMap | None:
     """Pipelines with a transformer under diffusers' names, dots as underscores, text encoders numbered by their component; None for others.
 
-    Those with a UNet go by kohya's names there.
+    Those with a UNet go by kohya's names there, and Anima came after it.
     """
-    if component(base) != "transformer.":
+    if component(base) != "transformer." or has(base, "text_conditioner."):
         return None
     numbered = {name: f"lora_te{number}_" for number, name in enumerate(ENCODERS, 1)}
     texts = [Component(name, under(prefix, same)) for name, prefix in numbered.items()]
