@@ -23,6 +23,7 @@ from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target  # noqa:
 from upparam.algorithms.base import UNKNOWN, ScaleRule, Scaling  # noqa: E402
 from upparam.algorithms.lora import LoRA  # noqa: E402
 from upparam.bases import inventory  # noqa: E402
+from upparam.bases.find import find_base  # noqa: E402
 from upparam.cli import main  # noqa: E402
 from upparam.containers.safetensors import write  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
@@ -349,6 +350,40 @@ def test_a_base_that_does_not_fit_is_said(tmp_path: Path) -> None:
         open_adapter(path, options=ReadOptions(base=inventory.load("llama-2-70b")))
     with pytest.raises(UsageError, match="has no gguf names"):
         open_adapter(path, options=ReadOptions(base=inventory.load("sd1.5")))
+
+
+def test_a_model_of_its_own_size(tmp_path: Path) -> None:
+    """No inventory has it: heads come from the config.json beside the weights. The adapter is PEFT's own."""
+    torch, peft_library, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, vocab_size=64, tie_word_embeddings=False
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    trained = peft_library.get_peft_model(model, peft_library.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    trained.save_pretrained(tmp_path / "peft")
+    base = ("--base", str(tmp_path / "base"))
+    assert main(["convert", str(tmp_path / "peft"), "--to", "gguf-lora", "-o", str(tmp_path / "a.gguf"), *base]) == 0
+    assert main(["convert", str(tmp_path / "a.gguf"), "--to", "peft", "-o", str(tmp_path / "back"), *base]) == 0
+    weights = {name: tensor.numpy() for name, tensor in peft_library.load_peft_weights(str(tmp_path / "peft")).items()}
+    found = arrays(tmp_path / "a.gguf")
+    assert len(found) == len(weights) == 28 and facts(tmp_path / "a.gguf")["adapter.lora.alpha"] == 12.0
+    for layer in range(2):
+        for word, name, rows in (("q", "attn_q", rope(6)), ("k", "attn_k", rope(3)), ("v", "attn_v", same), ("o", "attn_output", same)):
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{word}_proj"
+            assert np.array_equal(found[f"blk.{layer}.{name}.weight.lora_b"], rows(weights[f"{stem}.lora_B.weight"]))
+            assert np.array_equal(found[f"blk.{layer}.{name}.weight.lora_a"], weights[f"{stem}.lora_A.weight"])
+    back = {name: tensor.numpy() for name, tensor in peft_library.load_peft_weights(str(tmp_path / "back")).items()}
+    assert back.keys() == weights.keys() and all(np.array_equal(back[name], array) for name, array in weights.items())
+    # Without the config nobody knows how the rows lie.
+    (tmp_path / "base" / "config.json").unlink()
+    for source, dialect in (("peft", "gguf-lora"), ("a.gguf", "peft")):
+        with pytest.raises(UsageError, match=r"order of rows.*config\.json"):
+            convert(tmp_path / source, tmp_path / "x", dialect, read=ReadOptions(base=find_base(str(tmp_path / "base"))))
 
 
 def test_what_llama_cpp_has_no_place_for(tmp_path: Path) -> None:

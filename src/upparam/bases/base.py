@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Module(NamedTuple):
@@ -28,13 +28,15 @@ class Module(NamedTuple):
 class Base:
     """A base model as data: modules in traversal order. From a shipped inventory or from the header of the user's own file.
 
-    `shape` of a Conv1D weight (GPT-2) is (in, out) as stored, `kind` then is 'Conv1D'.
+    `shape` of a Conv1D weight (GPT-2) is (in, out) as stored, `kind` then is 'Conv1D'. `config` is the config.json beside a user's own
+    weights that are of no shipped inventory.
     """
 
     name: str
     modules: tuple[Module, ...]
     family: str = ""
     evidence: tuple[str, ...] = field(default=(), compare=False)
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
     def by_path(self) -> Mapping[str, Module]:

@@ -78,7 +78,7 @@ def base_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, config: Mapping[s
     evidence.append("no shipped inventory has exactly these modules: sorted by name, the order in which the model walks them is not known")
     hints = recognise({module.path: module.canonical for module in found if len(module.shape) > 1})
     family = inventory.known()[hints[0].name].family if hints else ""
-    return Base(name or "unnamed", tuple(found), family, tuple(evidence))
+    return Base(name or "unnamed", tuple(found), family, tuple(evidence), dict(config))
 
 
 def base_from_config(config: Mapping[str, Any]) -> Base | None:

@@ -62,6 +62,7 @@ def resolved(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], options: R
 
 
 def _named(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], base: Base, arch: str | None) -> Resolved:
+    check_config(base)
     if arch is not None and architecture(base) not in (None, arch):
         raise UsageError("the adapter is for another architecture", file=adapter.files[0], expected=arch, found=architecture(base))
     one = layout(base, "gguf")
@@ -73,6 +74,17 @@ def _named(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], base: Base, 
         )  # fmt: skip
     adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
     return Resolved(one, {name: name for name in shapes}, adapter.base)
+
+
+def check_config(base: Base) -> None:
+    """Raise UsageError for a base of the user's own whose config is not known: names and the order of rows follow from it."""
+    if architecture(base) is None and base.name not in inventory.names():
+        model = base.config.get("model_type")
+        raise UsageError(
+            "llama.cpp's names and its order of rows follow from the base's config", file=base.name,
+            found=f"model_type {model}" if model else "no config.json", expected="a model_type that llama.cpp runs and upparam knows",
+            remedy=None if model else "give the folder that holds its weights and its config.json",
+        )  # fmt: skip
 
 
 def _unexplained(one: LayoutMap, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

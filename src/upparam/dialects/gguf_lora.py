@@ -24,8 +24,8 @@ from upparam.containers.base import TensorFile
 from upparam.containers.gguf import QuantisedTensor, dequantised
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import refuse
-from upparam.dialects.gguf_base import ARCHITECTURE, resolved
-from upparam.dialects.placing import layout_for, to_foreign, to_targets
+from upparam.dialects.gguf_base import ARCHITECTURE, check_config, resolved
+from upparam.dialects.placing import base_of, layout_for, to_foreign, to_targets
 from upparam.dialects.words import alpha_for
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, info, warning
@@ -103,9 +103,12 @@ class GgufLora:
             weights, norms = _by_weight(adapter), {}
             arch = adapter.metadata.get(ARCHITECTURE)
         else:
+            base = base_of(adapter, options)
+            if base is not None:
+                check_config(base)
             one = layout_for(adapter, options, "gguf")
             weights, norms = _placed(adapter, one), _norms(adapter, one)
-            arch = adapter.metadata.get(ARCHITECTURE) if own else architecture(one.base)
+            arch = architecture(one.base)
         if arch is None:
             raise RefusedError("llama.cpp's name for the base's architecture is not known", remedy="name the base with --base")
         metadata = _metadata(adapter, arch, _alpha([delta for members in weights.values() for delta in members]))
@@ -240,8 +243,10 @@ def _is_norm(extra: Extra) -> bool:
 def _unloadable(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
-    if type(delta) is not LoRA or delta.mid is not None:
+    if type(delta) is not LoRA:
         return f"a {delta.algorithm} delta"
+    if delta.mid is not None:
+        return "a Tucker core"
     if len(delta.shape) != 2:
         return "a convolution"
     dtypes = {delta.up.dtype.name, delta.down.dtype.name}

@@ -70,8 +70,10 @@ def _spelled(module: str, one: LayoutMap | None) -> str:
 def _problem(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
-    if type(delta) is not LoRA or delta.mid is not None:
+    if type(delta) is not LoRA:
         return f"a {delta.algorithm} delta"
+    if delta.mid is not None:
+        return "a Tucker core"
     if prod(delta.shape[2:]) != 1:
         return "a convolution: its layer factors the kernel in another way"
     return "the scale is unknown; give it with --alpha or --scale" if delta.scale is None else None

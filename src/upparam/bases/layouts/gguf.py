@@ -36,11 +36,13 @@ _FUSED = {
 
 
 def gguf(base: Base) -> LayoutMap | None:
-    """llama.cpp's names; None for what it does not run, or where the number of heads is not known and rows depend on it.
+    """llama.cpp's names; None for what it does not run, and for a base whose kind or, where rows depend on it, number of heads is not known.
 
     A vision tower is another file there and has no names here.
     """
-    config = inventory.data("_configs.json").get(base.name, {})
+    config = _config(base)
+    if architecture(base) is None:
+        return None
     for body in ("model.", "model.language_model."):
         if has(base, f"{body}layers.0.self_attn."):
             return _llama(base, body, config)
@@ -63,14 +65,15 @@ def gguf(base: Base) -> LayoutMap | None:
 
 
 def _llama(base: Base, body: str, config: Mapping[str, Any]) -> LayoutMap | None:
-    heads = config.get("num_attention_heads")
     orders: dict[str, Order] = {}
-    if base.family in ("llama", "mistral"):
-        if not isinstance(heads, int):
+    if architecture(base) == "llama":
+        heads = config.get("num_attention_heads")
+        groups = config.get("num_key_value_heads") or heads
+        if not isinstance(heads, int) or not isinstance(groups, int):
             return None
-        orders = {"attn_q": Order("rope", heads), "attn_k": Order("rope", int(config.get("num_key_value_heads") or heads))}
+        orders = {"attn_q": Order("rope", heads), "attn_k": Order("rope", groups)}
     gemma = has(base, f"{body}layers.0.pre_feedforward_layernorm")
-    ends = {} if base.family == "gemma" and not has(base, f"{body}layers.0.self_attn.q_norm") else {"lm_head": "output"}  # Gemma 1, 2: tied
+    ends = {} if architecture(base) in ("gemma", "gemma2") else {"lm_head": "output"}  # whose head is the embedding
     ends |= {f"{body}embed_tokens": "token_embd", f"{body}norm": "output_norm", f"{body}final_layernorm": "output_norm"}
     return _assemble(base, f"{body}layers.{{}}.", (_GEMMA if gemma else _LLAMA) | _experts(base, body), ends, orders)
 
@@ -97,8 +100,12 @@ _ARCHITECTURES = {
 
 def architecture(base: Base) -> str | None:
     """llama.cpp's name for the base's architecture; None for what it does not run or a base without a known config."""
-    config = inventory.data("_configs.json").get(base.name, {})
-    return _ARCHITECTURES.get(str(config.get("model_type")))
+    return _ARCHITECTURES.get(str(_config(base).get("model_type")))
+
+
+def _config(base: Base) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = base.config or inventory.data("_configs.json").get(base.name, {})
+    return found
 
 
 def _groups(config: Mapping[str, Any]) -> Order | None:
