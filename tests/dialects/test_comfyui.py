@@ -324,6 +324,45 @@ def test_control_adapters_with_a_prefix_say_how_wide_the_input_is() -> None:
     assert "diffusion_model.img_in.diff_b" in again
 
 
+def test_scaled_control_adapters_keep_the_prefix() -> None:
+    adapter = read("comfyui", filled(CONTROL))
+    scaled = {
+        target: replace(delta, scaling=Scaling(alpha=8.0)) if isinstance(delta, LoRA) else delta for target, delta in adapter.deltas.items()
+    }
+    content = written("comfyui", replace(adapter, dialect="test", spelling={}, deltas=scaled))
+    assert {
+        "diffusion_model.img_in.alpha",
+        "diffusion_model.img_in.diff_b",
+        "diffusion_model.img_in.reshape_weight",
+    } <= content.tensors.keys()
+    again = read("comfyui", content.tensors)
+    assert not again.leftovers and all(same_delta(delta, again.deltas[target]) for target, delta in scaled.items())
+    assert {extra.name for extra in again.extras} == {extra.name for extra in adapter.extras}
+
+
+def test_whole_weights_that_replace_the_bases() -> None:
+    """`set_weight` of any module; not of the final modulation, whose rows stand otherwise in the reference."""
+    tensors = filled(
+        {f"{QKV}.lora_A.weight": [4, 3072], f"{QKV}.lora_B.weight": [9216, 4], "diffusion_model.img_in.set_weight": [3072, 64]}
+    )
+    adapter = read("comfyui", tensors, base=FLUX)
+    assert [extra.name for extra in adapter.extras] == ["transformer.x_embedder.weight"] and not adapter.leftovers
+    same(written("comfyui", adapter).tensors, tensors)
+    for name, shape in (("final_layer.adaLN_modulation.1", [6144, 3072]), ("img_in", [3072, 65]), ("no_such_module", [3])):
+        odd = {**tensors, f"diffusion_model.{name}.set_weight": filled({"a": shape})["a"]}
+        found = read("comfyui", odd, base=FLUX)
+        assert f"diffusion_model.{name}.set_weight" in found.leftovers, name
+
+
+@pytest.mark.parametrize("value", [np.array([3072.0, np.nan]), np.array([1, 2]), np.array(3), np.zeros((2, 2)), np.zeros(100_000)])
+def test_a_reshape_that_says_something_else_is_left_over(value: np.ndarray[Any, Any]) -> None:
+    tensors = filled({"diffusion_model.img_in.lora_A.weight": [4, 128], "diffusion_model.img_in.lora_B.weight": [3072, 4]})
+    adapter = read(
+        "comfyui", {**tensors, "diffusion_model.img_in.reshape_weight": Tensor.of(value)}, base=inventory.load("flux.1-control-dev")
+    )
+    assert list(adapter.leftovers) == ["diffusion_model.img_in.reshape_weight"]
+
+
 def test_a_bias_of_up_that_is_scaled_is_not_taken_for_the_whole_change() -> None:
     tensors = filled({**CONTROL, "img_in.alpha": []}, alpha=8.0)
     adapter = read("comfyui", tensors)

@@ -125,7 +125,7 @@ class ComfyUI:
                 problems.append(f"{module}: {problem.message}")
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
-            if alpha is not None and not (bare and delta.scale == 1.0):
+            if alpha is not None and not bare:
                 tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(spelled.values())))
         for module, tensor in saved.items():
             tensors[f"{module}.scale" if bare or spelling.get(f"saved {module}") == "scale" else f"{module}.set_weight"] = tensor
@@ -161,9 +161,10 @@ class ComfyUI:
         one = layout_for(adapter, options, "comfyui")
         naming = _Naming(one, base_of(adapter, options), adapter.spelling if adapter.dialect == self.name else {})
         for extra in adapter.extras:
-            place = one.to_foreign(extra.name.removesuffix(".weight"))
-            if extra.kind is ExtraKind.SAVED_MODULE and place is not None and place.part.span is None and len(extra.tensor.shape) == 1:
-                saved[naming.styled(place.foreign, extra.name.removesuffix(".weight"))] = extra.tensor
+            module = extra.name.removesuffix(".weight")
+            place = one.to_foreign(module) if extra.name.endswith(".weight") and extra.kind is ExtraKind.SAVED_MODULE else None
+            if place is not None and place.part.span is None and place.part.order.plain and extra.tensor.shape == place.part.shape:
+                saved[naming.styled(place.foreign, module)] = extra.tensor
             elif extra.kind is not ExtraKind.TEXTUAL_INVERSION:
                 problems.append(f"{extra.kind.value} {extra.name}")
         return naming.deltas(adapter.deltas, told), saved
@@ -180,19 +181,18 @@ class _Naming(NamedTuple):
         """(name, parameter) -> delta. Parts of a fused weight are joined, or named apart where that is impossible and ComfyUI reads it."""
         groups: dict[tuple[str, str], dict[Target, Delta]] = {}
         found: dict[tuple[str, str], Delta] = {}
+        apart = {target: delta for target, delta in deltas.items() if self.style(target.module)[0] == "reference" and target.rows is None}
+        nameless = {target: delta for target, delta in deltas.items() if target not in apart and self.one.to_foreign(target.module) is None}
+        if nameless:
+            to_foreign(self.one, nameless)  # which says so
         for target, delta in deltas.items():
-            place = self.one.to_foreign(target.module)
-            if self.style(target.module)[0] == "reference" and target.rows is None:
-                groups[self.apart(target.module), target.parameter] = {target: delta}
+            foreign = self.apart(target.module) if target in apart else self.one.places[target.module].foreign
+            if target in apart:
+                found[foreign, target.parameter] = delta
             else:
-                # to_foreign says which targets have no name.
-                foreign = place.foreign if place is not None else next(iter(to_foreign(self.one, {target: delta})))
                 groups.setdefault((foreign, target.parameter), {})[target] = delta
         for (foreign, parameter), members in groups.items():
             first = next(iter(members))
-            if foreign == self.apart(first.module) and self.style(first.module)[0] == "reference":
-                found[foreign, parameter] = members[first]
-                continue
             try:
                 whole = to_foreign(self.one, members, told)[foreign]
             except RefusedError:
@@ -261,9 +261,12 @@ def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | N
 
 
 def _control(adapter: Adapter, named: Mapping[tuple[str, str], Delta], saved: Mapping[str, Tensor]) -> bool:
-    """True when this is a control adapter of FLUX, which ComfyUI and diffusers know by names without a prefix."""
+    """True when this is a control adapter of FLUX, which ComfyUI and diffusers know by names without a prefix.
+
+    There a bias is one of up, scaled with the rest, so the scale must be 1.
+    """
     marks = (DENOISER + "img_in", "weight") in named and DENOISER + "single_blocks.0.norm.key_norm" in saved
-    return marks and all(module.startswith(DENOISER) for module, _ in named)
+    return marks and all(module.startswith(DENOISER) and delta.scale == 1.0 for (module, _), delta in named.items())
 
 
 def _reshapes(

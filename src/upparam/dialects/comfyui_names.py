@@ -46,10 +46,14 @@ def resolve(shapes: Mapping[str, Shape], base: Base | None) -> Spoken | None:
 
 def _alone(hint: BaseHint, names: Mapping[str, Named], shapes: Mapping[str, Shape]) -> bool:
     """True when every base that fits as well means the same modules by these names; else the choice would be a guess."""
+    known = inventory.known()
+    mine = inventory.resolve(hint.name)
     for other in hint.lookalikes:
         resolved = inventory.resolve(other)
+        if resolved is not None and mine is not None and (known[resolved].variant_of == mine or known[mine].variant_of == resolved):
+            continue  # the same modules, a few of them wider
         theirs = {} if resolved is None else _explained(inventory.load(resolved), shapes)
-        if len(theirs) == len(shapes) and any(_meant(*theirs[name]) != _meant(*mine) for name, mine in names.items()):
+        if len(theirs) == len(shapes) and any(_meant(*theirs[name]) != _meant(*own) for name, own in names.items()):
             return False
     return True
 

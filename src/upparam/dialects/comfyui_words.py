@@ -105,9 +105,14 @@ def build(group: Group) -> Built:
     if "diff_b" in left and (group.names["diff_b"].endswith(".diff_b") or weight is None or weight.scale == 1.0):
         # The bias of lora_B is scaled with the rest; alone, or at a scale of 1, it is the whole change.
         deltas["bias"] = Full(left.pop("diff_b"))
-    if weight is not None and "reshape_weight" in left and tuple(int(size) for size in left["reshape_weight"].read()) == weight.shape:
+    if weight is not None and "reshape_weight" in left and _sizes(left["reshape_weight"]) == list(weight.shape):
         del left["reshape_weight"]
     return Built(deltas, left.pop("set_weight", None), tuple(left))
+
+
+def _sizes(tensor: Tensor) -> list[float]:
+    """The few numbers of a `reshape_weight`; [] for a tensor that is none."""
+    return [float(size) for size in tensor.doubles()] if len(tensor.shape) == 1 and tensor.numel <= 8 else []
 
 
 def _weight(left: dict[str, Tensor]) -> Delta | None:

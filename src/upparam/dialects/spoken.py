@@ -81,7 +81,7 @@ def settle(adapter: Adapter, module: str, built: words.Built, group: words.Group
 def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> dict[Target, Delta] | None:
     """The reference targets a module's deltas change; None where a bias or a saved weight does not have the module's shape."""
     parts = one.to_reference(foreign)
-    if built.saved is not None and (len(parts) > 1 or built.saved.shape != parts[0].shape):
+    if built.saved is not None and (len(parts) > 1 or built.saved.shape != parts[0].shape or not parts[0].order.plain):
         return None
     found: dict[Target, Delta] = {}
     for parameter, delta in built.deltas.items():
