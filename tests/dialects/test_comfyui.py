@@ -22,7 +22,7 @@ from upparam.algorithms.slicing import RowSlice
 from upparam.bases import inventory
 from upparam.bases.base import Base, Module
 from upparam.bases.layouts import layout
-from upparam.errors import DeadAdapterError, RefusedError
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.operations.proof import same_delta
 from upparam.tensors import Tensor
 
@@ -352,6 +352,23 @@ def test_whole_weights_that_replace_the_bases() -> None:
         odd = {**tensors, f"diffusion_model.{name}.set_weight": filled({"a": shape})["a"]}
         found = read("comfyui", odd, base=FLUX)
         assert f"diffusion_model.{name}.set_weight" in found.leftovers, name
+
+
+def test_factors_that_are_scalars_end_in_errors_of_ours() -> None:
+    odd = {f"{QKV}.lokr_w1": [4, 4], f"{QKV}.lokr_w1_b": [], f"{QKV}.lokr_w2": [4, 4]}
+    with pytest.raises(MalformedError) as caught:
+        read("comfyui", filled(odd))
+    assert caught.value.tensor == QKV
+    with pytest.raises(MalformedError):
+        read(
+            "diffusers",
+            filled(
+                {
+                    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": [],
+                    "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": [4],
+                }
+            ),
+        )
 
 
 @pytest.mark.parametrize("value", [np.array([3072.0, np.nan]), np.array([1, 2]), np.array(3), np.zeros((2, 2)), np.zeros(100_000)])

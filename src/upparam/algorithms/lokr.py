@@ -70,7 +70,7 @@ class LoKr(Delta):
 
     def __post_init__(self) -> None:
         first = _fits(self.w1, self.w1_a, self.w1_b, None) and (self.w1 is None or len(self.w1.shape) == 2)
-        ranks = {tensor.shape[0] for tensor in (self.w1_b, self.w2_b) if tensor is not None}
+        ranks = {tensor.shape[:1] for tensor in (self.w1_b, self.w2_b) if tensor is not None}
         if not first or not _fits(self.w2, self.w2_a, self.w2_b, self.t2) or len(ranks) > 1:
             raise MalformedError(
                 "the factors do not fit together", expected="w1, or w1_a (a, r) and w1_b (r, b); w2, or w2_a and w2_b of the same r",

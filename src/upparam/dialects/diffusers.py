@@ -278,7 +278,7 @@ def _scaling(path: str, component: str, tensors: Mapping[str, Tensor], config: M
     """What is stored about a module's scale: an alpha tensor, else the component's config, else nothing (scale 1)."""
     if "alpha" in tensors:
         return Scaling(ScaleRule.ALPHA_OVER_RANK, tensors["alpha"].scalar())
-    return _configured(config, component, path[len(component) + 1 :], tensors["down"].shape[0])
+    return _configured(config, component, path[len(component) + 1 :], next(iter(tensors["down"].shape), 0))
 
 
 def _configured(config: Mapping[str, Any], component: str, module: str, rank: int) -> Scaling:
