@@ -404,6 +404,7 @@ def test_what_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
     refused(one() | one(other, scaling=Scaling(alpha=2.0)), "alphas 2, 8")
     refused(one(scaling=Scaling(alpha=0.0)), "scale of 0")
     refused(one(scaling=UNKNOWN), "never guessed")
+    refused({}, "without factors")
     refused(one(kernel=(3, 3)), "convolution")
     refused(one("model.layers.0.nothing"), "no name in the gguf layout")
     refused(one(), "bias", [Extra(ExtraKind.BIAS, "model.layers.0.mlp.up_proj.bias", filled({"b": [14336]})["b"])])
@@ -454,9 +455,10 @@ def test_bad_files_end_in_one_clear_error(tmp_path: Path, capsys: pytest.Capture
     a, b = pair("blk.0.attn_v", 1024, 4096).items()
     wrong = {a[0]: a[1], b[0]: b[1][:, :3]}
     stacked = {a[0]: np.zeros((2, 4, 8), np.float32), b[0]: np.zeros((3, 8, 4), np.float32)}
+    none = {a[0]: np.zeros((0, 4, 8), np.float32), b[0]: np.zeros((0, 8, 4), np.float32)}
     for number, (tensors, kind, match) in enumerate((
-        ({a[0]: a[1]}, DeadAdapterError, "both its lora_a and its lora_b"), (wrong, MalformedError, "attn_v.*do not fit"),
-        (stacked, MalformedError, "attn_v.*do not fit"), ({"output_norm.weight": np.zeros(4, np.float32)}, DeadAdapterError, "both"),
+        ({a[0]: a[1]}, DeadAdapterError, "both its lora_a and its lora_b"), (wrong, MalformedError, r"attn_v.*do not fit"),
+        (stacked, MalformedError, r"attn_v.*do not fit"), (none, MalformedError, r"attn_v.*do not fit"), ({"output_norm.weight": np.zeros(4, np.float32)}, DeadAdapterError, "both"),
     )):  # fmt: skip
         path = by_hand(tmp_path / f"{number}.gguf", tensors)
         with pytest.raises(kind, match=match):

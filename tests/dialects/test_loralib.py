@@ -240,7 +240,7 @@ def test_what_lies_beside_is_believed_and_checked(tmp_path: Path) -> None:
     side = tmp_path / "a" / "loralib.json"
     whole = json.loads(side.read_text())
     for change, why in (
-        ({"lora_alpha": "32"}, "no number"), ({"lora_alpha": True}, "no number"), ({"enable_lora": [True, False]}, "does not fit"),
+        ({"lora_alpha": "32"}, "no number"), ({"lora_alpha": float("nan")}, "no number"), ({"lora_alpha": 10**400}, "no number"), ({"lora_alpha": True}, "no number"), ({"enable_lora": [True, False]}, "does not fit"),
         ({"enable_lora": "qv"}, "does not fit"), ({"enable_lora": [True, True, False, False]}, "not of the base's weight"),
     ):  # fmt: skip
         side.write_text(json.dumps({"layers": {name: layer | change for name, layer in whole["layers"].items()}}))
@@ -250,6 +250,19 @@ def test_what_lies_beside_is_believed_and_checked(tmp_path: Path) -> None:
         side.write_text(content)
         with pytest.raises(MalformedError, match=r"loralib\.json"):
             open_adapter(tmp_path / "a")
+
+
+def test_parts_of_a_base_nobody_knows_are_written_again(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    layers: dict[str, Layer] = {"encoder.0.qkv_proj": MergedLinear(6, 12, 2, 4.0, [True, False, True])}
+    options = ReadOptions(alpha=4.0, targets=("q", "v"))
+    first = open_adapter(saved(tmp_path / "m.pt", lora_state_dict(model(layers))), options=options)
+    computes(first, layers)
+    write_adapter(first, tmp_path / "a", "loralib", read=options)
+    again = open_adapter(tmp_path / "a")
+    computes(again, layers)
+    write_adapter(again, tmp_path / "b", "loralib")
+    assert (tmp_path / "a" / "loralib.json").read_bytes() == (tmp_path / "b" / "loralib.json").read_bytes()
 
 
 def test_biases_heads_and_training_checkpoints(tmp_path: Path) -> None:
@@ -279,10 +292,12 @@ def test_what_does_not_pair(tmp_path: Path) -> None:
         saved(tmp_path / "b.pt", good | {"encoder.y.lora_B": torch.zeros(5, 4), "lora_ind": torch.zeros(3)}), options=options
     )
     assert set(adapter.leftovers) == {"encoder.y.lora_B", "lora_ind"} and "orphan" in {finding.code for finding in adapter.findings}
-    for down, up in (((4, 6), (5, 3)), ((4, 6), (5, 2)), ((4, 6), (5, 8)), ((4,), (5, 4)), ((4, 6), (5, 0))):
+    for down, up in (((4, 6), (5, 3)), ((4, 6), (5, 2)), ((4, 6), (5, 8)), ((4,), (5, 4)), ((4, 6), (5, 0)), ((4, 6), (0, 4)), ((), ())):
         path = saved(tmp_path / "c.pt", {"encoder.x.lora_A": torch.zeros(down), "encoder.x.lora_B": torch.zeros(up)})
         with pytest.raises(MalformedError, match=r"encoder\.x.*do not fit"):
             open_adapter(path, options=options)
+    with pytest.raises(MalformedError, match=r"wte.*no matrices"):
+        open_adapter(saved(tmp_path / "e.pt", {"wte.lora_A": torch.zeros(()), "wte.lora_B": torch.zeros(())}), options=options)
     conv = saved(tmp_path / "d.pt", {"unet.conv_in.lora_A": torch.zeros(6, 11), "unet.conv_in.lora_B": torch.zeros(960, 6)})
     with pytest.raises(MalformedError, match="do not fit the convolution"):
         open_adapter(conv, options=ReadOptions(alpha=4.0, base=inventory.load("sd1.5"), targets=None))
@@ -307,6 +322,9 @@ def test_what_loralib_has_no_layers_for(tmp_path: Path) -> None:
     refused(lora(q), "--base", base=None)
     refused(lora(), "textual-inversion", extras=[Extra(ExtraKind.TEXTUAL_INVERSION, "<s>", filled({"t": [1, 768]})["t"])])
     refused(lora(), "--base", layout="kohya")
+    refused({}, "without factors")
+    with pytest.raises(MalformedError, match="not a finite number"):
+        write_adapter(Adapter(lora(alpha=float("inf")), "test", base=base), tmp_path / "x", "loralib")
     factors = filled({"up": [320, 2, 1, 1], "down": [2, 4, 3, 3]})
     refused({Target("unet.conv_in"): LoRA(factors["up"], factors["down"])}, "a convolution")
     # rsLoRA has no layer of its own; its multiplier is written as the alpha that gives it.

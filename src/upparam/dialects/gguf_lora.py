@@ -99,6 +99,8 @@ class GgufLora:
             f"{target}: {problem}" for target, delta in adapter.deltas.items() if (problem := _unloadable(target, delta)) is not None
         ]
         refuse(self.name, problems)
+        if not adapter.deltas:
+            raise RefusedError("llama.cpp loads no adapter without factors", file=adapter.files[0] if adapter.files else None)
         if own and adapter.layout == "gguf":
             weights, norms = _by_weight(adapter), {}
             arch = adapter.metadata.get(ARCHITECTURE)
@@ -197,7 +199,7 @@ def _delta(name: str, pair: Mapping[str, Tensor], scaling: Scaling) -> LoRA:
 def _experts(pair: Mapping[str, Tensor], scaling: Scaling) -> list[LoRA]:
     """One LoRA for each expert of lora_a (experts, r, in) and lora_b (experts, out, r)."""
     down, up = pair["lora_a"], pair["lora_b"]
-    if len(down.shape) != 3 or (down.shape[0], down.shape[1]) != (up.shape[0], up.shape[2]):
+    if len(down.shape) != 3 or not up.shape[0] or (down.shape[0], down.shape[1]) != (up.shape[0], up.shape[2]):
         raise MalformedError(
             "lora_a and lora_b do not fit together", expected="(experts, r, in), (experts, out, r)", found=f"{down.shape}, {up.shape}"
         )

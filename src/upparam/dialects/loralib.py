@@ -35,6 +35,8 @@ _OTHERS = re.compile(
 )
 """Names of minLoRA, AdapterHub, LitGPT and PEFT that end alike."""
 _PARTS = ("q", "k", "v")
+_LARGEST = 1e300
+"""Of an alpha: larger ones are no numbers of a float, and NaN compares as larger too."""
 _LAYOUTS = ("reference", "bare")
 
 
@@ -82,11 +84,14 @@ class Loralib:
         for module, pair in pairs.items():
             name, known = _known(module, found)
             try:
-                adapter.deltas |= _deltas(name, pair, known, layers.get(module, {}), options)
+                made = _deltas(name, pair, known, layers.get(module, {}), options)
             except (MalformedError, UsageError) as problem:
                 raise type(problem)(
                     problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found, remedy=problem.remedy
                 ) from None
+            adapter.deltas |= made
+            if known is None and any(target.rows for target in made):
+                adapter.spelling[f"rows {name}"] = str(_guess(module, pair, layers.get(module, {}), options)[0])
         if options.targets and not any(target.rows for target in adapter.deltas):
             raise UsageError(
                 "no weight here is adapted in parts, so --target says nothing", file=file.path, found=", ".join(options.targets)
@@ -153,7 +158,7 @@ def _groups(pair: Mapping[str, Tensor]) -> int:
     down, up = pair["A"], pair["B"]
     if len(down.shape) == len(up.shape) == 2 and up.shape[1] and down.shape[0] % up.shape[1] == 0:
         groups = down.shape[0] // up.shape[1]
-        if groups and up.shape[0] % groups == 0:
+        if groups and up.shape[0] and up.shape[0] % groups == 0:
             return groups
     raise MalformedError("lora_A and lora_B do not fit together", expected="(groups * r, in), (rows, r)", found=f"{down.shape}, {up.shape}")
 
@@ -216,6 +221,10 @@ def _deltas(
     down, up = pair["A"], pair["B"]
     embedding = known.kind == "Embedding" if known is not None else bool(_EMBEDDING.search(module))
     if embedding:
+        if len(down.shape) != 2 or len(up.shape) != 2:
+            raise MalformedError(
+                "the factors are no matrices", expected="lora_A (r, tokens), lora_B (dim, r)", found=f"{down.shape}, {up.shape}"
+            )
         return {Target(module): LoRA(down.T, up.T, _scaling(layer, options, up.shape[-1]), embedding=True)}
     if known is not None and len(known.shape) > 2:
         return {Target(module): _convolution(pair, known, layer, options)}
@@ -281,8 +290,8 @@ def _scaling(layer: Mapping[str, Any], options: ReadOptions, rank: int, divisor:
         if options.scale is not None:
             return Scaling(ScaleRule.EXPLICIT, multiplier=options.scale)
         return UNKNOWN if options.alpha is None else Scaling(alpha=options.alpha, divisor=divisor)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise MalformedError(f"lora_alpha in {SIDE} is no number", found=alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= _LARGEST:
+        raise MalformedError(f"lora_alpha in {SIDE} is no number", found=str(alpha)[:40])
     if options.alpha not in (None, alpha):
         raise UsageError(f"the alpha given contradicts {SIDE}", expected=f"{alpha:g}", found=options.alpha)
     if options.scale is not None and rank and abs(options.scale - alpha / rank) > 1e-9 * abs(options.scale):

@@ -32,6 +32,8 @@ def package(adapter: Adapter, options: Mapping[str, Any]) -> Package:
             "loralib needs the module names of the base, and the base is not known",
             file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",
         )  # fmt: skip
+    if not adapter.deltas:
+        raise RefusedError("loralib saves no adapter without factors", file=adapter.files[0] if adapter.files else None)
     base = base_of(adapter, options)
     problems = [
         f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind not in (ExtraKind.BIAS, ExtraKind.SAVED_MODULE)
@@ -50,7 +52,8 @@ def package(adapter: Adapter, options: Mapping[str, Any]) -> Package:
         known = None if base is None else base.by_path.get(module)
         name = _spelled(module, one)
         embedding = parts[0][1].embedding or (known is not None and known.kind == "Embedding")
-        layers[name], down, up = _layer(module, parts, None if known is None else known.canonical[0], embedding=embedding)
+        out = known.canonical[0] if known is not None else int(own.get(f"rows {module}", 0)) or None
+        layers[name], down, up = _layer(module, parts, out, embedding=embedding)
         tensors |= {f"{name}.lora_A": down, f"{name}.lora_B": up}
     for extra in adapter.extras:
         module, _, leaf = extra.name.rpartition(".")
@@ -82,6 +85,7 @@ def _problem(target: Target, delta: Delta) -> str | None:
 def _layer(module: str, parts: Parts, out: int | None, *, embedding: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
     """What a module's layer is built with, its lora_A and its lora_B."""
     first = parts[0][1]
+    first.known_scale()  # raises where it is no finite number
     alpha = alpha_for(first)
     arguments: dict[str, Any] = {"r": first.rank, "lora_alpha": _number(float(first.rank) if alpha is None else alpha)}
     downs = [part.down.reshape(part.down.shape[:2]) for _, part in parts]
