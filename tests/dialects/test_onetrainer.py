@@ -171,6 +171,15 @@ def test_fused_weights_come_apart_into_its_names() -> None:
     same(back.tensors, tensors)
 
 
+def test_an_alpha_that_is_absent_elsewhere_is_the_rank_here() -> None:
+    module = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = filled({f"{module}.lora_A.weight": [2, 3072], f"{module}.lora_B.weight": [3072, 2]})
+    content = written("onetrainer", read("comfyui", tensors, base=FLUX))
+    assert content.tensors[f"{BLOCK}attn_to_out_0.alpha"].scalar() == 2.0
+    bare = {name: tensor for name, tensor in content.tensors.items() if not name.endswith(".alpha")}
+    same(written("onetrainer", read("onetrainer", bare, base=FLUX)).tensors, bare)
+
+
 def test_what_it_has_no_words_or_names_for() -> None:
     adapter = read(
         "comfyui", filled({"img_in.lora_A.weight": [2, 64], "img_in.lora_B.weight": [3072, 2], "img_in.lora_B.bias": [3072]}), base=FLUX

@@ -118,7 +118,9 @@ class OneTrainer:
             except RefusedError as problem:
                 problems.append(f"{module}: {problem.message}")
                 continue
-            # OneTrainer's loader scales by alpha / rank and has an alpha in every file of its own.
+            if alpha is None and adapter.dialect != self.name and delta.algorithm != "full":
+                # Its own files always have one; versions before 2026 take an absent one for that of their settings.
+                alpha = delta.rank
             tensors |= {f"{module}.{word}": tensor for word, tensor in factors.items()}
             if alpha is not None:
                 tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(factors.values())))
