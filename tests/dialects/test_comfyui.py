@@ -447,6 +447,15 @@ def test_other_layouts_without_a_base_are_refused() -> None:
         written("comfyui", llama)
 
 
+def test_deltas_of_other_parameters_are_refused() -> None:
+    lora = LoRA(values((HIDDEN, 2), 1), values((2, HIDDEN), 2))
+    for parameter in ("bias", "scale_table"):
+        target = Target("transformer.transformer_blocks.0.attn.to_out.0", parameter=parameter)
+        with pytest.raises(RefusedError) as caught:
+            written("comfyui", Adapter({target: lora}, "test", base=BaseHint("tiny", 1.0, stated=True)), base=TINY)
+        assert f"a lora delta of the {parameter}" in str(caught.value.found)
+
+
 def test_orphans_are_left_over_and_dead_files_are_called_so() -> None:
     tensors = filled(
         {f"{QKV}.lora_A.weight": [4, 3072], f"{QKV}.lora_B.weight": [9216, 4], "diffusion_model.img_in.lora_A.weight": [4, 64]}

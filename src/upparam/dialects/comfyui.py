@@ -111,10 +111,10 @@ class ComfyUI:
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
         tensors: dict[str, Tensor] = {}
         for (module, parameter), delta in named.items():
+            if parameter != "weight" and (parameter != "bias" or delta.algorithm not in ("full", "norm")):
+                problems.append(f"{module}: a {delta.algorithm} delta of the {parameter}")
+                continue
             if parameter == "bias":
-                if delta.algorithm not in ("full", "norm"):
-                    problems.append(f"{module}: a {delta.algorithm} delta of the bias")
-                    continue
                 word = "lora_B.bias" if bare or f"bias {module}" in spelling else "diff_b"
                 tensors[f"{module}.{word}"] = delta.factors()["diff"]
                 continue
