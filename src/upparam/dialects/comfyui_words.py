@@ -95,14 +95,14 @@ class Built(NamedTuple):
 
 def build(group: Group) -> Built:
     """The deltas a group spells. Raises MalformedError where factors do not fit together."""
-    from upparam.algorithms.full import Full
-
     left = dict(group.roles)
     deltas: dict[str, Delta] = {}
     weight = _weight(left)
     if weight is not None:
         deltas["weight"] = weight
     if "diff_b" in left and (group.names["diff_b"].endswith(".diff_b") or weight is None or weight.scale == 1.0):
+        from upparam.algorithms.full import Full
+
         # The bias of lora_B is scaled with the rest; alone, or at a scale of 1, it is the whole change.
         deltas["bias"] = Full(left.pop("diff_b"))
     if weight is not None and "reshape_weight" in left and _sizes(left["reshape_weight"]) == list(weight.shape):

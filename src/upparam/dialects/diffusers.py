@@ -201,11 +201,11 @@ class Diffusers:
 
 def _take_beside(adapter: Adapter, biases: Mapping[str, Tensor]) -> None:
     """Biases of up as deltas of the base's biases, and the weights of norms as what replaces the base's."""
-    from upparam.algorithms.full import Full
-
     for path, bias in biases.items():
         weight = adapter.deltas[Target(path)]
         if weight.scale == 1.0 and bias.shape == weight.shape[:1]:
+            from upparam.algorithms.full import Full
+
             adapter.deltas[Target(path, parameter="bias")] = Full(bias)
         else:
             adapter.leftovers[f"{path}.lora_B.bias"] = bias
