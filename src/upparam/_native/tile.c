@@ -20,6 +20,7 @@
 #endif
 
 #define CHUNK 16
+#define GROUP_BYTES (16 << 10)
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -67,6 +68,55 @@
 #define LANES 16
 #define NAME(x) JOIN(x, avx512)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+/* What block16 does to 32 elements of one row when it is exact, with masks: w += sum where that is certain. Answers which are not. The
+ * ends of the interval are taken with their signs: one on each side of zero never round alike. */
+TARGET static inline __attribute__((always_inline)) uint32_t finish_avx512(
+    uint16_t *w, __m512 sum0, __m512 sum1, float row_bound, const float *column_norm, int half, long *changed)
+{
+    const __m512 limit = _mm512_set1_ps(half ? 65472.0f : 3.36e38f), part_of_a = _mm512_set1_ps(1.8e-07f), tiny = _mm512_set1_ps(2e-37f);
+    const __m512 bound = _mm512_set1_ps(row_bound);
+    __m512i old = _mm512_loadu_si512(w), code;
+    __m512 v0, v1;
+    if (half) {
+        v0 = _mm512_cvtph_ps(_mm512_castsi512_si256(old));
+        v1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(old, 1));
+    } else {
+        const __m512i first = _mm512_set_epi16(
+            15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        v0 = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, first, old));
+        v1 = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, second, old));
+    }
+    v0 = _mm512_add_ps(v0, sum0);
+    v1 = _mm512_add_ps(v1, sum1);
+    __m512 a0 = _mm512_abs_ps(v0), a1 = _mm512_abs_ps(v1);
+    __m512 reach0 = _mm512_fmadd_ps(a0, part_of_a, _mm512_fmadd_ps(_mm512_loadu_ps(column_norm), bound, tiny));
+    __m512 reach1 = _mm512_fmadd_ps(a1, part_of_a, _mm512_fmadd_ps(_mm512_loadu_ps(column_norm + 16), bound, tiny));
+    __m512 low0 = _mm512_sub_ps(v0, reach0), high0 = _mm512_add_ps(v0, reach0);
+    __m512 low1 = _mm512_sub_ps(v1, reach1), high1 = _mm512_add_ps(v1, reach1);
+    __mmask32 doubt = _mm512_kunpackw(_mm512_cmp_ps_mask(a1, limit, _CMP_NLE_UQ), _mm512_cmp_ps_mask(a0, limit, _CMP_NLE_UQ));
+    if (half) {
+        const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low0, nearest)), _mm512_cvtps_ph(low1, nearest), 1);
+        code = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(high0, nearest)), _mm512_cvtps_ph(high1, nearest), 1);
+        doubt |= _mm512_cmpneq_epi16_mask(low, code);
+    } else { /* ties lie strictly between the ends, so rounding them away from zero is as good as to even */
+        const __m512i halfway = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xFFFF0000u);
+        const __m512i odd = _mm512_set_epi16(
+            63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        __m512i up0 = _mm512_add_epi32(_mm512_castps_si512(high0), halfway), up1 = _mm512_add_epi32(_mm512_castps_si512(high1), halfway);
+        __m512i under0 = _mm512_add_epi32(_mm512_castps_si512(low0), halfway), under1 = _mm512_add_epi32(_mm512_castps_si512(low1), halfway);
+        doubt |= _mm512_kunpackw(
+            _mm512_test_epi32_mask(_mm512_xor_si512(up1, under1), upper), _mm512_test_epi32_mask(_mm512_xor_si512(up0, under0), upper));
+        code = _mm512_permutex2var_epi16(up0, odd, up1);
+    }
+    code = _mm512_mask_mov_epi16(code, doubt, old);
+    *changed += __builtin_popcount(_mm512_cmpneq_epi16_mask(code, old));
+    _mm512_storeu_si512(w, code);
+    return doubt;
+}
+#define FINISH(w, sum, bound, norm, half, changed) finish_avx512(w, (__m512)(sum)[0], (__m512)(sum)[1], bound, norm, half, changed)
 #define FMA(a, b, c) ((VF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FMAD(a, b, c) ((VD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
 #define LANE_BITS(mask) ((uint32_t)_mm512_movepi32_mask((__m512i)(mask)))
@@ -76,6 +126,7 @@
 #include "tile_kernels.h"
 #undef HALF_UP
 #undef HALF_DOWN
+#undef FINISH
 #endif
 
 typedef long (*tile16_function)(uint16_t *, long, long, const float *, const float *, long, const float *, const float *, int, int, uint32_t *, long *);

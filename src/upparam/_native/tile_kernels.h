@@ -3,6 +3,7 @@
  *   TARGET    the function attribute that turns the set on
  *   LANES     floats in one vector
  *   LANE_BITS(mask)   one bit for each lane of a comparison, NARROW(codes) 32-bit codes as 16-bit ones
+ *   FINISH(w, sum, bound, norm, half, changed)   what an exact block does to one row, where the set has a better way than the one below
  *   HALF_UP / HALF_DOWN   fp16 conversion by instruction; when absent by integer arithmetic
  *
  *   FMA / FMAD   a * b + c of float and double vectors, fused where the set has it
@@ -104,8 +105,16 @@ TARGET static inline __attribute__((always_inline)) int NAME(block16)(
             sum[i][1] += part[i][1];
         }
     }
-    const float limit = half ? 65472.0f : 3.36e38f;
     uint32_t any = 0;
+#ifdef FINISH
+    if (exact) {
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++)
+            any |= marks[i] = FINISH(w[i], sum[i], row_bound[i], column_norm, half, changed);
+        return any != 0;
+    }
+#endif
+    const float limit = half ? 65472.0f : 3.36e38f;
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
         uint32_t mark = 0;
@@ -228,54 +237,62 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
     return any != 0;
 }
 
+/* Panels are taken in groups that fit the first-level cache beside what they change, so that a row's bytes are met in runs of several
+ * cache lines: at a stride of 4 KiB single lines would all fight for one cache set. */
 #define TILE(function, block, element, factor, width)                                                                                   \
     TARGET static long NAME(function)(                                                                                                  \
         element *stored, long rows, long columns, const factor *up, const factor *panels, long rank, const float *row_bound,            \
         const float *column_norm, int half, int exact, uint32_t *doubtful, long *changed_out)                                           \
     {                                                                                                                                   \
-        long found = 0, changed = 0;                                                                                                    \
-        uint32_t marks[ROWS];                                                                                           \
+        long found = 0, changed = 0, group = GROUP_BYTES / (width * (long)sizeof(factor) * (rank ? rank : 1));                          \
+        group = (group < 1 ? 1 : group) * width;                                                                                        \
+        uint32_t marks[ROWS];                                                                                                           \
         element edge[ROWS][width];                                                                                                      \
         element *w[ROWS];                                                                                                               \
         const factor *u[ROWS];                                                                                                          \
         float bound[ROWS];                                                                                                              \
-        for (long j = 0; j < columns; j += width) {                                                                                     \
-            const factor *panel = panels + j * rank;                                                                                    \
-            long wide = columns - j < width ? columns - j : width;                                                                      \
+        for (long first = 0; first < columns; first += group) {                                                                         \
+            long last = columns - first < group ? columns : first + group;                                                              \
             for (long i = 0; i < rows; i += ROWS) {                                                                                     \
                 long high = rows - i < ROWS ? rows - i : ROWS;                                                                          \
-                int whole = high == ROWS && wide == width;                                                                              \
-                if (!whole)                                                                                                             \
-                    memset(edge, 0, sizeof edge);                                                                                       \
                 for (long r = 0; r < ROWS; r++) {                                                                                       \
                     long row = i + (r < high ? r : 0);                                                                                  \
                     u[r] = up + row * rank;                                                                                             \
                     bound[r] = row_bound[row];                                                                                          \
-                    w[r] = whole ? stored + row * columns + j : edge[r];                                                                \
-                    if (!whole && r < high)                                                                                             \
-                        memcpy(edge[r], stored + row * columns + j, (size_t)wide * sizeof(element));                                    \
                 }                                                                                                                       \
-                long before = changed;                                                                                        \
-                int some = half   ? exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 1, &changed, marks)                 \
-                                          : NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 0, &changed, marks)                 \
-                           : exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 1, &changed, marks)                        \
-                                   : NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 0, &changed, marks);                       \
-                if (!whole) {                                                                                                           \
-                    changed = before; /* padding must not count */                                                                        \
-                    for (long r = 0; r < high; r++)                                                                                     \
-                        for (long c = 0; c < wide; c++) {                                                                               \
-                            element *place = stored + (i + r) * columns + j + c;                                                        \
-                            changed += memcmp(place, &edge[r][c], sizeof(element)) != 0;                                                \
-                            *place = edge[r][c];                                                                                        \
-                        }                                                                                                               \
+                for (long j = first; j < last; j += width) {                                                                            \
+                    const factor *panel = panels + j * rank;                                                                            \
+                    long wide = columns - j < width ? columns - j : width;                                                              \
+                    int whole = high == ROWS && wide == width;                                                                          \
+                    if (!whole)                                                                                                         \
+                        memset(edge, 0, sizeof edge);                                                                                   \
+                    for (long r = 0; r < ROWS; r++) {                                                                                   \
+                        w[r] = whole ? stored + (i + r) * columns + j : edge[r];                                                        \
+                        if (!whole && r < high)                                                                                         \
+                            memcpy(edge[r], stored + (i + r) * columns + j, (size_t)wide * sizeof(element));                            \
+                    }                                                                                                                   \
+                    long before = changed;                                                                                              \
+                    int some = half   ? exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 1, &changed, marks)           \
+                                              : NAME(block)(w, u, panel, rank, bound, column_norm + j, 1, 0, &changed, marks)           \
+                               : exact ? NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 1, &changed, marks)                  \
+                                       : NAME(block)(w, u, panel, rank, bound, column_norm + j, 0, 0, &changed, marks);                 \
+                    if (!whole) {                                                                                                       \
+                        changed = before; /* padding must not count */                                                                  \
+                        for (long r = 0; r < high; r++)                                                                                 \
+                            for (long c = 0; c < wide; c++) {                                                                           \
+                                element *place = stored + (i + r) * columns + j + c;                                                    \
+                                changed += memcmp(place, &edge[r][c], sizeof(element)) != 0;                                            \
+                                *place = edge[r][c];                                                                                    \
+                            }                                                                                                           \
+                    }                                                                                                                   \
+                    if (some)                                                                                                           \
+                        for (long r = 0; r < high; r++)                                                                                 \
+                            for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {                                                    \
+                                long c = __builtin_ctz(mark);                                                                           \
+                                if (c < wide)                                                                                           \
+                                    doubtful[found++] = (uint32_t)((i + r) * columns + j + c);                                          \
+                            }                                                                                                           \
                 }                                                                                                                       \
-                if (some)                                                                                                               \
-                    for (long r = 0; r < high; r++)                                                                                     \
-                        for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {                                                        \
-                            long c = __builtin_ctz(mark);                                                                               \
-                            if (c < wide)                                                                                               \
-                                doubtful[found++] = (uint32_t)((i + r) * columns + j + c);                                  \
-                        }                                                                                                               \
             }                                                                                                                           \
         }                                                                                                                               \
         *changed_out = changed;                                                                                                         \

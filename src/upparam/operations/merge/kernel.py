@@ -163,11 +163,10 @@ class Scratch:
             self.weight = np.empty(elements, np.float32)
             self.delta = np.empty(elements, np.float32)
             self.low = np.empty(elements, np.uint16)
-            self.reach = np.empty(elements, np.float32)
             self.work = np.empty(elements, np.uint32)
             self.odd = np.empty(elements, np.uint32)
-            self.high = np.empty(elements, np.uint16)
             self.differs = np.empty(elements, np.bool_)
+            self.small = np.empty(elements, np.bool_)
 
 
 def add_low_rank(
@@ -210,7 +209,7 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
     shape = (rows, _) = stored.shape
     size = stored.size
     weight, delta = scratch.weight[:size].reshape(shape), scratch.delta[:size].reshape(shape)
-    low, high = scratch.low[:size].reshape(shape), scratch.high[:size].reshape(shape)
+    low = scratch.low[:size].reshape(shape)
     differs = scratch.differs[:size].reshape(shape)
     weight[...] = stored
     np.matmul(factors.up[start : start + rows], factors.down, out=delta)
@@ -220,20 +219,11 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
         if not exact:
             _to_half_width(weight, dtype, low, scratch)
         else:
-            # |sum - true sum| plus the roundings of the sum and of the two ends, which are small against the sum itself
             bound = float(factors.row_bound()[start : start + rows].max()) * factors.widest + _TINY
             if not np.isfinite(bound) or not np.isfinite(widest):
                 return _add_in_float64(stored, dtype, factors, start)
-            reach = scratch.reach[:size].reshape(shape)
-            np.multiply(weight, np.float32(2.0**-22), out=reach)
-            np.abs(reach, out=reach)
-            reach += np.float32(bound)
-            np.subtract(weight, reach, out=delta)
-            _to_half_width(delta, dtype, low, scratch)
-            np.add(weight, reach, out=delta)
-            _to_half_width(delta, dtype, high, scratch)
-            np.not_equal(low, high, out=differs)
-            doubtful = np.flatnonzero(differs)
+            _to_half_width(weight, dtype, low, scratch)
+            doubtful = _doubtful(weight, dtype, bound, scratch)
             if doubtful.size * factors.up64.shape[1] > size // 2:  # so many that whole float64 tiles cost less
                 return _add_in_float64(stored, dtype, factors, start)
             if doubtful.size:
@@ -244,6 +234,35 @@ def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
     np.not_equal(codes, low, out=differs)
     codes[...] = low
     return int(np.count_nonzero(differs)), infinite
+
+
+_TIES = {"bfloat16": (0xFFFF, 0.0, 256), "float16": (0x1FFF, 2.0**-14, 64)}
+"""The bits of a float32 that rounding takes away, the magnitude below which it takes more of them, and how near a tie, in units of the
+last place of float32, a sum must be to be looked at."""
+
+
+def _doubtful(sums: NDArray[np.float32], dtype: DType, bound: float, scratch: Scratch) -> NDArray[np.intp]:
+    """Flat places of the sums that could round otherwise, each being within `bound` + |sum| 2^-22 of the true one.
+
+    Where a sum is so large that this is less than `within` units of its last place (a unit is at least |sum| 2^-24) only sums that near
+    to a tie can. Those and the small ones are looked at one by one, with both ends of the interval.
+    """
+    bits = sums.view(np.uint32)
+    work = scratch.work[: bits.size].reshape(bits.shape)
+    near, small = (room[: bits.size].reshape(bits.shape) for room in (scratch.differs, scratch.small))
+    dropped, least, within = _TIES[dtype.name]
+    np.bitwise_and(bits, np.uint32(dropped), out=work)
+    work -= np.uint32(dropped // 2 + 1 - within)
+    np.less_equal(work, np.uint32(2 * within), out=near)
+    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=work)
+    np.less(work, np.float32(max(least, bound * 2.0**24 / (within - 8))).view(np.uint32), out=small)
+    near |= small
+    places = np.flatnonzero(near)
+    chosen = sums.reshape(-1)[places]
+    reach = np.abs(chosen) * np.float32(2.0**-22) + np.float32(bound)
+    low, high = (chosen - reach).astype(dtype.numpy), (chosen + reach).astype(dtype.numpy)
+    uncertain: NDArray[np.intp] = places[low.view(np.uint16) != high.view(np.uint16)]
+    return uncertain
 
 
 def _to_half_width(values: NDArray[np.float32], dtype: DType, codes: NDArray[np.uint16], scratch: Scratch) -> None:
