@@ -85,6 +85,18 @@ class Update(ABC):
         return result
 
 
+class DependentUpdate(Update):
+    """An update whose change depends on the weight: there is only `merged`."""
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Raises RefusedError."""
+        raise RefusedError("how this algorithm changes a weight depends on the weight", remedy="merge it into its base")
+
+    @abstractmethod
+    def merged(self, weight: RowReader, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) of W'."""
+
+
 class Delta(ABC):
     """One algorithm's factors for one target.
 

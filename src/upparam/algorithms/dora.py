@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from upparam.algorithms.base import Delta, RowReader, Scaling, Update, tiles
+from upparam.algorithms.base import Delta, DependentUpdate, RowReader, Scaling, Update, tiles
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
-from upparam.errors import MalformedError, RefusedError
+from upparam.errors import MalformedError
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class DecomposedUpdate(Update):
+class DecomposedUpdate(DependentUpdate):
     """The direction's factors and the magnitude (out,) or (in,) in memory as float64. Norms per column are made in one pass, when first needed."""
 
     def __init__(self, direction: Update, magnitude: NDArray[np.float64], per_row: bool) -> None:
@@ -33,10 +33,6 @@ class DecomposedUpdate(Update):
         self.shape, self.scale = direction.shape, direction.scale
         self._lock = threading.Lock()
         self._gain: NDArray[np.float64] | None = None
-
-    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Raises RefusedError: what changes depends on the base."""
-        raise RefusedError("how a DoRA changes a weight depends on the weight", remedy="merge it into its base")
 
     def merged(self, weight: RowReader, start: int, stop: int) -> NDArray[np.float64]:
         """Rows [start, stop) of W'."""
@@ -126,14 +122,6 @@ class Decomposed(Delta):
     def load(self) -> DecomposedUpdate:
         """Factors in memory as float64."""
         return DecomposedUpdate(self.direction.load(), self.magnitude.doubles().reshape(-1), self.per_row)
-
-    def frobenius(self) -> float:
-        """Raises RefusedError: the change depends on the base."""
-        raise RefusedError("how much a DoRA changes a weight depends on the weight")
-
-    def inner(self, other: Delta) -> float:
-        """Raises RefusedError: the change depends on the base."""
-        raise RefusedError("how a DoRA changes a weight depends on the weight")
 
     def with_direction(self, direction: Delta, magnitude: Tensor) -> Decomposed:
         """The same algorithm with another direction (of the class `plain`) and magnitude."""

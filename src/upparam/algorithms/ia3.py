@@ -1,0 +1,109 @@
+"""IA3: rows or columns of the weight multiplied, W' = diag(l) @ W for outputs, W @ diag(l) for inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from upparam.algorithms.base import BAKED, Delta, DependentUpdate, RowReader, Scaling
+from upparam.errors import MalformedError
+from upparam.tensors import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class ScaledUpdate(DependentUpdate):
+    """l, (out,) or (in,), in memory as float64."""
+
+    def __init__(self, gain: NDArray[np.float64], on_input: bool, shape: tuple[int, ...]) -> None:
+        self.gain, self.on_input, self.shape, self.scale = gain, on_input, shape, 1.0
+
+    def merged(self, weight: RowReader, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) of W'."""
+        rows = weight(start, stop)
+        if self.on_input:
+            rows.reshape(stop - start, len(self.gain), -1)[...] *= self.gain[:, None]
+        else:
+            rows *= self.gain[start:stop, None]
+        return rows
+
+
+@dataclass(frozen=True)
+class IA3(Delta):
+    """vector, of any shape with one axis that is not 1: a number for each output, or with `on_input` for each input channel.
+
+    The numbers are l itself (huggingface/peft src/peft/tuners/ia3/layer.py), or with `from_one` what is added to 1 (KohakuBlueleaf/LyCORIS
+    lycoris/modules/ia3.py). PEFT multiplies a module's bias with the outputs, LyCORIS does not; `bias` marks the delta of such a bias.
+    """
+
+    algorithm: ClassVar[str] = "ia3"
+    additive: ClassVar[bool] = False
+    vector: Tensor
+    on_input: bool = False
+    from_one: bool = False
+    bias: bool = False
+    scaling: Scaling = BAKED
+
+    def __post_init__(self) -> None:
+        if max(self.vector.shape, default=0) != self.vector.numel or (self.bias and self.on_input):
+            raise MalformedError("not a vector of outputs or inputs", found=self.vector.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, 0), (0, in), or (out,) of a bias; zeros are sizes that the vector does not tell."""
+        if self.bias:
+            return (self.vector.numel,)
+        kernel = (0,) * (len(self.vector.shape) - 2)
+        return (0, self.vector.numel, *kernel) if self.on_input else (self.vector.numel, 0, *kernel)
+
+    @property
+    def rank(self) -> None:
+        """None."""
+        return None
+
+    def factors(self) -> Mapping[str, Tensor]:
+        """`vector`."""
+        return {"vector": self.vector}
+
+    def load(self) -> ScaledUpdate:
+        """The vector in memory as float64."""
+        self.known_scale()
+        return ScaledUpdate(self.vector.doubles().reshape(-1) + (1.0 if self.from_one else 0.0), self.on_input, self.shape)
+
+    def cut_rows(self, start: int, stop: int) -> IA3:
+        """The delta of rows [start, stop) alone: of inputs it is the same."""
+        return self if self.on_input else replace(self, vector=self._along(self._flat.rows(start, stop)))
+
+    def join_rows(self, others: Sequence[IA3]) -> IA3 | None:
+        """The delta of the weight that stacks these; None where their inputs are multiplied by different numbers."""
+        from upparam.algorithms.slicing import same_tensor, stack
+
+        for other in others:
+            same = (other.on_input, other.from_one, other.bias, other.vector.dtype) == (
+                self.on_input,
+                self.from_one,
+                self.bias,
+                self.vector.dtype,
+            )
+            if not same or (self.on_input and not same_tensor(self.vector, other.vector)):
+                return None
+        return self if self.on_input else replace(self, vector=self._along(stack([part._flat for part in (self, *others)])))
+
+    def take_rows(self, rows: Sequence[int]) -> IA3:
+        """The delta of the weight whose row i is this one's row `rows[i]`."""
+        from upparam.algorithms.slicing import take_rows
+
+        return self if self.on_input else replace(self, vector=self._along(take_rows(self._flat, rows)))
+
+    @property
+    def _flat(self) -> Tensor:
+        return self.vector.reshape((self.vector.numel,))
+
+    def _along(self, flat: Tensor) -> Tensor:
+        """A vector of other length in the shape of this one."""
+        shape = self.vector.shape
+        axis = next((index for index, size in enumerate(shape) if size != 1), 0)
+        return flat.reshape((*shape[:axis], flat.numel, *shape[axis + 1 :]))
