@@ -43,6 +43,7 @@ KEPT_BYTES = 256
 MAX_USES = 512
 """Distinct globals a machine reports."""
 _MAX_TUPLE_KEYS = 1000
+_MAX_KEY_ITEMS = 10_000
 _MAX_KNOWN = 10_000
 _MAX_NESTED = 3
 _WHOLE = (Tensor, Array, dict, list)
@@ -293,6 +294,8 @@ class Machine:
         if kind is tuple and len(value) <= 8 and self.tuple_keys < _MAX_TUPLE_KEYS and all(map(_short_scalar, value)):
             self.tuple_keys += 1
             return value
+        if kind is tuple:
+            self.budget.take(_weight(value))
         if kind is Global:
             return f"<{value.qualname}>"
         if kind is DType:
@@ -384,6 +387,18 @@ class Machine:
             self.accuse(target, how, items)
             return
         raise self.bad(f"a {_kind(target)} cannot be {how}")
+
+
+def _weight(value: tuple[Any, ...]) -> int:
+    """How many items a hash of nested tuples visits. Raises LimitError where shared parts make it run without end."""
+    count, left = 0, [value]
+    while left:
+        items = left.pop()
+        count += len(items)
+        if count > _MAX_KEY_ITEMS:
+            raise LimitError("a key of more parts than any real one: hashing it would never end", expected=f"<= {_MAX_KEY_ITEMS}")
+        left.extend(item for item in items if type(item) is tuple)
+    return count
 
 
 def _short_scalar(value: Any) -> bool:

@@ -106,12 +106,12 @@ def _parse(text: str) -> tuple[str, bool, tuple[int, ...], str | None]:
     """descr, fortran_order and shape of the header's dict, and the dtype note behind it. Raises ValueError."""
     tokens: list[tuple[str, str]] = []
     at = 0
-    token = re.compile(_TOKEN)
+    token = re.compile(_TOKEN, re.ASCII)
     while match := token.match(text, at):
         assert match.lastgroup is not None
         tokens.append((match.lastgroup, match[match.lastgroup]))
         at = match.end()
-    rest = text[at:].strip()
+    rest = text[at:].strip(" \t\r\n\f")
     note = re.fullmatch(_NOTE, rest)
     if rest and note is None:
         raise ValueError(f"unexpected {rest[:20]!r}")

@@ -28,6 +28,11 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _FULL32 = 0xFFFFFFFF
 _ENCRYPTED, _STREAMED, _STRONG, _MASKED = 1 << 0, 1 << 3, 1 << 6, 1 << 13
+_PATCHED = 1 << 5
+_NEWEST = 63
+"""Version 6.3 of the specification; nothing needs a later one, and readers that look at the field refuse it."""
+_SEARCHED = 64 << 20
+"""Bytes of a gap searched for members that the directory does not list."""
 _KEPT = 64 << 20
 """Inflated members up to this size are kept once read twice; larger ones are always inflated as a stream."""
 
@@ -290,6 +295,7 @@ class _Reader:
         comment = self.source.read(end + _END.size, min(length, after))
         if after > length:
             self.findings.append(warning("zip-trailing-bytes", self.path.name, f"{after - length} bytes follow the end of the archive"))
+            self.hidden(end + _END.size + length, self.source.size)
         stop = end
         locator = self.source.read(end - _LOCATOR64.size, _LOCATOR64.size) if end >= _LOCATOR64.size else b""
         if locator[:4] == b"PK\x06\x07":
@@ -345,7 +351,7 @@ class _Reader:
             fields = _CENTRAL.unpack_from(data, at)
             if fields[0] != b"PK\x01\x02":
                 raise self.bad("the zip directory holds something that is no entry", found=fields[0].hex())
-            made, _, flags, method, _, _, crc, packed, size, named, extra, comment, _, _, outer, header = fields[1:]
+            made, needed, flags, method, _, _, crc, packed, size, named, extra, comment, _, _, outer, header = fields[1:]
             start = at + _CENTRAL.size
             raw = data[start : start + named]
             more = data[start + named : start + named + extra]
@@ -354,6 +360,13 @@ class _Reader:
                 raise self.bad("the zip directory ends inside an entry")
             if _FULL32 in (size, packed, header):
                 size, packed, header = self.wide(more, size, packed, header)
+            if needed & 0xFF > _NEWEST or flags & _PATCHED:
+                self.odd(
+                    "zip-flags",
+                    "a member that some readers refuse and others read",
+                    _name(raw, flags),
+                    f"version {needed}, flags {flags:#x}",
+                )
             if outer >> 16 & 0xF000 == 0xA000 and made >> 8 == 3:
                 self.odd("zip-symlink", "a member is a symbolic link", _name(raw, flags))
             yield _name(raw, flags), made, flags, method, crc, packed, size, header
@@ -453,8 +466,8 @@ class _Reader:
             self.odd("zip-unsafe-name", "member names that point outside the archive's own folder", *unsafe[:5])
 
     def coverage(self, spans: list[tuple[int, int]], limit: int) -> None:
-        """Members must not share bytes, and no bytes between them may hide another member."""
-        at = min(spans)[0] if spans else 0
+        """Members must not share bytes, and no bytes before, between or behind them may hide another member."""
+        at = 0
         for start, stop in sorted(spans):
             if start < at:
                 self.odd("zip-overlap", "archive members share bytes", f"one at {start} starts before {at}")
@@ -466,9 +479,10 @@ class _Reader:
             self.hidden(at, limit)
 
     def hidden(self, start: int, stop: int) -> None:
-        head = self.source.read(start, min(stop - start, 64))
-        if b"PK\x03\x04" in head:
-            self.odd("zip-hidden-member", "a member that the zip directory does not list", f"local header in {start}..{stop}")
+        for at in range(start, min(stop, start + _SEARCHED), 1 << 20):
+            if b"PK\x03\x04" in self.source.read(at, min((1 << 20) + 3, stop - at)):
+                self.odd("zip-hidden-member", "a member that the zip directory does not list", f"local header in {start}..{stop}")
+                return
 
 
 def _name(raw: bytes, flags: int) -> str:
