@@ -12,18 +12,19 @@ from upparam.containers.safetensors import write
 from upparam.tensors import Tensor
 
 
-def sdxl_lora(path: Path, rank: int = 64, every: int = 1) -> Path:
-    """A kohya LoRA over every linear layer of SDXL's transformer blocks: 700 modules, 335 MB in fp16 at rank 64; `every` n-th module only.
+def sdxl_lora(path: Path, rank: int = 64, every: int = 1, seed: int = 0, most: int | None = None) -> Path:
+    """A kohya LoRA over every linear layer of SDXL's transformer blocks: 700 modules, 335 MB in fp16 at rank 64; `every` n-th module only,
+    and of those the first `most`.
 
     Singular values fall as those of trained adapters do, by a factor of about 30 over the rank.
     """
     base = inventory.load("sdxl")
     names = layout(base, "kohya")
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     fall = np.logspace(0, -1.5, rank, dtype=np.float32)
     tensors: dict[str, Tensor] = {}
     modules = [module for module in base.modules if ".transformer_blocks." in module.path and module.kind == "Linear"]
-    for module in modules[::every]:
+    for module in modules[::every][:most]:
         place = names.to_foreign(module.path)
         assert place is not None
         rows, columns = module.shape

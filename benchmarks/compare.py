@@ -1,0 +1,96 @@
+"""Compare two rank-128 LoRAs of 500 SDXL modules, against reading both files, every contender once a round.
+
+    python benchmarks/compare.py SCRATCH [--rounds 5]
+
+What two adapters are to each other decides how much has to be computed, so each case is timed: trained apart, the same dW through other
+factors, one resized, the same file twice. `cat` of both files is the floor. The dense route forms both dW of every 25th module in float32 with
+numpy and takes their cosine, nothing else; it is extrapolated by the number of modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+from merge import UPPARAM, Run, generate, timed
+
+from upparam.containers import open_file
+from upparam.containers.safetensors import write
+from upparam.operations.opening import open_adapter
+from upparam.tensors import Tensor
+
+MODULES = 500
+
+
+def turned(path: Path, source: Path) -> Path:
+    """The same dW through other factors: up @ Q and Q^T @ down with a random rotation each, in float16."""
+    if path.exists():
+        return path
+    random = np.random.default_rng(3)
+    file = open_file(source)
+    tensors = dict(file.tensors)
+    for name in [name for name in tensors if name.endswith(".lora_up.weight")]:
+        partner = name.replace("lora_up", "lora_down")
+        up, down = tensors[name].read().astype(np.float32), tensors[partner].read().astype(np.float32)
+        turn = np.linalg.qr(random.standard_normal((up.shape[1], up.shape[1])))[0].astype(np.float32)
+        tensors[name], tensors[partner] = Tensor.of((up @ turn).astype(np.float16)), Tensor.of((turn.T @ down).astype(np.float16))
+    with path.open("wb") as stream:
+        write(stream, tensors, dict(file.metadata))
+    return path
+
+
+def dense(one: Path, other: Path, every: int = 25) -> tuple[float, int]:
+    """Seconds and modules of the route that forms both dW: float32 products and their cosine."""
+    first, second = open_adapter(one), open_adapter(other)
+    targets = list(first.deltas)[::every]
+    begun = time.perf_counter()
+    for target in targets:
+        weights = []
+        for adapter in (first, second):
+            factors = adapter.deltas[target].factors()
+            weights.append((factors["up"].read().astype(np.float32) @ factors["down"].read().astype(np.float32)).reshape(-1))
+        float(weights[0] @ weights[1] / np.linalg.norm(weights[0]) / np.linalg.norm(weights[1]))
+    return time.perf_counter() - begun, len(targets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    call = f"sdxl_lora(path, rank=128, most={MODULES}, seed="
+    one = generate(f"{call}0)", args.scratch / "one.safetensors", "workbench_inputs")
+    apart = generate(f"{call}1)", args.scratch / "apart.safetensors", "workbench_inputs")
+    gauge = turned(args.scratch / "gauge.safetensors", one)
+    resized = args.scratch / "resized.safetensors"
+    if not resized.exists():
+        subprocess.run([UPPARAM, "resize", str(one), "--rank", "64", "-o", str(resized), "-q"], check=True)
+    print(f"## {MODULES} modules of rank 128, {one.stat().st_size / 1e6:.0f} MB each")
+    for title, other in (("trained apart", apart), ("other factors", gauge), ("resized to 64", resized), ("the same file", one)):
+        best: dict[str, Run] = {}
+        for _ in range(args.rounds):
+            for name, command in (
+                ("cat", ["sh", "-c", f"cat '{one}' '{other}' > /dev/null"]),
+                ("upparam", [UPPARAM, "compare", str(one), str(other), "--quiet", "--accept", "unrelated", "--accept", "equal",
+                             "--accept", "resized", "--accept", "bit-equal"]),
+            ):  # fmt: skip
+                run = timed(command)
+                if name not in best or run.wall < best[name].wall:
+                    best[name] = run
+        print(
+            f"{title:14s} cat {best['cat'].wall:.2f} s   upparam {best['upparam']}   {best['upparam'].wall / best['cat'].wall:.1f}x the floor"
+        )
+    seconds, count = dense(one, apart)
+    print(f"dense dW in numpy, cosine alone: {seconds:.2f} s for {count} modules, {seconds * MODULES / count:.0f} s for all (extrapolated)")
+    if args.clean:
+        shutil.rmtree(args.scratch)
+
+
+if __name__ == "__main__":
+    main()
