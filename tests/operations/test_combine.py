@@ -40,7 +40,7 @@ def dense(one: Adapter, name: str = "m") -> NDArray[np.float64]:
 )
 def test_the_sum_is_the_sum(members: list[tuple[int, float, Any]], seed: int) -> None:
     items = [(adapter({"m": lora(*factors(seed + n, rank, dtype), alpha=6.0)}), weight) for n, (rank, weight, dtype) in enumerate(members)]
-    found = combined(items)
+    found = combined(items).adapter
     expected = sum(weight * dense(one) for one, weight in items)
     assert found.deltas[Target("m")].rank == sum(rank for rank, _, _ in members)
     size = sum(abs(weight) * np.linalg.norm(dense(one)) for one, weight in items)
@@ -49,9 +49,9 @@ def test_the_sum_is_the_sum(members: list[tuple[int, float, Any]], seed: int) ->
 
 def test_equal_scales_keep_every_bit() -> None:
     (up, down), (up2, down2) = factors(1, 3, np.float16), factors(2, 5, np.float16)
-    found = combined([(adapter({"m": lora(up, down, alpha=6.0)}), 1.0), (adapter({"m": lora(up2, down2, alpha=10.0)}), 1.0)]).deltas[
-        Target("m")
-    ]
+    found = combined(
+        [(adapter({"m": lora(up, down, alpha=6.0)}), 1.0), (adapter({"m": lora(up2, down2, alpha=10.0)}), 1.0)]
+    ).adapter.deltas[Target("m")]
     assert found.scale == 2.0
     parts = found.factors()
     np.testing.assert_array_equal(parts["up"].read(), np.concatenate([up, up2], axis=1))
@@ -61,7 +61,7 @@ def test_equal_scales_keep_every_bit() -> None:
 
 def test_a_module_of_one_adapter_alone_keeps_its_factors() -> None:
     one, other = adapter({"m": lora(*factors(1), alpha=6.0)}), adapter({"n": lora(*factors(2), alpha=6.0)})
-    found = combined([(one, 0.5), (other, 1.0)])
+    found = combined([(one, 0.5), (other, 1.0)]).adapter
     assert found.deltas[Target("m")].factors()["up"] is one.deltas[Target("m")].factors()["up"]
     assert (found.deltas[Target("m")].scale, found.deltas[Target("n")].scale) == (1.0, 2.0)
 
@@ -82,7 +82,7 @@ def test_extras_of_one_name_must_agree() -> None:
     def having(value: float) -> Adapter:
         return adapter({"m": lora(*factors(1))}, extras=[Extra(ExtraKind.SAVED_MODULE, "head.weight", Tensor.of(np.full(3, value)))])
 
-    assert len(combined([(having(1), 1.0), (having(1), 1.0)]).extras) == 1
+    assert len(combined([(having(1), 1.0), (having(1), 1.0)]).adapter.extras) == 1
     with pytest.raises(MismatchError, match="saved-module"):
         combined([(having(1), 1.0), (having(2), 1.0)])
 

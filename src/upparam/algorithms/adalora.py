@@ -28,6 +28,7 @@ class AdaLoRA(Delta):
     """
 
     algorithm: ClassVar[str] = "adalora"
+    linear: ClassVar[tuple[str, ...]] = ("values",)
     up: Tensor
     values: Tensor
     down: Tensor

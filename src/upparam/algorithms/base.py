@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 RowReader = Callable[[int, int], "NDArray[Any]"]
 """(start, stop) -> those rows of the base weight, as float64 (stop - start, prod(rest))."""
+
+
+FactorChange = Callable[[Tensor], Tensor]
+"""A factor to what takes its place, of the same shape."""
 
 
 class ScaleRule(str, Enum):
@@ -107,6 +111,8 @@ class Delta(ABC):
     algorithm: ClassVar[str]
     additive: ClassVar[bool] = True
     """True when W' = W + scale * dW with a dW that does not depend on W."""
+    linear: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold a factor to which dW is proportional; the first that is not None takes over a multiplier."""
     scaling: Scaling
 
     @property
@@ -147,6 +153,17 @@ class Delta(ABC):
         if not isfinite(scale):
             raise MalformedError("the effective scale is not a finite number", found=scale)
         return scale
+
+    def on_factor(self, change: FactorChange) -> Delta:
+        """The delta with one factor changed to which dW is proportional: multiplied, so is dW. The scaling stays.
+
+        Raises RefusedError for an algorithm that has no such factor.
+        """
+        for role in self.linear:
+            factor = getattr(self, role)
+            if factor is not None:
+                return replace(self, **{role: change(factor)})  # type: ignore[type-var]
+        raise RefusedError(f"no factor of a {self.algorithm} delta can take over a multiplier")
 
     def frobenius(self) -> float:
         """||scale * dW||_F. The default forms rows tile by tile; low-rank algorithms override it."""

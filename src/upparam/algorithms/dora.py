@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from upparam.algorithms.base import Delta, DependentUpdate, RowReader, Scaling, Update, tiles
+from upparam.algorithms.base import Delta, DependentUpdate, FactorChange, RowReader, Scaling, Update, tiles
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
@@ -127,6 +127,10 @@ class Decomposed(Delta):
         """The same algorithm with another direction (of the class `plain`) and magnitude."""
         changed = {item.name: getattr(direction, item.name) for item in fields(self.plain)}  # type: ignore[arg-type]
         return replace(self, **changed, magnitude=magnitude)  # type: ignore[type-var]
+
+    def on_factor(self, change: FactorChange) -> Decomposed:
+        """The same magnitude, and a direction of which one factor is changed."""
+        return self.with_direction(self.direction.on_factor(change), self.magnitude)
 
     def cut_rows(self, start: int, stop: int) -> Decomposed | None:
         """The delta of rows [start, stop) alone; None where norms run across them or the direction cannot be cut."""

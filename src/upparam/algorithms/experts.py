@@ -40,6 +40,7 @@ class ExpertLoRA(Delta):
     """
 
     algorithm: ClassVar[str] = "expert-lora"
+    linear: ClassVar[tuple[str, ...]] = ("up",)
     up: Tensor
     down: Tensor
     experts: int

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 class FullUpdate(Update):
     """The stored difference, of which rows are read as they are needed."""
 
-    def __init__(self, diff: Tensor) -> None:
-        self.diff, self.shape, self.scale = diff, diff.shape, 1.0
+    def __init__(self, diff: Tensor, scale: float) -> None:
+        self.diff, self.shape, self.scale = diff, diff.shape, scale
 
     def rows(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Rows [start, stop) of dW; those of a vector have one element each."""
-        return self.diff.rows(start, stop).doubles().reshape(stop - start, -1)
+        """Rows [start, stop) of scale * dW; those of a vector have one element each."""
+        rows = self.diff.rows(start, stop).doubles().reshape(stop - start, -1)
+        rows *= self.scale
+        return rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Full(Delta):
     """
 
     algorithm: ClassVar[str] = "full"
+    linear: ClassVar[tuple[str, ...]] = ("diff",)
     diff: Tensor
     scaling: Scaling = BAKED
 
@@ -57,8 +60,7 @@ class Full(Delta):
 
     def load(self) -> FullUpdate:
         """Ready to read rows."""
-        self.known_scale()
-        return FullUpdate(self.diff)
+        return FullUpdate(self.diff, self.known_scale())
 
     def cut_rows(self, start: int, stop: int) -> Full:
         """The delta of rows [start, stop) alone."""

@@ -54,6 +54,7 @@ class LoHa(Delta):
     """
 
     algorithm: ClassVar[str] = "loha"
+    linear: ClassVar[tuple[str, ...]] = ("w1_a",)
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor

@@ -59,6 +59,7 @@ class LoKr(Delta):
     """
 
     algorithm: ClassVar[str] = "lokr"
+    linear: ClassVar[tuple[str, ...]] = ("w1", "w1_a")
     w1: Tensor | None = None
     w1_a: Tensor | None = None
     w1_b: Tensor | None = None

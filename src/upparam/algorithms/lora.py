@@ -41,6 +41,7 @@ class LoRA(Delta):
     """
 
     algorithm: ClassVar[str] = "lora"
+    linear: ClassVar[tuple[str, ...]] = ("up",)
     up: Tensor
     down: Tensor
     scaling: Scaling = field(default_factory=Scaling)

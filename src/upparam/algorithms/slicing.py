@@ -11,7 +11,7 @@ from itertools import pairwise
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
-from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
+from upparam.algorithms.base import BAKED, Delta, FactorChange, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor, same_bits
@@ -68,6 +68,10 @@ class RowSlice(Delta):
     def factors(self) -> Mapping[str, Tensor]:
         """The factors of the whole delta."""
         return self.whole.factors()
+
+    def on_factor(self, change: FactorChange) -> RowSlice:
+        """The same rows of the whole delta with one factor changed. Parts of one whole are no longer of one then, and cannot be joined."""
+        return RowSlice(self.whole.on_factor(change), self.start, self.stop)
 
     def load(self) -> Update:
         """Factors in memory. Raises RefusedError when the rows alone do not say how the weight changes."""
@@ -264,7 +268,7 @@ def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA
         raise RefusedError(
             "parts of a fused weight with different scales cannot be joined without arithmetic",
             found=", ".join(f"{scale:g}" for scale in scales),
-            remedy="bake the scale in with --bake-scale",
+            remedy="put it into the factors with 'upparam edit --bake'",
         )
     dtypes = {part.up.dtype for part in deltas} | {part.down.dtype for part in deltas}
     if len(dtypes) > 1:

@@ -26,6 +26,7 @@ class VeRA(Delta):
     """
 
     algorithm: ClassVar[str] = "vera"
+    linear: ClassVar[tuple[str, ...]] = ("b",)
     up: Tensor
     down: Tensor
     b: Tensor

@@ -5,16 +5,25 @@ from __future__ import annotations
 import argparse
 
 from upparam.cli.common import add_common, add_output, emit_receipt, progress_for
-from upparam.cli.merge import scaled
+from upparam.cli.merge import block_weight, scaled
 from upparam.cli.resize import add_rank_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """ADAPTER[@SCALE]..., -o, --to, a rank rule, --base."""
+    """ADAPTER[@SCALE]..., --method and what it needs, -o, --to, a rank rule, --base."""
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER[@SCALE]", help="adapters, each with a multiplier on top of its own scale (default 1)"
     )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = _description()
+    parser.add_argument("--method", default="concat", metavar="METHOD", help="how; see above (default: concat, which is exact)")
     add_rank_rule(parser)
+    parser.add_argument("--density", type=float, metavar="D", help="the share of values that a pruning method keeps, such as 0.5")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random pruning (default 0)")
+    parser.add_argument(
+        "--block-weights", action="append", default=[], metavar="WEIGHTS",
+        help="multipliers by block, on top: a preset (INALL, OUTD ...), 12/17/20/26/61 numbers, IN05-OUT05=0.3, or GLOB=0.5 over modules (repeat)",
+    )  # fmt: skip
     add_output(parser, "file or folder")
     parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: that of the first adapter)")
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
@@ -29,8 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
+def _description() -> str:
+    from upparam.operations.combine import METHODS
+
+    lines = ["Several adapters as one; dialects and ranks may differ. A rank rule cuts the result of any method. Methods:", ""]
+    lines += [f"  {name:20s} {method.does}" for name, method in METHODS.items()]
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Combine and print the receipt: exactly, or cut to the rank asked for."""
+    """Combine and print the receipt."""
     from upparam.operations.merge import pin_blas
 
     pin_blas()
@@ -45,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         rule = RankRule(args.rank, args.energy, args.error, args.fro, args.conv_rank)
     read = None if args.base is None else ReadOptions(base=find_base(args.base))
     receipt = combine(
-        [scaled(text) for text in args.adapters], args.out, to=args.to, rule=rule, read=read, force=args.force, verify=args.verify,
-        drop=args.drop, threads=args.threads, progress=progress_for(args),
+        [scaled(text) for text in args.adapters], args.out, method=args.method, to=args.to, rule=rule, density=args.density, seed=args.seed,
+        block_weight=block_weight(args.block_weights), read=read, force=args.force, verify=args.verify, drop=args.drop,
+        threads=args.threads, progress=progress_for(args),
     )  # fmt: skip
     return emit_receipt(args, receipt)

@@ -134,7 +134,7 @@ def resized(
 
     def work(job: Job) -> tuple[Delta, Cut]:
         try:
-            return _resize(job, rule, alpha, keep)
+            return cut_job(job, rule, alpha, keep)
         except UpparamError as problem:
             raise type(problem)(
                 problem.message, file=problem.file or _file(adapter), tensor=problem.tensor or str(job.targets[0]),
@@ -173,18 +173,28 @@ class Job(NamedTuple):
         return found
 
 
+def jobs_of(adapter: Adapter) -> list[Job]:
+    """Every delta as a job, those of parts that share their factors joined into one."""
+    groups: dict[object, list[Target]] = {}
+    for target, delta in adapter.deltas.items():
+        groups.setdefault(_shared(delta) if type(delta) is LoRA else target, []).append(target)
+    return [job for targets in groups.values() for job in _joined(targets, adapter)]
+
+
+def cuttable(delta: Delta) -> bool:
+    """True for a delta with a dW that has a rank to change."""
+    return type(delta) is LoRA or (delta.additive and len(delta.shape) > 1 and not isinstance(delta, ExpertLoRA))
+
+
 def _jobs(adapter: Adapter) -> tuple[list[Job], list[Finding]]:
     """The deltas that have a rank, parts that share factors joined, and a warning for each that stays as it is."""
-    groups: dict[object, list[Target]] = {}
-    findings: list[Finding] = []
-    for target, delta in adapter.deltas.items():
-        if type(delta) is LoRA:
-            groups.setdefault(_shared(delta), []).append(target)
-        elif delta.additive and len(delta.shape) > 1 and not isinstance(delta, ExpertLoRA):
-            groups[target] = [target]
-        else:
-            findings.append(warning("not-resized", str(target), f"a {delta.algorithm} delta has no rank to change and stays as it is"))
-    return [job for targets in groups.values() for job in _joined(targets, adapter)], findings
+    jobs = jobs_of(adapter)
+    fixed = [job for job in jobs if not cuttable(job.delta)]
+    findings = [
+        warning("not-resized", str(job.targets[0]), f"a {job.delta.algorithm} delta has no rank to change and stays as it is")
+        for job in fixed
+    ]
+    return [job for job in jobs if cuttable(job.delta)], findings
 
 
 def _joined(targets: Sequence[Target], adapter: Adapter) -> list[Job]:
@@ -211,7 +221,8 @@ def _shared(delta: LoRA) -> object:
     return (*views, delta.scaling, delta.embedding, delta.up.dtype)
 
 
-def _resize(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
+def cut_job(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
+    """The job's delta cut to the rank that `rule` chooses, and what that did; see `resized` for the rest."""
     names = tuple(str(target) for target in job.targets)
     delta = job.delta
     scale = delta.known_scale()

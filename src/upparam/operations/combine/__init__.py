@@ -1,0 +1,299 @@
+"""Combine: several adapters as one. By default its dW is exactly the weighted sum of theirs; other methods are told apart in METHODS."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from upparam.adapter import Adapter
+from upparam.algorithms.base import Delta
+from upparam.atomic import refuse_existing
+from upparam.dialects.base import ReadOptions
+from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
+from upparam.findings import Finding, info, warning
+from upparam.operations.combine.exact import concatenated, orthogonal, to_cut
+from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
+from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
+from upparam.operations.convert import write_adapter
+from upparam.operations.merge import pin_blas
+from upparam.operations.merge.plan import BlockWeight
+from upparam.operations.opening import open_adapter
+from upparam.operations.receipt import Receipt
+from upparam.operations.resize import cut_job, cuttable
+from upparam.operations.spool import Keep, Spool
+from upparam.operations.threads import in_threads
+from upparam.progress import Progress, silent
+from upparam.tensors import Tensor
+
+if TYPE_CHECKING:
+    from upparam.algorithms.lowrank import RankRule
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to combine. `form`: what is added, factors or dW. `cut`: the result has no rank of its own and is cut to one, by default the
+    largest of the adapters'. `alone`: a module that one adapter alone changes keeps its factors bit for bit."""
+
+    does: str
+    form: Literal["factors", "dW"]
+    prune: Literal["size", "chance"] | None = None
+    elect: bool = False
+    cut: bool = False
+    alone: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "concat": Method("factors side by side; ranks add, dW is exactly the weighted sum", "factors"),
+    "orthogonal": Method(
+        "concat, each adapter projected off the column and row spaces of those before it: dW_i' = (1 - P) dW_i (1 - R)", "factors"
+    ),
+    "linear": Method("sum of sqrt(w) up times sum of sqrt(w) down, as PEFT's; one rank only, cross terms take part", "factors"),
+    "ties": Method("linear on factors pruned to their largest values, with an elected sign", "factors", "size", True, alone=False),
+    "dare_linear": Method("linear on factors pruned at random and rescaled", "factors", "chance", alone=False),
+    "dare_ties": Method("ties on factors pruned at random and rescaled", "factors", "chance", True, alone=False),
+    "magnitude_prune": Method("linear on factors pruned to their largest values", "factors", "size", alone=False),
+    "svd": Method("the weighted sum of dW, cut to a rank", "dW", cut=True),
+    "ties_svd": Method("ties on dW, cut to a rank", "dW", "size", True, cut=True, alone=False),
+    "dare_linear_svd": Method("dare_linear on dW, cut to a rank", "dW", "chance", cut=True, alone=False),
+    "dare_ties_svd": Method("dare_ties on dW, cut to a rank", "dW", "chance", True, cut=True, alone=False),
+    "magnitude_prune_svd": Method("magnitude_prune on dW, cut to a rank", "dW", "size", cut=True, alone=False),
+}
+"""By name, as PEFT's `add_weighted_adapter` calls them where it has them."""
+ALIASES = {"cat": "concat", "dare": "dare_linear"}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The adapter, and facts about each module that was computed and not only put together."""
+
+    adapter: Adapter
+    method: str
+    modules: list[dict[str, Any]]
+
+
+def combine(
+    items: Sequence[tuple[Adapter | Path | str, float]],
+    out: Path | str,
+    *,
+    method: str = "concat",
+    to: str | None = None,
+    rule: RankRule | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    block_weight: BlockWeight | None = None,
+    read: ReadOptions | None = None,
+    force: bool = False,
+    verify: bool = True,
+    drop: Collection[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Receipt:
+    """Write the combination of adapters, each with a multiplier, to `out` in dialect `to` (the first one's when None).
+
+    With `rule` each module is cut through the factors to the rank it chooses. Memory is bounded by the largest module. Raises what
+    `combined` raises, and what opening and writing raise.
+    """
+    begun = time.monotonic()
+    out = Path(out)
+    refuse_existing(out, force)
+    pin_blas()
+    opened = [(_opened(given, read, drop), multiplier) for given, multiplier in items]
+    with Spool(out.absolute().parent) as spool:
+        result = combined(
+            opened, method=method, rule=rule, density=density, seed=seed, block_weight=block_weight, keep=spool.keep, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+        receipt = write_adapter(result.adapter, out, to or opened[0][0].dialect, read=read, force=force, verify=verify, drop=drop)
+    receipt.operation = f"combine ({result.method}) to {to or opened[0][0].dialect}"
+    receipt.inputs = [f"{given if not isinstance(given, Adapter) else file_of(given)}@{multiplier:g}" for given, multiplier in items]
+    chosen = METHODS[result.method]
+    receipt.counts = {"form": chosen.form, **_parameters(chosen, density, seed), **_summary(result.modules), **receipt.counts}
+    receipt.modules, receipt.seconds = result.modules, time.monotonic() - begun
+    return receipt
+
+
+def combined(
+    items: Sequence[Weighted],
+    *,
+    method: str = "concat",
+    rule: RankRule | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    block_weight: BlockWeight | None = None,
+    keep: Keep = Tensor.of,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Combination:
+    """One adapter made of several by a method of METHODS.
+
+    A module that one adapter alone changes keeps its factors bit for bit and carries the multiplier in its scale, unless the method
+    prunes. `rule` cuts every module to the rank it chooses; `density` is the share of values a pruning method keeps, `seed` that of
+    random pruning (another random generator than torch's: PEFT's draws cannot be repeated). `block_weight` multiplies each target's
+    weight; 0 leaves it out. The result does not depend on the number of threads. `keep` takes the arrays that are computed.
+
+    Raises UsageError for no adapter, an unknown method, or a density that is missing, means nothing or is not used; RefusedError for
+    unknown scales, for deltas that a method cannot add, and for adapters whose module names cannot be brought together; MismatchError
+    naming both where shapes or saved tensors (or, for methods that add factors, ranks) differ.
+    """
+    method = ALIASES.get(method, method)
+    if method not in METHODS:
+        raise UsageError("no such method", expected=", ".join(METHODS), found=method)
+    chosen = METHODS[method]
+    _check(items, chosen, method, density)
+    findings = _agreeing(items)
+    found = places(items, block_weight)
+    if not found:
+        raise RefusedError("nothing is left to combine: every module's block weight is 0", file=file_of(items[0][0]))
+    if chosen.cut and rule is None:
+        rule = _largest_rank(found)
+    how = Arithmetic(chosen.prune, chosen.elect, 1.0 if density is None else density, seed)
+    work = _worker(chosen, method, how, rule, keep)
+    deltas = {}
+    modules: list[dict[str, Any]] = []
+    for place, (delta, facts) in zip(found, in_threads(work, found, [place.size for place in found], threads, progress), strict=True):
+        deltas.update(place.job.parts(delta))
+        if facts:
+            modules.append(facts)
+    first = items[0][0]
+    alone = sum(len(place.pieces) == 1 for place in found)
+    weights = [f"{file_of(adapter)} x {multiplier:g}" for adapter, multiplier in items]
+    findings.append(
+        info("combined", file_of(first), f"{method}: {len(found)} modules, {alone} of them changed by one adapter alone", *weights)
+    )
+    if block_weight is not None:
+        findings += _weighted(items, block_weight)
+    leftovers = {f"{file_of(adapter)}:{name}": tensor for adapter, _ in items for name, tensor in adapter.leftovers.items()}
+    adapter = replace(
+        first, deltas=deltas, extras=extras(items), metadata={"format": first.metadata["format"]} if "format" in first.metadata else {},
+        config={key: value for key, value in first.config.items() if key in ("base_model_name_or_path", "task_type")}, leftovers=leftovers,
+        files=tuple(name for adapter, _ in items for name in adapter.files), findings=findings,
+        transposed_base=next((adapter.transposed_base for adapter, _ in items if adapter.transposed_base is not None), None),
+    )  # fmt: skip
+    return Combination(adapter, method, modules)
+
+
+def _opened(given: Adapter | Path | str, read: ReadOptions | None, drop: Collection[str]) -> Adapter:
+    adapter = given if isinstance(given, Adapter) else open_adapter(given, options=read)
+    return replace(adapter, conditions=[]) if "conditions" in drop else adapter
+
+
+def _check(items: Sequence[Weighted], chosen: Method, method: str, density: float | None) -> None:
+    if not items:
+        raise UsageError("nothing to combine")
+    if chosen.prune is None and density is not None:
+        raise UsageError(f"{method} prunes nothing, so that a density means nothing", found=density)
+    if chosen.prune is not None and (density is None or not 0.0 < density <= 1.0):
+        raise UsageError(
+            f"{method} needs the share of values to keep", expected="a density above 0 and up to 1", found="none" if density is None else density
+        )  # fmt: skip
+
+
+def _agreeing(items: Sequence[Weighted]) -> list[Finding]:
+    """Findings of the adapters and about their bases. Raises RefusedError where names mean different things, MismatchError where weights lie otherwise."""
+    first = items[0][0]
+    layouts = {adapter.layout for adapter, _ in items}
+    if len(layouts) > 1 or layouts & {"unnamed"}:
+        raise RefusedError(
+            "the adapters name their modules in different ways, and their base is not known", file=file_of(first),
+            found="; ".join(f"{file_of(adapter)}: {adapter.layout}" for adapter, _ in items), remedy="name it with --base",
+        )  # fmt: skip
+    for adapter, _ in items:
+        if adapter.conditions:
+            raise RefusedError(
+                "the factors alone are not the change", file=file_of(adapter), found="; ".join(adapter.conditions),
+                remedy="combine them all the same with --drop conditions",
+            )  # fmt: skip
+    if len({adapter.transposed_base for adapter, _ in items} - {None}) > 1:
+        raise MismatchError("some of these adapters are for weights stored (in, out) and some are not", file=file_of(first))
+    findings = [finding for adapter, _ in items for finding in adapter.findings if finding.severity]
+    names = {adapter.base.name for adapter, _ in items if adapter.base is not None}
+    if len(names) > 1:
+        findings.append(warning("bases-differ", file_of(first), "the adapters seem to be for different bases", ", ".join(sorted(names))))
+    return findings
+
+
+def _largest_rank(found: Sequence[Place]) -> RankRule:
+    """PEFT's default for methods that cut: the largest rank of the adapters."""
+    from upparam.algorithms.lowrank import RankRule
+
+    ranks = [piece.delta.rank for place in found for piece in place.pieces if piece.delta.rank is not None]
+    if not ranks:
+        raise UsageError("no rank rule", expected="a rank, energy, error or fro", remedy="none of these adapters has a rank to take over")
+    return RankRule(max(ranks))
+
+
+Made = tuple[Delta, dict[str, Any]]
+"""A delta, and facts about it where it was computed."""
+
+
+def _worker(chosen: Method, method: str, how: Arithmetic, rule: RankRule | None, keep: Keep) -> Callable[[Place], Made]:
+    def work(place: Place) -> Made:
+        try:
+            delta, facts = _join(place, chosen, method, how, rule is not None, keep)
+            if rule is None or not cuttable(delta):
+                return delta, facts
+            delta, cut = cut_job(place.job._replace(delta=delta), rule, "scale", keep)
+            return delta, facts | cut.facts()
+        except UpparamError as problem:
+            raise type(problem)(
+                problem.message, file=problem.file or place.pieces[0].file, tensor=problem.tensor or place.name, expected=problem.expected,
+                found=problem.found, remedy=problem.remedy,
+            ) from problem  # fmt: skip
+
+    return work
+
+
+def _join(place: Place, chosen: Method, method: str, how: Arithmetic, cut: bool, keep: Keep) -> Made:
+    if len(place.pieces) == 1 and chosen.alone:
+        return scaled(place.pieces[0]), {}
+    if method == "concat":
+        return (to_cut(place) if cut else concatenated(place)), {}
+    if method == "orthogonal":
+        delta, left = orthogonal(place)
+        shares = {str(piece.number): round(share, 6) for piece, share in zip(place.pieces, left, strict=True)}
+        return (delta if cut else _kept(delta, keep)), {"targets": [str(target) for target in place.job.targets], "left": shares}
+    if chosen.form == "factors":
+        delta = on_factors(place, how)
+        return (delta if cut else _kept(delta, keep)), {}
+    return (to_cut(place) if chosen.prune is None else on_weights(place, how)), {}
+
+
+def _kept(delta: Delta, keep: Keep) -> Delta:
+    return replace(delta, **{role: keep(factor.read()) for role, factor in delta.factors().items()})  # type: ignore[type-var]
+
+
+def _weighted(items: Sequence[Weighted], block_weight: BlockWeight) -> list[Finding]:
+    """What the block weights did, and a warning where they did nothing."""
+    targets = {target for adapter, _ in items for target in adapter.deltas}
+    weights = {target: block_weight(target) for target in targets}
+    if all(weight == 1.0 for weight in weights.values()):
+        unresolved = "" if items[0][0].layout == "reference" else "; the modules have no names of a known base: name it with --base"
+        return [warning("block-weights", file_of(items[0][0]), f"the block weights leave every module as it is{unresolved}")]
+    gone = sum(weight == 0.0 for weight in weights.values())
+    changed = sum(weight not in (0.0, 1.0) for weight in weights.values())
+    return [info("block-weights", file_of(items[0][0]), f"{changed} targets with a block weight of their own, {gone} left out")]
+
+
+def _parameters(chosen: Method, density: float | None, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if chosen.prune is not None:
+        found["density"] = f"{density:g}"
+    if chosen.prune == "chance":
+        found["seed"] = seed
+    return found
+
+
+def _summary(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    cuts = [module for module in modules if "new_rank" in module]
+    if cuts:
+        ranks = sorted({module["new_rank"] for module in cuts})
+        found["ranks"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        found["error_of_the_cut"] = f"{max(module['error'] for module in cuts):.3g} or less"
+    left = [share for module in modules for share in module.get("left", {}).values()]
+    if left:
+        found["left_of_dW"] = f"{min(left):.3g} or more"
+    return found

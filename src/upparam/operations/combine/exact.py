@@ -1,0 +1,261 @@
+"""Sums that are exact but for one rounding: concatenation of factors, with each adapter as it is or projected off those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import TYPE_CHECKING, Any
+
+from upparam.algorithms.base import BAKED, Delta, Scaling, Update
+from upparam.algorithms.full import Full
+from upparam.algorithms.lora import LoRA
+from upparam.errors import RefusedError
+from upparam.operations.combine.pieces import Piece, Place
+from upparam.tensors import DTYPES, DType, Tensor, doubles
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def concatenated(place: Place) -> Delta:
+    """up = [up1 up2 ...], down stacked likewise: dW is the sum.
+
+    Where the pieces have one effective scale and dtype every bit stays. Otherwise each piece's share of the scale goes into its up
+    factor, in float32 (float64 where a factor is), one rounding each. Deltas of other algorithms take part through their low-rank form;
+    where one has none but is stored as large as dW itself, the sum is a full difference. Raises RefusedError for those that have neither.
+    """
+    pieces = place.pieces
+    loras = [(piece.delta, piece.strength()) for piece in pieces if type(piece.delta) is LoRA and piece.delta.mid is None]
+    if len(loras) == len(pieces):
+        return _concatenated(loras)
+    forms = [_low_rank(piece) for piece in pieces]
+    if None not in forms:
+        # The factors are made again when they are written, not held.
+        return _joined_pairs(place, [len(form[1]) for form in forms if form is not None])
+    for piece, form in zip(pieces, forms, strict=True):
+        delta = piece.delta
+        if form is None and (not delta.additive or sum(factor.numel for factor in delta.factors().values()) < prod(delta.shape)):
+            raise RefusedError(
+                f"a {delta.algorithm} delta cannot be added to another by concatenation", file=piece.file, tensor=place.name,
+                remedy="give the rank of the result (--rank), or make a LoRA of it with 'upparam resize'",
+            )  # fmt: skip
+    return _full(place)
+
+
+def _low_rank(piece: Piece) -> Pair | None:
+    """(weight * scale * up, down) in float64; None where the delta has no such form."""
+    if not piece.delta.additive:
+        return None
+    piece.strength()  # for its error, which names the file
+    update = piece.delta.load()
+    pair = update.low_rank()
+    return None if pair is None else (pair[0] * (update.scale * piece.weight), pair[1])
+
+
+def wide_enough(pieces: Sequence[Piece]) -> DType:
+    """The dtype of computed factors: float32, or float64 where a factor is."""
+    return _wide(factor.dtype for piece in pieces for factor in piece.delta.factors().values())
+
+
+def _wide(dtypes: Iterable[DType]) -> DType:
+    return DTYPES["float64" if DTYPES["float64"] in dtypes else "float32"]
+
+
+def _concatenated(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
+    first = loras[0][0]
+    rank = sum(delta.rank for delta, _ in loras)
+    scales = {scale for _, scale in loras}
+    dtypes = list(dict.fromkeys(factor.dtype for delta, _ in loras for factor in (delta.up, delta.down)))
+    as_stored = len(scales) == 1 and len(dtypes) == 1
+    scale, dtype = (loras[0][1], dtypes[0]) if as_stored else (1.0, _wide(dtypes))
+    shape = (first.up.shape[0], rank, *first.up.shape[2:])
+
+    def up() -> NDArray[Any]:
+        import numpy as np
+
+        joined = np.empty(shape, dtype.numpy)
+        at = 0
+        for delta, own in loras:
+            stored = delta.up.read()
+            joined[:, at : at + delta.rank] = stored if as_stored else doubles(stored) * own
+            at += delta.rank
+        return joined
+
+    if as_stored:
+        down = Tensor.stack([delta.down for delta, _ in loras])
+    else:
+        down = Tensor.stack([_widened(delta.down, dtype) for delta, _ in loras])
+    return LoRA(Tensor.computed(dtype, shape, up, "combined up"), down, Scaling(alpha=scale * rank), embedding=first.embedding)
+
+
+def _widened(tensor: Tensor, dtype: DType) -> Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    return Tensor.computed(dtype, tensor.shape, lambda: tensor.read().astype(dtype.numpy), tensor.source.name)
+
+
+def _joined_pairs(place: Place, ranks: Sequence[int]) -> LoRA:
+    dtype, shape, rank = wide_enough(place.pieces), place.pieces[0].delta.shape, sum(ranks)
+
+    def pairs() -> list[Pair]:
+        return [form for piece in place.pieces if (form := _low_rank(piece)) is not None]
+
+    return lora_of(
+        shape, rank, Tensor.computed(dtype, (shape[0], rank), lambda: _beside(pairs()).astype(dtype.numpy), "combined up"),
+        Tensor.computed(dtype, (rank, prod(shape[1:])), lambda: _below(pairs()).astype(dtype.numpy), "combined down"), _embedding(place),
+    )  # fmt: skip
+
+
+def _beside(pairs: Sequence[Pair]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.concatenate([up for up, _ in pairs], axis=1)
+
+
+def _below(pairs: Sequence[Pair]) -> NDArray[np.float64]:
+    import numpy as np
+
+    return np.concatenate([down for _, down in pairs])
+
+
+def lora_of(shape: tuple[int, ...], rank: int, up: Tensor, down: Tensor, embedding: bool) -> LoRA:
+    """A LoRA of scale 1 from up (out, rank) and down (rank, rest), the kernel's axes put where LoRA has them."""
+    kernel = shape[2:]
+    return LoRA(
+        up.reshape((shape[0], rank, *(1 for _ in kernel))), down.reshape((rank, shape[1], *kernel)), Scaling(alpha=float(rank)),
+        embedding=embedding,
+    )  # fmt: skip
+
+
+def _embedding(place: Place) -> bool:
+    return any(getattr(piece.delta, "embedding", False) for piece in place.pieces)
+
+
+def _full(place: Place) -> Full:
+    """The sum as a full difference; of one class where all are (a norm's vector stays one)."""
+    dtype, shape = wide_enough(place.pieces), place.pieces[0].delta.shape
+
+    def make() -> NDArray[Any]:
+        total: Any = sum(piece.weight * piece.delta.load().rows(0, shape[0]) for piece in place.pieces)
+        return total.reshape(shape).astype(dtype.numpy)  # type: ignore[no-any-return]
+
+    classes = {type(piece.delta) for piece in place.pieces}
+    kind = next(iter(classes)) if len(classes) == 1 else Full
+    return (kind if issubclass(kind, Full) else Full)(Tensor.computed(dtype, shape, make, "combined difference"))
+
+
+class _SumUpdate(Update):
+    """Several updates added, each with its weight."""
+
+    def __init__(self, parts: Sequence[tuple[Update, float]]) -> None:
+        self.parts, self.shape, self.scale = parts, parts[0][0].shape, 1.0
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) of the sum."""
+        total: NDArray[np.float64] = sum(weight * update.rows(start, stop) for update, weight in self.parts)  # type: ignore[assignment]
+        return total
+
+    def low_rank(self) -> Pair | None:
+        """The factors side by side; None where one update has none."""
+        pairs = [(form, update.scale * weight) for update, weight in self.parts if (form := update.low_rank()) is not None]
+        if len(pairs) < len(self.parts):
+            return None
+        return _beside([(up * scale, down) for (up, down), scale in pairs]), _below([pair for pair, _ in pairs])
+
+
+@dataclass(frozen=True)
+class Sum(Delta):
+    """The weighted sum of deltas of any additive algorithms, not written but cut to a LoRA."""
+
+    algorithm = "sum"
+    pieces: tuple[Piece, ...]
+    scaling: Scaling = BAKED
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of each."""
+        return self.pieces[0].delta.shape
+
+    @property
+    def rank(self) -> None:
+        """None: what it is nobody knows before it is cut."""
+        return None
+
+    @property
+    def embedding(self) -> bool:
+        """True when one of them is of an embedding."""
+        return any(getattr(piece.delta, "embedding", False) for piece in self.pieces)
+
+    def factors(self) -> Mapping[str, Tensor]:
+        """Those of each, by its number."""
+        return {f"{piece.number}.{role}": factor for piece in self.pieces for role, factor in piece.delta.factors().items()}
+
+    def load(self) -> Update:
+        """The factors of each in memory."""
+        return _SumUpdate([(piece.delta.load(), piece.weight) for piece in self.pieces])
+
+
+def to_cut(place: Place) -> Delta:
+    """The sum in the form that cutting it takes: concatenated where all are LoRAs, else a Sum. Raises RefusedError where one has no dW."""
+    if all(type(piece.delta) is LoRA and piece.delta.mid is None for piece in place.pieces):
+        return concatenated(place)
+    for piece in place.pieces:
+        piece.strength()
+        if not piece.delta.additive:
+            raise RefusedError(
+                f"how a {piece.delta.algorithm} delta changes a weight depends on the weight: it cannot be added to another",
+                file=piece.file, tensor=place.name,
+            )  # fmt: skip
+    return Sum(place.pieces)
+
+
+def orthogonal(place: Place) -> tuple[LoRA, list[float]]:
+    """(the concatenation of the pieces, each projected off the spaces of those before it; the share of each one's ||dW|| that is left).
+
+    dW_i' = (1 - P_i) dW_i (1 - R_i), with P_i and R_i the projections on the column space and the row space of all dW_j', j < i: what
+    a later adapter reads from inputs that an earlier one reads, and writes to outputs that an earlier one writes, is taken out.
+    So dW_j'^T dW_i' = 0 and dW_j' dW_i'^T = 0. The first stays as it is; the order matters. The formula is ours.
+    """
+    import numpy as np
+
+    shape = place.pieces[0].delta.shape
+    columns, rows = np.zeros((shape[0], 0)), np.zeros((prod(shape[1:]), 0))
+    pairs: list[Pair] = []
+    left: list[float] = []
+    for piece in place.pieces:
+        form = _low_rank(piece)
+        if form is None:
+            raise RefusedError(
+                f"a {piece.delta.algorithm} delta has no factors to project", file=piece.file, tensor=place.name,
+                remedy="make a LoRA of it with 'upparam resize'",
+            )  # fmt: skip
+        up, down = form
+        before = _size(up, down)
+        new_up, new_columns = _off(up, columns)
+        new_down, new_rows = _off(down.T, rows)
+        columns, rows = np.concatenate([columns, new_columns], axis=1), np.concatenate([rows, new_rows], axis=1)
+        pairs.append((new_up, new_down.T))
+        left.append(_size(new_up, new_down.T) / before if before else 1.0)
+    dtype = wide_enough(place.pieces)
+    made = [Tensor.of(array.astype(dtype.numpy)) for array in (_beside(pairs), _below(pairs))]
+    return lora_of(shape, made[0].shape[1], made[0], made[1], _embedding(place)), left
+
+
+def _off(factor: NDArray[np.float64], basis: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(the columns of a factor without what lies in the span of an orthonormal basis, an orthonormal basis of what they then span)."""
+    import numpy as np
+
+    norm = float(np.linalg.norm(factor))
+    rest = factor
+    for _ in range(2):  # twice is enough: the second takes away what the first's rounding left
+        rest = rest - basis @ (basis.T @ rest)
+    left, sigma, _ = np.linalg.svd(rest, full_matrices=False)
+    return rest, left[:, sigma > 1e-10 * norm]
+
+
+def _size(up: NDArray[np.float64], down: NDArray[np.float64]) -> float:
+    return sqrt(max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0))

@@ -1,0 +1,166 @@
+"""Task arithmetic as PEFT's `add_weighted_adapter` does it: on the factors, or on dW; with values pruned, and signs elected.
+
+Sources: huggingface/peft src/peft/tuners/lora/model.py (_generalized_task_arithmetic_weighted_adapter,
+_svd_generalized_task_arithmetic_weighted_adapter) and src/peft/utils/merge_utils.py; TIES is arXiv 2306.01708, DARE arXiv 2311.03099.
+On the factors the result depends on how each dW is split into up and down, and products of one adapter's up with another's down take part:
+that is PEFT's definition. On dW it does not depend on the split.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from math import prod, sqrt
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from upparam.algorithms.base import tiles
+from upparam.algorithms.full import Full
+from upparam.algorithms.lora import LoRA
+from upparam.errors import MalformedError, MismatchError, RefusedError
+from upparam.operations.combine.exact import lora_of, wide_enough
+from upparam.operations.combine.pieces import Piece, Place
+from upparam.tensors import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Task = Callable[[], Array]
+    """Makes one adapter's array anew, so that no more than one is held."""
+
+
+class Arithmetic(NamedTuple):
+    """How arrays are added: what is pruned from each before (`size`: all but the largest, `chance`: at random, the rest divided by
+    `density`), and whether a sign is elected for each element, values of the other sign then being left out and the rest averaged."""
+
+    prune: Literal["size", "chance"] | None
+    elect: bool
+    density: float
+    seed: int
+
+
+def on_factors(place: Place, how: Arithmetic) -> LoRA:
+    """up = sum of sqrt(|w|) up_i, down = sum of sign(w) sqrt(|w|) down_i with w = weight * scale, each pruned and elected by itself.
+
+    Raises MismatchError where ranks differ, RefusedError for deltas that are no plain LoRAs.
+    """
+    deltas: list[tuple[Piece, LoRA]] = []
+    for piece in place.pieces:
+        if type(piece.delta) is not LoRA or piece.delta.mid is not None:
+            raise RefusedError(
+                f"this method adds the factors of plain LoRAs, and a {piece.delta.algorithm} delta has others", file=piece.file,
+                tensor=place.name, remedy="use a method that works on dW (svd, ties_svd, ...)",
+            )  # fmt: skip
+        deltas.append((piece, piece.delta))
+    rank = deltas[0][1].rank
+    for piece, delta in deltas:
+        if delta.rank != rank:
+            raise MismatchError(
+                "this method adds factors of one rank", tensor=place.name, expected=f"rank {rank} as in {deltas[0][0].file}",
+                found=f"{delta.rank} in {piece.file}", remedy="use a method that works on dW (svd, ties_svd, ...), or 'upparam resize' one first",
+            )  # fmt: skip
+    strengths = [piece.strength() for piece, _ in deltas]
+    shape = deltas[0][1].shape
+    shares = [sqrt(abs(strength)) for strength in strengths]
+    signed = [-share if strength < 0 else share for share, strength in zip(shares, strengths, strict=True)]
+    tasks = [(piece, delta.up.doubles, delta.down.doubles) for piece, delta in deltas]
+    up = _added([(_seed(how, place, piece, 0), read, share) for (piece, read, _), share in zip(tasks, shares, strict=True)], how)
+    down = _added([(_seed(how, place, piece, 1), read, share) for (piece, _, read), share in zip(tasks, signed, strict=True)], how)
+    dtype = wide_enough(place.pieces)
+    made = [Tensor.of(array.reshape(size).astype(dtype.numpy)) for array, size in ((up, (shape[0], rank)), (down, (rank, -1)))]
+    return lora_of(shape, rank, made[0], made[1], deltas[0][1].embedding)
+
+
+def on_weights(place: Place, how: Arithmetic) -> Full:
+    """The dW of each adapter, formed in float32, pruned, elected and added with the weights: a full difference, to be cut to a rank.
+
+    At most five arrays of the weight's size are held. Raises RefusedError for deltas without a dW.
+    """
+    shape = place.pieces[0].delta.shape
+    tasks = []
+    for piece in place.pieces:
+        piece.strength()
+        if not piece.delta.additive:
+            raise RefusedError(
+                f"how a {piece.delta.algorithm} delta changes a weight depends on the weight: it cannot be added to another",
+                file=piece.file, tensor=place.name,
+            )  # fmt: skip
+        tasks.append((_seed(how, place, piece, 2), _dense(piece), piece.weight))
+    return Full(Tensor.of(_added(tasks, how).reshape(shape)))
+
+
+def _dense(piece: Piece) -> Task:
+    def make() -> Array:
+        import numpy as np
+
+        delta = piece.delta
+        update = delta.load()
+        matrix = np.empty((delta.shape[0], prod(delta.shape[1:])), np.float32)
+        for start, stop in tiles(delta.shape):
+            matrix[start:stop] = update.rows(start, stop)
+        return matrix
+
+    return make
+
+
+def _seed(how: Arithmetic, place: Place, piece: Piece, role: int) -> tuple[int, ...]:
+    return (how.seed, zlib.crc32(place.name.encode()), piece.number, role)
+
+
+def _added(tasks: Sequence[tuple[tuple[int, ...], Task, float]], how: Arithmetic) -> Array:
+    """sum of w_i p_i for the pruned arrays p_i; with an election, over those whose sign is that of sum of p_i (>= 0 counts as positive),
+    divided by how many these are."""
+    import numpy as np
+
+    if not how.elect:
+        total: Any = None
+        for seed, make, weight in tasks:
+            part = _pruned(make(), how, seed)
+            part *= weight
+            total = part if total is None else total + part
+        return total  # type: ignore[no-any-return]
+    votes: Any = None
+    for seed, make, _ in tasks:
+        part = _pruned(make(), how, seed)
+        votes = part if votes is None else np.add(votes, part, out=votes)
+    negative = votes < 0
+    total, count = np.zeros_like(votes), np.zeros(votes.shape, np.int16)
+    for seed, make, weight in tasks:
+        part = _pruned(make(), how, seed)
+        chosen = np.where(negative, part < 0, part > 0)
+        count += chosen
+        part *= weight
+        np.add(total, part, out=total, where=chosen)
+    total /= np.maximum(count, 1)
+    return total  # type: ignore[no-any-return]
+
+
+def _pruned(values: Array, how: Arithmetic, seed: tuple[int, ...]) -> Array:
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        raise MalformedError("a factor holds values that are not finite")
+    if how.density >= 1.0 or how.prune is None:
+        return values
+    if how.prune == "chance":
+        values *= np.random.default_rng(seed).random(values.shape, np.float32) < how.density
+        values /= how.density
+        return values
+    keep = largest(values, int(how.density * values.size))
+    values *= keep
+    return values
+
+
+def largest(values: Array, count: int) -> NDArray[np.bool_]:
+    """Which `count` values are the largest by size, the first of equal ones; same shape as `values`."""
+    import numpy as np
+
+    sizes = np.abs(values).reshape(-1)
+    if not count:
+        return np.zeros(values.shape, bool)
+    edge = np.partition(sizes, sizes.size - count)[sizes.size - count]
+    keep: NDArray[np.bool_] = sizes > edge
+    missing = count - int(keep.sum())
+    keep[np.flatnonzero(sizes == edge)[:missing]] = True
+    return keep.reshape(values.shape)
