@@ -8,5 +8,11 @@ ALGORITHMS: dict[str, str] = {
     "doha": "upparam.algorithms.dora:DoHa",
     "lokr": "upparam.algorithms.lokr:LoKr",
     "dokr": "upparam.algorithms.dora:DoKr",
+    "glora": "upparam.algorithms.glora:GLoRA",
+    "ia3": "upparam.algorithms.ia3:IA3",
+    "diag-oft": "upparam.algorithms.oft:DiagOFT",
+    "butterfly-oft": "upparam.algorithms.boft:ButterflyOFT",
+    "full": "upparam.algorithms.full:Full",
+    "norm": "upparam.algorithms.full:Norm",
 }
 """Algorithm name to the class whose deltas carry it; each is a dataclass of Tensors, a `scaling` and plain values."""

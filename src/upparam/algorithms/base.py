@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite, prod, sqrt
@@ -118,7 +118,7 @@ class Delta(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight it changes. A size that the factors do not tell is 0; a kernel may be flattened into the second axis (see `fits`)."""
+        """Shape of the weight it changes. A size that the factors do not tell is 0; a kernel may be flattened into the second axis (see `fits_weight`)."""
 
     @property
     @abstractmethod
@@ -165,6 +165,10 @@ class Delta(ABC):
                 return replace(self, **{role: change(factor)})  # type: ignore[type-var]
         raise RefusedError(f"no factor of a {self.algorithm} delta can take over a multiplier")
 
+    def idle(self, zeros: Collection[str]) -> bool:
+        """True when nothing changes because the factors of these roles, and no others, are all zero."""
+        return bool(zeros)
+
     def frobenius(self) -> float:
         """||scale * dW||_F. The default forms rows tile by tile; low-rank algorithms override it."""
         total = 0.0
@@ -187,7 +191,7 @@ class Delta(ABC):
         return sum(float((mine.rows(start, stop) * theirs.rows(start, stop)).sum()) for start, stop in tiles(self.shape))
 
 
-def fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+def fits_weight(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """True when a delta of this shape changes a weight of that one.
 
     Kernel axes of size 1 may be missing on either side, a kernel may be flattened into the columns, and a size of 0 stands for one that

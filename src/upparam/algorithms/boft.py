@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -85,6 +85,10 @@ class ButterflyOFT(Delta):
         """`blocks` and, if there is one, `rescale`."""
         return {"blocks": self.blocks} | ({"rescale": self.rescale} if self.rescale is not None else {})
 
+    def idle(self, zeros: Collection[str]) -> bool:
+        """True when there are no turns; factors for rows change the weight by themselves."""
+        return "blocks" in zeros and self.rescale is None
+
     def load(self) -> ButterflyUpdate:
         """The turns in memory as float64."""
         self.known_scale()
@@ -157,6 +161,10 @@ class BOFT(Delta):
     def factors(self) -> Mapping[str, Tensor]:
         """`blocks` and `gain`."""
         return {"blocks": self.blocks, "gain": self.gain}
+
+    def idle(self, zeros: Collection[str]) -> bool:
+        """False: factors for rows change the weight by themselves."""
+        return False
 
     def load(self) -> InputButterflyUpdate:
         """The turns in memory as float64."""

@@ -8,7 +8,7 @@ adds the machine epsilon of its working dtype to each norm, so that a norm of ze
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -122,6 +122,10 @@ class Decomposed(Delta):
     def load(self) -> DecomposedUpdate:
         """Factors in memory as float64."""
         return DecomposedUpdate(self.direction.load(), self.magnitude.doubles().reshape(-1), self.per_row)
+
+    def idle(self, zeros: Collection[str]) -> bool:
+        """False: a magnitude that is not the base's own norm changes the weight whatever the direction's factors are."""
+        return False
 
     def with_direction(self, direction: Delta, magnitude: Tensor) -> Decomposed:
         """The same algorithm with another direction (of the class `plain`) and magnitude."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -78,6 +78,10 @@ class GLoRA(Delta):
     def factors(self) -> Mapping[str, Tensor]:
         """`a1`, `a2`, `b1`, `b2` and, if there is one, `bm`."""
         return {"a1": self.a1, "a2": self.a2, "b1": self.b1, "b2": self.b2} | ({"bm": self.bm} if self.bm is not None else {})
+
+    def idle(self, zeros: Collection[str]) -> bool:
+        """True when both A and B are zero."""
+        return bool({"a1", "a2"} & set(zeros)) and bool({"b1", "b2", "bm"} & set(zeros))
 
     def load(self) -> GeneralUpdate:
         """Factors in memory as float64."""

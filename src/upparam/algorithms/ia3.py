@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -67,6 +67,10 @@ class IA3(Delta):
     def factors(self) -> Mapping[str, Tensor]:
         """`vector`."""
         return {"vector": self.vector}
+
+    def idle(self, zeros: Collection[str]) -> bool:
+        """True when 1 + 0 multiplies everything."""
+        return self.from_one and bool(zeros)
 
     def load(self) -> ScaledUpdate:
         """The vector in memory as float64."""

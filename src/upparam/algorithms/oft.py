@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, sqrt
 from typing import TYPE_CHECKING, ClassVar
@@ -56,6 +56,7 @@ class DiagOFT(Delta):
     """blocks (k, s, s), rescale (out, 1, ..): W' = rescale * R^T @ W, block by block, R = (I + Q) @ inverse(I - Q), Q = blocks - blocks^T.
 
     Q is scaled down where its norm over all blocks exceeds `constraint` * out (0: no limit; the files store it as alpha).
+    With `made` the blocks are R itself, row factors included, as LyCORIS 2.0 saved it.
     Source: KohakuBlueleaf/LyCORIS lycoris/functional/diag_oft.py and modules/diag_oft.py (which multiplies the constraint by out).
     """
 
@@ -64,6 +65,7 @@ class DiagOFT(Delta):
     blocks: Tensor
     rescale: Tensor | None = None
     constraint: float = 0.0
+    made: bool = False
     scaling: Scaling = BAKED
 
     def __post_init__(self) -> None:
@@ -91,10 +93,16 @@ class DiagOFT(Delta):
         """`blocks` and, if there is one, `rescale`."""
         return {"blocks": self.blocks} | ({"rescale": self.rescale} if self.rescale is not None else {})
 
+    def idle(self, zeros: Collection[str]) -> bool:
+        """True when there are no turns; factors for rows change the weight by themselves."""
+        return "blocks" in zeros and self.rescale is None and not self.made
+
     def load(self) -> OutputTurnUpdate:
         """The turns in memory as float64."""
         self.known_scale()
         blocks = self.blocks.doubles()
+        if self.made:
+            return OutputTurnUpdate(blocks.swapaxes(1, 2), None, self.shape)
         skew = limited(blocks - blocks.swapaxes(1, 2), self.constraint * self.shape[0])
         # R = cayley(-Q), and the transpose of a turn is the turn of -Q
         return OutputTurnUpdate(cayley(skew), None if self.rescale is None else self.rescale.doubles().reshape(-1), self.shape)

@@ -17,6 +17,7 @@ from functools import cache
 from typing import NamedTuple
 
 from upparam.adapter import BaseHint
+from upparam.algorithms.base import fits_weight
 from upparam.bases import inventory
 
 Shape = tuple[int, ...]
@@ -128,16 +129,17 @@ def recognise(shapes: Mapping[str, Shape], *, stated: str | None = None) -> list
 
 _WRAPPER = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.)?")
 """What PEFT and ComfyUI put in front of a module path. (transformers 4.52 turned `language_model.model.` round.)"""
-_COMPONENT = re.compile(r"^lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)_")
+_COMPONENT = re.compile(r"^(?:lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)|(lycoris))_")
 _COMPONENTS = {
     "unet": ("unet.", "transformer."), "transformer": ("transformer.",), "prior_unet": ("unet.",), "te": ("text_encoder.",),
     "te1": ("text_encoder.",), "te2": ("text_encoder_2.",), "te3": ("text_encoder_3.", "text_encoder_2.", "text_encoder."), "text_encoder": ("text_encoder.",),
-    "text_encoder_2": ("text_encoder_2.",),
+    "text_encoder_2": ("text_encoder_2.",), "lycoris": ("unet.", "transformer.", "text_encoder.", ""),
 }  # fmt: skip
 
 
 def recognise_underscored(names: Mapping[str, Shape], *, stated: str | None = None) -> list[BaseHint]:
-    """The same for names whose segments are joined by underscores, as sd-scripts writes them, with or without its `lora_unet_` in front:
+    """The same for names whose segments are joined by underscores, as sd-scripts writes them, with or without its `lora_unet_` (or LyCORIS'
+    `lycoris_`, which stands before any component) in front:
 
     diffusers' names (`down_blocks_0_attentions_0_...`) or the authors' (`input_blocks_4_1_...`, `double_blocks_0_img_attn_qkv`).
     """
@@ -145,7 +147,7 @@ def recognise_underscored(names: Mapping[str, Shape], *, stated: str | None = No
     def parts(name: str) -> tuple[str | None, str]:
         found = _COMPONENT.match(name)
         rest = name[found.end() :] if found else name
-        return (found.group(1) if found else None), rest
+        return (found.group(1) or found.group(2) if found else None), rest
 
     return _recognise(_groups(names, _UNDERSCORED_NUMBER, parts), True, stated)
 
@@ -235,8 +237,11 @@ def _same(group: Group, entry: Entry, template: str, *, counted: bool) -> bool:
 
 
 def _excused(shape: Shape, theirs: Shape, template: str) -> bool:
-    """Embedding deltas may come transposed, those of a 1x1 convolution without its kernel, those of a fused weight as some of its rows."""
-    if (*shape, 1, 1) == theirs:
+    """Embedding deltas may come transposed, those of a convolution without its kernel or with a flat one, those of a fused weight as some rows.
+
+    Sizes of 0 are not told by the delta (see `upparam.algorithms.base.fits_weight`).
+    """
+    if fits_weight(shape, theirs):
         return True
     if _VOCABULARY.search(template) and shape == theirs[::-1]:
         return True
@@ -314,7 +319,7 @@ def _dimensions(fit: Fit, groups: Sequence[Group]) -> list[str]:
     for number in fit.matched:
         group = groups[number]
         for pattern, axis, word in _DIMENSIONS:
-            if pattern.search(group.template) and len(group.shape) == 2:
+            if pattern.search(group.template) and len(group.shape) == 2 and group.shape[axis]:
                 found.setdefault(word, set()).add(group.shape[axis])
     single = [f"{word} {next(iter(sizes))}" for word, sizes in found.items() if len(sizes) == 1]
     return [", ".join(single)] if single else []
@@ -351,6 +356,8 @@ def _excluded(fit: Fit, groups: Sequence[Group], index: Index, fitting: set[str]
     best: tuple[int, str] = (0, "")
     for number, template in fit.matched.items():
         shape = groups[number].shape
+        if 0 in shape:
+            continue
         theirs: dict[str, list[Shape]] = {}
         for entry in index.entries[template]:
             for name in map(index.names.__getitem__, entry.bases):

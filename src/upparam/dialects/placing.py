@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from upparam.adapter import Adapter, BaseHint, Target
-from upparam.algorithms.base import Delta
+from upparam.algorithms.base import Delta, fits_weight
 from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, Place, available, find
@@ -107,14 +107,11 @@ def _contradicted(one: LayoutMap, shapes: Mapping[str, Shape], aliases: Sequence
 
 
 def alike(one: Shape, other: Shape) -> bool:
-    """True when two weight shapes are the same but for kernel axes of size 1 (a 1x1 convolution and a Linear)."""
-    return _bare(one) == _bare(other)
+    """True when a delta and a weight are of the same shape but for kernel axes of size 1, a flattened kernel, or sizes the delta does not tell.
 
-
-def _bare(shape: Shape) -> Shape:
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+    Which of the two is the delta's does not matter.
+    """
+    return fits_weight(one, other) or fits_weight(other, one)
 
 
 PARTS_KEY = "upparam.parts"

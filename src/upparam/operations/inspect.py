@@ -29,6 +29,7 @@ class ModuleStats:
 
     `spectral` and `stable_rank` (||dW||_F^2 / ||dW||_2^2) are None where dW has no low-rank form to compute them through.
     `zeros` is the share of factor elements that are exactly zero, `dead` names factors that are all zero, `nonfinite` counts NaN and Inf.
+    `idle` says that for this reason nothing changes.
     """
 
     target: str
@@ -43,6 +44,7 @@ class ModuleStats:
     stable_rank: float | None
     zeros: float
     dead: tuple[str, ...]
+    idle: bool
     nonfinite: int
 
     def facts(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def module_stats(target: Target, delta: Delta) -> ModuleStats:
         stable,
         zeros / elements if elements else 0.0,
         tuple(dead),
+        delta.idle(dead),
         nonfinite,
     )
 

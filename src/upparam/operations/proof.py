@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from math import isclose, sqrt
 
 from upparam.adapter import Adapter, Extra, Target
@@ -51,8 +52,8 @@ def prove_same(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> 
 
 
 def same_delta(one: Delta, other: Delta) -> bool:
-    """Same algorithm, same factor bits by role, same effective scale (or both unknown)."""
-    if one.algorithm != other.algorithm or one.shape != other.shape:
+    """Same algorithm, same factor bits by role, same effective scale (or both unknown), and all else that decides what happens to a weight."""
+    if one.algorithm != other.algorithm or one.shape != other.shape or not _same_choices(one, other):
         return False
     mine, theirs = one.factors(), other.factors()
     if mine.keys() != theirs.keys():
@@ -63,6 +64,17 @@ def same_delta(one: Delta, other: Delta) -> bool:
     elif not isclose(one.scale, other.scale, rel_tol=1e-12):
         return False
     return all(same_bits(factor, theirs[role]) for role, factor in mine.items())
+
+
+def _same_choices(one: Delta, other: Delta) -> bool:
+    """True when deltas whose change depends on the weight agree in what is neither factor nor scale (a constraint, the axis of a vector)."""
+    if one.additive or type(one) is not type(other):
+        return one.additive == other.additive
+    mine, theirs = (
+        {item.name: value for item in fields(delta) if isinstance(value := getattr(delta, item.name), (bool, int, float))}  # type: ignore[arg-type]
+        for delta in (one, other)
+    )
+    return mine.keys() == theirs.keys() and all(isclose(value, theirs[name], rel_tol=1e-12) for name, value in mine.items())
 
 
 def distance(pieces: dict[Target, Delta], others: dict[Target, Delta]) -> float:

@@ -126,7 +126,7 @@ def _numbers(stats: list[ModuleStats], subject: str) -> list[Finding]:
             findings.append(error("not-finite", module.target, f"{module.nonfinite} elements are NaN or Inf"))
         elif module.frobenius is not None and module.frobenius > NORM_HIGH:
             findings.append(warning("norm-implausible", module.target, f"||dW|| = {module.frobenius:.3g} is far above what training gives"))
-    still = [module for module in stats if module.dead]
+    still = [module for module in stats if module.idle]
     if still and len(still) == len(stats):
         findings.append(
             error(

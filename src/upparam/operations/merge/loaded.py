@@ -152,7 +152,7 @@ class Loaded:
         """The changed rows through every delta's own W', in the order given, without rounding between them."""
         rows: Rows = self.base
         for piece, update in zip(self.work.pieces, self.updates, strict=True):
-            rows = _transposed(rows, piece, update, self.base) if piece.transposed else _changed(rows, piece, update)
+            rows = _transposed(rows, piece, update, self.base) if piece.transposed else _changed(rows, piece, update, self.base.count)
         return rows
 
     def true(self, start: int, stop: int) -> NDArray[np.float64]:
@@ -212,10 +212,12 @@ class Loaded:
         return row_part
 
 
-def _changed(before: Rows, piece: Piece, update: Update) -> Rows:
+def _changed(before: Rows, piece: Piece, update: Update, count: int) -> Rows:
+    """Rows of a weight of `count` rows with one delta applied to those it changes."""
+    first, last = piece.rows or (0, count)
+
     def rows(start: int, stop: int) -> NDArray[np.float64]:
         result = before(start, stop)
-        first, last = piece.rows or (0, update.shape[0] if update.shape else 1)
         low, high = max(first, start), min(last, stop)
         if low < high:
             part = result[low - start : high - start]
@@ -239,7 +241,7 @@ def _transposed(before: Rows, piece: Piece, update: Update, base: BaseRows) -> R
         with lock:
             if not kept:
                 true = np.ascontiguousarray(before(0, base.count).T)
-                result = _changed(lambda a, b: true[a:b].copy(), piece, update)(0, base.columns)
+                result = _changed(lambda a, b: true[a:b].copy(), piece, update, base.columns)(0, base.columns)
                 kept.append(np.ascontiguousarray(result.T))
         return kept[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
-from upparam.algorithms.base import Delta
+from upparam.algorithms.base import Delta, fits_weight
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint, CheckpointFile
@@ -306,13 +306,8 @@ def _conv1d(checkpoint: Checkpoint) -> str | None:
 
 
 def weight_shape(delta: Delta, shape: tuple[int, ...], rows: tuple[int, int] | None, transposed: bool) -> bool:
-    """True when the delta fits a weight of this shape in this orientation; trailing kernel axes of size 1 may be present or absent."""
+    """True when the delta fits a weight of this shape in this orientation (see `fits_weight`)."""
     have = list(shape)
-    want = list(delta.shape)
-    while len(have) > max(len(want), 2) and have[-1] == 1:
-        have.pop()
-    while len(want) > max(len(have), 2) and want[-1] == 1:
-        want.pop()
     if transposed:
         if len(have) != 2:
             return False
@@ -321,7 +316,7 @@ def weight_shape(delta: Delta, shape: tuple[int, ...], rows: tuple[int, int] | N
         if rows[1] > have[0]:
             return False
         have[0] = rows[1] - rows[0]
-    return have == want
+    return fits_weight(delta.shape, tuple(have))
 
 
 def _agreed_orientation(plan: Plan, spots: Sequence[matching.Spot]) -> bool | None:
