@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -95,6 +96,17 @@ def every_attention(base: str) -> Adapter:
     return adapter(base, {Target(path): lora(base, path, 1, Scaling(alpha=1.0)) for path in paths})
 
 
+def fused(base: str) -> Adapter:
+    """Image and text attention of two double blocks, q, k and v sharing their down factor: what trainers of the fused weights leave."""
+    deltas: dict[Target, Delta] = {}
+    for block in ("transformer.transformer_blocks.0", "transformer.transformer_blocks.18"):
+        for names in (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("to_out.0",), ("to_add_out",)):
+            paths = [f"{block}.attn.{name}" for name in names]
+            first = lora(base, paths[0])
+            deltas |= {Target(path): replace(first, up=lora(base, path).up) for path in paths}
+    return adapter(base, deltas)
+
+
 def scaled(base: str) -> Adapter:
     scaling = Scaling(alpha=2.0)
     return adapter(base, {target: lora(base, target.module, scaling=scaling, rows=target.rows) for target in targets(base)})
@@ -175,6 +187,7 @@ def lokr(base: str) -> Adapter:
 FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "plain": (plain, tuple(MODULES)),
     "every attention": (every_attention, ("sd1.5",)),
+    "fused attention": (fused, ("flux.1-dev",)),
     "alpha": (scaled, tuple(MODULES)),
     "mixed ranks": (mixed, tuple(MODULES)),
     "rsLoRA": (rslora, ("llama-3-8b",)),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from tests.matrix.page import PAGE, Cell, account, recorded, refusals, rendered
 from tests.matrix.specimens import FEATURES, specimen
 
 from upparam.adapter import Adapter
@@ -25,16 +26,9 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.proof import prove_same, same_delta
 from upparam.tensors import same_bits
 
-PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
 WRITABLE = [name for name in DIALECTS if get(name).writable]
+WRITE = os.environ.get("UPPARAM_MATRIX") == "write"
 CASES = [(feature, base) for feature, (_, bases) in FEATURES.items() for base in bases]
-
-
-class Cell(NamedTuple):
-    """What became of one specimen on one way: `identical`, `joined` (equal in dW), `refused` (with the reason), or `absent`: A cannot hold it."""
-
-    outcome: str
-    reason: str = ""
 
 
 def options(base: str, adapter: Adapter) -> ReadOptions:
@@ -112,61 +106,25 @@ def test_there_and_back(one: str, other: str, folder: Path) -> None:
         assert all(cell.outcome != "refused" for cell in cells.values()), "a dialect refuses what it has itself written"
         assert any(cell.outcome == "identical" for cell in cells.values()), "a dialect that can hold none of the specimens"
     RESULTS[one, other] = cells
-    expected = recorded().get((one, other))
-    found = summary(cells)
-    if os.environ.get("UPPARAM_MATRIX") != "write":
-        assert found == expected, f"docs/matrix.md says {expected!r}; run the matrix with UPPARAM_MATRIX=write if this is meant"
-
-
-def summary(cells: dict[tuple[str, str], Cell]) -> str:
-    """The cell of the table: how many of A's specimens came back identical, and which features B refuses."""
-    held = {case: cell for case, cell in cells.items() if cell.outcome != "absent"}
-    refused = list(dict.fromkeys(feature for (feature, _), cell in held.items() if cell.outcome == "refused"))
-    good = sum(cell.outcome == "identical" for cell in held.values())
-    joined = list(dict.fromkeys(feature for (feature, _), cell in held.items() if cell.outcome == "joined"))
-    notes = [f"not {', '.join(refused)}"] * bool(refused) + [f"joined {', '.join(joined)}"] * bool(joined)
-    return " ".join([f"{good}/{len(held)}", *notes])
+    if not WRITE:
+        accounts, reasons = known()
+        assert account(cells) == accounts.get((one, other)), "docs/matrix.md says otherwise; run with UPPARAM_MATRIX=write if this is meant"
+        assert refusals(cells, one == other) <= reasons.get(other, set())
 
 
 @cache
-def recorded() -> dict[tuple[str, str], str]:
-    """The cells that docs/matrix.md holds."""
-    if not PAGE.is_file():
-        return {}
-    rows = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    (header, *body) = [[cell.strip() for cell in row] for row in rows if len(row) > 2][: len(WRITABLE) + 1]
-    return {(row[0], column): cell for row in body for column, cell in zip(header[1:], row[1:], strict=True)}
+def known() -> tuple[dict[tuple[str, str], str], dict[str, set[tuple[str, str]]]]:
+    """What docs/matrix.md says."""
+    return recorded()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def page(folder: Path) -> object:
+def whole_page() -> Iterator[None]:
+    """After the last cell: write the page where that is asked for, else compare the whole of it, where one process has seen every cell."""
     yield
-    if os.environ.get("UPPARAM_MATRIX") == "write" and len(RESULTS) == len(WRITABLE) ** 2:
-        PAGE.write_text(rendered())
-
-
-def rendered() -> str:
-    """docs/matrix.md."""
-    lines = [
-        "# Round trips", "",
-        "Made by `UPPARAM_MATRIX=write python -m pytest tests/matrix -p no:xdist`; every test run checks that it is still true.", "",
-        f"Row A, column B: of the {len(CASES)} specimens (a feature on a base) those that A can hold at all, and of these how many go A -> B -> A with "
-        "identical factors, scales and extras. `joined` come back equal in dW, but as one delta of the fused weight they were slices of. For the "
-        "rest the conversion is refused with exit code 4 and the reason, listed below; nothing is written.", "",
-        "| A \\ B | " + " | ".join(WRITABLE) + " |", "|" + "---|" * (len(WRITABLE) + 1),
-    ]  # fmt: skip
-    for one in WRITABLE:
-        lines.append(f"| {one} | " + " | ".join(summary(RESULTS[one, other]) for other in WRITABLE) + " |")
-    lines += ["", "## What each dialect refuses", ""]
-    for dialect in WRITABLE:
-        reasons: dict[str, list[str]] = {}
-        for (_, other), cells in RESULTS.items():
-            for (feature, base), cell in cells.items():
-                if other == dialect and cell.outcome == "refused":
-                    where = f"{feature} ({base})"
-                    if where not in reasons.setdefault(cell.reason, []):
-                        reasons[cell.reason].append(where)
-        lines += [f"### {dialect}", ""]
-        lines += [f"- {', '.join(where)}: {reason}" for reason, where in reasons.items()] or ["Nothing."]
-        lines.append("")
-    return "\n".join(lines)
+    if len(RESULTS) < len(WRITABLE) ** 2:
+        return
+    if WRITE:
+        PAGE.write_text(rendered(RESULTS, WRITABLE))
+    else:
+        assert PAGE.read_text() == rendered(RESULTS, WRITABLE), "run the matrix with UPPARAM_MATRIX=write"
