@@ -40,6 +40,8 @@ MAX_CLAIMED = 4 << 30
 MAX_ARCHIVE_MEMBERS = 200_000
 MAX_ARCHIVE_NESTING = 3
 """Archives inside archives (zip in tar in gz, ...)."""
+MAX_ODDITIES = 256
+"""Findings about the structure of one archive; the gravest are kept."""
 MAX_TAR_NAME = 1 * MIB
 """Bytes of one extended name record in a tar."""
 MAX_INFLATED = 64 << 30

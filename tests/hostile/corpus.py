@@ -37,6 +37,7 @@ from .asm import (
     tup,
     zipped,
 )
+from .attacks import attacks
 
 
 def hostile(canary: str) -> list[Case]:
@@ -60,7 +61,7 @@ def hostile(canary: str) -> list[Case]:
         _gguf,
         _polyglots,
     )
-    return [case for maker in makers for case in maker(canary)]
+    return [case for maker in (*makers, attacks) for case in maker(canary)]
 
 
 def _calls(canary: str) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Outer archives around tensor files: zip, tar, and single files packed with gzip, bzip2 or xz. Nothing is ever unpacked to a path.
+"""Outer archives around tensor files: zip, tar, and single files packed with gzip, bzip2, xz, zlib or lzma. Nothing is ever unpacked to a path.
 
 torch's own zip and tar forms and npz are told before these. Members are handed over as sources; what is no regular file, or is named so
 that it would land outside the archive's folder, is a finding and is left out.
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from upparam.containers import tars
 from upparam.containers.base import Head
-from upparam.containers.zips import read_archive
+from upparam.containers.zips import SpanSource, backing, read_archive
 from upparam.errors import LimitError, MalformedError, UnreadableError
 from upparam.findings import Finding, error
 from upparam.limits import MAX_INFLATE_RATIO, MAX_INFLATED, MAX_UNPACKED_IN_MEMORY
@@ -31,7 +31,12 @@ _PACKED = {
     rb"\xfd7zXZ\x00": "xz",
 }
 """As much of each header as is fixed: two bytes alone would claim one headerless file in 65,536."""
-_SUFFIXES = (".gz", ".bz2", ".xz", ".tgz", ".tbz2", ".txz")
+_TRIED = {rb"\x78[\x01\x5e\x9c\xda]": "zlib", rb"\x5d\x00\x00..[\x00-\x04\xff]": "lzma"}
+"""What joblib writes besides; so short a mark counts only where the data behind it unpacks."""
+_JOBLIB_OLD = re.compile(rb"ZF0x[0-9a-f]{1,16}L? *(?=\x78)")
+"""joblib before 0.10: the length in text, then zlib data. Source: joblib/numpy_pickle_compat.py."""
+_PROBE = 4096
+_SUFFIXES = (".gz", ".bz2", ".xz", ".z", ".lzma", ".tgz", ".tbz2", ".txz")
 _PLAIN = (
     ".json", ".txt", ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".py", ".yaml", ".yml", ".toml", ".csv", ".tsv", ".log", ".html",
     ".jsonl", ".jinja", ".ini", ".cfg", ".sh", ".ipynb", ".gitattributes", ".gitignore", ".pdf", ".mp4", ".svg",
@@ -49,8 +54,8 @@ class Contents:
 
 
 def sniff(head: Head) -> bool:
-    """A zip, tar, gzip, bzip2 or xz by its magic number (tar: by its first header's checksum)."""
-    return head.data[:4] in (b"PK\x03\x04", b"PK\x05\x06") or _packing(head.data) is not None or tars.sniff(head)
+    """A zip, tar, gzip, bzip2, xz, zlib or lzma by its magic number (tar: by its first header's checksum)."""
+    return head.data[:4] in (b"PK\x03\x04", b"PK\x05\x06") or _packing(head.data[:_PROBE]) is not None or tars.sniff(head)
 
 
 def contents(source: Source, path: Path) -> Contents:
@@ -58,11 +63,13 @@ def contents(source: Source, path: Path) -> Contents:
 
     Files that are plainly no tensors by their name (json, txt, png ...) are listed as passed over, not opened.
     """
-    start = source.read(0, min(16, source.size))
+    start = source.read(0, min(_PROBE, source.size))
     if start[:2] == b"PK":
         return _zip(source, path)
     packing = _packing(start)
     if packing is not None:
+        old = _JOBLIB_OLD.match(start)
+        source = SpanSource(source, old.end(), source.size - old.end()) if old else source
         inner = path.name[: -len(path.suffix)] if path.suffix.lower() in _SUFFIXES else path.name
         if path.suffix.lower() in (".tgz", ".tbz2", ".txz"):
             inner += ".tar"
@@ -92,7 +99,21 @@ def _sorted(kind: str, files: list[tuple[str, Source]], findings: list[Finding])
 
 
 def _packing(data: bytes) -> str | None:
-    return next((kind for pattern, kind in _PACKED.items() if re.match(pattern, data, re.S)), None)
+    for pattern, kind in _PACKED.items():
+        if re.match(pattern, data, re.S):
+            return kind
+    old = _JOBLIB_OLD.match(data)
+    data = data[old.end() :] if old else data
+    tried = next((kind for pattern, kind in _TRIED.items() if re.match(pattern, data, re.S)), None)
+    if tried is None:
+        return None
+    make, broken = _decoder(tried)
+    engine = make()
+    try:
+        found = engine.decompress(data, _PROBE)
+    except (broken, EOFError, ValueError):
+        return None
+    return tried if engine.eof or len(found) >= 64 else None
 
 
 def _decoder(kind: str) -> tuple[Callable[[], Any], type[Exception]]:
@@ -103,16 +124,20 @@ def _decoder(kind: str) -> tuple[Callable[[], Any], type[Exception]]:
         import bz2
 
         return bz2.BZ2Decompressor, OSError
+    if kind == "zlib":
+        return zlib.decompressobj, zlib.error
     import lzma
 
+    if kind == "lzma":
+        return lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_XZ_MEMORY), lzma.LZMAError
     return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY), lzma.LZMAError
 
 
 class SpooledSource:
     """Bytes in an anonymous temporary file (in memory while small), gone when the last reference goes."""
 
-    def __init__(self, stream: IO[bytes], size: int, name: str) -> None:
-        self._stream, self.size, self.name = stream, size, name
+    def __init__(self, stream: IO[bytes], size: int, name: str, backing: int) -> None:
+        self._stream, self.size, self.name, self.backing = stream, size, name, backing
         self._lock = threading.Lock()
 
     def read(self, offset: int, size: int) -> bytes:
@@ -131,19 +156,20 @@ def _unpack(source: Source, path: Path, kind: str) -> Source:
     import tempfile
 
     stream: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=MAX_UNPACKED_IN_MEMORY)  # noqa: SIM115 - lives as long as the source
-    limit = min(MAX_INFLATED, source.size * MAX_INFLATE_RATIO + _CHUNK)
+    packed = backing(source)
+    limit = min(MAX_INFLATED, packed * MAX_INFLATE_RATIO + _CHUNK)
     size = 0
     for part in _parts(source, path, kind):
         size += len(part)
         if size > limit:
             raise LimitError(
-                f"the {kind} data inflates beyond any honest ratio", file=path, expected=f"<= {limit} bytes from {source.size}", found="more"
+                f"the {kind} data inflates beyond any honest ratio", file=path, expected=f"<= {limit} bytes from {packed}", found="more"
             )  # fmt: skip
         try:
             stream.write(part)
         except OSError as problem:
             raise UnreadableError(f"no room to unpack it: {problem.strerror}", file=path) from problem
-    return SpooledSource(stream, size, f"{source.name}/{path.stem}")
+    return SpooledSource(stream, size, f"{source.name}/{path.stem}", packed)
 
 
 def _parts(source: Source, path: Path, kind: str) -> Iterator[bytes]:
@@ -168,7 +194,7 @@ def _parts(source: Source, path: Path, kind: str) -> Iterator[bytes]:
                 eaten += len(ready)
             if not ready.strip(b"\0") and eaten >= source.size:
                 return
-            if _packing(ready) is None:
+            if _packing(ready[:_PROBE]) is None:
                 raise MalformedError(
                     f"something that is no {kind} data follows it", file=path, found=f"{ready[:8].hex()} before byte {eaten}"
                 )

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 from upparam.containers import reconstructors
@@ -143,13 +144,16 @@ class Machine:
         self.ended = False
         self.depth = 0
         self.known: dict[bytes, Any] = {}
+        self.lost: UpparamError | None = None
+        """What makes the value useless although reading can go on: what is called behind it must still be seen."""
 
     def run(self) -> Any:
         """Interpret up to STOP and return the (symbolic) value. Raises MalformedError or LimitError with the offset."""
         data, table = self.data, TABLE
         size = len(data)
+        allowed = iter(range(self.budget.opcodes))
         try:
-            for _ in range(self.budget.opcodes):
+            for _ in allowed:
                 if self.at >= size:
                     break
                 self.opcode = self.at
@@ -157,18 +161,22 @@ class Machine:
                 self.at += 1
                 if action is None:
                     if data[self.opcode] == 0x2E:
+                        if self.lost is not None:
+                            raise self.lost
                         return self.pop()
                     raise self.bad("an unknown opcode", found=hex(data[self.opcode]))
                 action(self)
                 if self.at > size:
                     raise self.cut("the pickle ends inside an opcode")
             else:
-                raise LimitError("a longer program than any real pickle", expected=f"<= {self.budget.opcodes} opcodes")
+                raise LimitError("a longer program than any real pickle", expected=f"<= {MAX_PICKLE_OPCODES} opcodes")
         except (IndexError, struct.error):
             self.ended = self.opcode + 9 > size
             raise self.bad("the pickle breaks its own stack or ends inside an opcode") from None
         except UpparamError as problem:
             raise self.placed(problem) from None
+        finally:
+            self.budget.opcodes = length_hint(allowed)
         raise self.cut("the pickle ends without STOP", remedy="the file is truncated; fetch it again")
 
     def pieces(self) -> list[tuple[str, Any]]:
@@ -258,12 +266,12 @@ class Machine:
             raise LimitError("an integer longer than any real one", expected=f"<= {MAX_PICKLE_INTEGER} bytes", found=f"{len(raw)} bytes")
         return int.from_bytes(raw, "little", signed=True)
 
-    def decimal(self, raw: bytes) -> int:
-        """An integer in text."""
+    def decimal(self, raw: bytes, base: int = 10) -> int:
+        """An integer in text; INT and LONG read it in base 0, where '0x10' is sixteen."""
         try:
             if len(raw) > 4000:
                 raise ValueError
-            return int(raw)
+            return int(raw, base)
         except ValueError:
             raise self.bad("text that is no integer", found=repr(raw[:40])) from None
 
@@ -473,12 +481,12 @@ def _frame(machine: Machine) -> None:
 @_op("I")
 def _int(machine: Machine) -> None:
     raw = machine.line()
-    machine.push(raw == b"01" if raw in (b"00", b"01") else machine.decimal(raw))
+    machine.push(raw == b"01" if raw in (b"00", b"01") else machine.decimal(raw, 0))
 
 
 @_op("L")
 def _long(machine: Machine) -> None:
-    machine.push(machine.decimal(machine.line().removesuffix(b"L")))
+    machine.push(machine.decimal(machine.line().removesuffix(b"L"), 0))
 
 
 @_op("F")
@@ -590,7 +598,8 @@ for _code, _layout in (("T", "<i"), ("U", "<B")):
 
 @_op(0x97)
 def _next_buffer(machine: Machine) -> None:
-    raise machine.bad("the pickle's buffers were stored elsewhere (out of band)")
+    machine.lost = machine.lost or machine.bad("the pickle's buffers were stored elsewhere (out of band)")
+    machine.push(Opaque("a buffer stored outside the pickle"))
 
 
 @_op(0x98)

@@ -48,7 +48,7 @@ _REFUSED = {
     "m": ("an array of time spans, not numbers", None),
     "V": ("an array of nameless bytes; ml_dtypes saves several 8-bit floats this way and their name is lost", "save it as safetensors"),
 }
-_TOKEN = r"\s*(?:(?P<text>'[^'\\\n]*'|\"[^\"\\\n]*\")|(?P<word>True|False)|(?P<number>\d{1,20})L?(?![\w.])|(?P<mark>[{}(),:\[\]]))"
+_TOKEN = r"\s*(?:(?P<text>'[^'\\\n]*'|\"[^\"\\\n]*\")|(?P<word>True|False)|(?P<number>0+|[1-9]\d{0,19})L?(?![\w.])|(?P<mark>[{}(),:\[\]]))"
 _NOTE = r"#\s*dtype:\s*(\w+)\s*\Z"
 
 

@@ -171,6 +171,8 @@ def build(machine: Machine, target: Any, state: Any) -> None:
         if target.qualname == _JOBLIB:
             _joblib_array(machine, target, state)
             return
+        if type(state) is tuple and len(state) == 2:
+            _check_slots(machine, state)
         target.state.append(state)
     elif kind is Array:
         _array_state(machine, target, state)
@@ -179,11 +181,15 @@ def build(machine: Machine, target: Any, state: Any) -> None:
     elif kind is Global:
         machine.accuse(target, "changed", state)
     elif kind in (dict, set, list, Tensor, Broken) or kind is Opaque:
-        names = state if type(state) is tuple and len(state) == 2 else (state,)
-        if any(isinstance(part, dict) and any(str(key).startswith("__") for key in part) for part in names[1:]):
-            machine.accuse(Global("builtins", "setattr", machine.opcode), "called", state)
+        _check_slots(machine, state if type(state) is tuple and len(state) == 2 else (state,))
     else:
         raise machine.bad(f"a {kind.__name__.lower()} cannot be given a state")
+
+
+def _check_slots(machine: Machine, state: tuple[Any, ...]) -> None:
+    """BUILD sets the second half of a state by setattr: attributes such as __class__ are no fields."""
+    if any(isinstance(part, dict) and any(str(key).startswith("__") for key in part) for part in state[1:]):
+        machine.accuse(Global("builtins", "setattr", machine.opcode), "called", state)
 
 
 def _guarded(make: Callable[[], Any]) -> Any:

@@ -14,10 +14,11 @@ from upparam.containers.base import Head
 from upparam.containers.zips import SpanSource
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
-from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_TAR_NAME
+from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_ODDITIES, MAX_TAR_NAME
 from upparam.tensors import Source
 
 BLOCK = 512
+_PER_MEMBER = ("path", "size", "linkpath", "GNU.sparse.name", "GNU.sparse.realsize", "GNU.sparse.map")
 _KINDS = {
     "1": "a hard link", "2": "a symbolic link", "3": "a character device", "4": "a block device", "5": "a folder", "6": "a FIFO",
     "S": "a sparse file", "M": "a continued volume", "V": "a volume label",
@@ -71,6 +72,7 @@ def read_archive(source: Source, path: Path) -> TarArchive:
             break
         if not _checksum(header):
             raise MalformedError("a tar header with a wrong checksum", file=path, found=f"at byte {at}")
+        _check_numbers(header, path, at, findings)
         count += 1
         if count > MAX_ARCHIVE_MEMBERS:
             raise LimitError("more archive members than any real file", file=path, expected=f"<= {MAX_ARCHIVE_MEMBERS}")
@@ -88,14 +90,25 @@ def read_archive(source: Source, path: Path) -> TarArchive:
         if kind in ("L", "K", "x", "g"):
             if size > MAX_TAR_NAME:
                 raise LimitError("a tar name record longer than any real one", file=path, expected=f"<= {MAX_TAR_NAME}", found=size)
-            pending |= _extended(kind, source.read(start, size), path)
+            told = _extended(kind, source.read(start, size), path)
+            if kind == "g" and any(key in told for key in _PER_MEMBER):
+                findings.append(
+                    error("tar-global-header", path.name, "a global header renames or resizes all members: tools differ", f"byte {at}")
+                )
+            elif any(pending.get(key, told[key]) != told[key] for key in told):
+                findings.append(
+                    error("tar-two-names", path.name, "two records describe one member differently: tools differ", f"byte {at}")
+                )
+            pending |= told if kind != "g" else {}
             continue
         name = _name(header, pending)
         sparse = any(key.startswith("GNU.sparse") for key in pending)
         pending = {}
         if kind in ("0", "\0", "7") and not sparse:
-            if name.endswith("/"):
+            if name.endswith("/") and not size:
                 continue
+            if name.endswith("/"):
+                findings.append(error("tar-odd-header", path.name, "a folder with bytes of its own: tools differ in what they hold", name))
             if name in seen:
                 findings.append(
                     error("tar-duplicate", path.name, "two members of the same name: tools differ in which one they keep", name)
@@ -104,14 +117,22 @@ def read_archive(source: Source, path: Path) -> TarArchive:
             if unsafe(name):
                 findings.append(error("tar-unsafe-name", path.name, "a member name that points outside the archive's own folder", name))
             members.append(TarMember(name, SpanSource(source, start, size, f"{source.name}/{name}")))
-        elif kind != "5":
-            what = "a sparse file" if sparse else _KINDS.get(kind, f"of the unknown type {kind!r}")
-            target = header[157:257].split(b"\0")[0].decode("utf-8", "backslashreplace")
-            shown = f"{name} -> {target}" if kind in ("1", "2") else name
-            findings.append(warning("tar-special-member", path.name, f"a member is {what}; it was not followed", shown))
+        elif kind != "5" or size:
+            findings.append(_special(header, kind, name, sparse, size, path))
     else:
         findings.append(warning("tar-no-end", path.name, "the archive has no end mark: it may be cut short", f"last member ends at {at}"))
-    return TarArchive(members, findings)
+    findings.sort(key=lambda finding: -finding.severity)
+    return TarArchive(members, findings[:MAX_ODDITIES])
+
+
+def _special(header: bytes, kind: str, name: str, sparse: bool, size: int, path: Path) -> Finding:
+    """A member that is no regular file. One with bytes is an error: some tools keep them as a file, some pass over them, some read headers there."""
+    what = "a sparse file" if sparse else _KINDS.get(kind, f"of the unknown type {kind!r}")
+    target = header[157:257].split(b"\0")[0].decode("utf-8", "backslashreplace")
+    shown = f"{name} -> {target}" if kind in ("1", "2") else name
+    if size or sparse or kind == "S":
+        return error("tar-odd-header", path.name, f"a member is {what} with bytes that tools differ about; it was not read", shown)
+    return warning("tar-special-member", path.name, f"a member is {what}; it was not followed", shown)
 
 
 def _after_end(source: Source, path: Path, at: int) -> list[Finding]:
@@ -146,6 +167,16 @@ def _number(field: bytes, path: Path, at: int) -> int:
     return int(digits or b"0", 8)
 
 
+def _check_numbers(header: bytes, path: Path, at: int, findings: list[Finding]) -> None:
+    """A finding for a mode, owner or time that is no number: some tools end the archive there, others read on."""
+    for field in (header[100:108], header[108:116], header[116:124], header[136:148]):
+        if not field[0] & 0x80 and not re.fullmatch(rb" *[0-7]* *", field.split(b"\0")[0]):
+            findings.append(
+                error("tar-odd-header", path.name, "a header field that is no number: tools differ in where they stop", f"byte {at}")
+            )
+            return
+
+
 def _decimal(text: str, path: Path) -> int:
     if not re.fullmatch(r"[0-9]{1,20}", text):
         raise MalformedError("a tar member whose size is no number", file=path, found=text[:40])
@@ -162,11 +193,11 @@ def _name(header: bytes, pending: dict[str, str]) -> str:
 
 
 def _extended(kind: str, data: bytes, path: Path) -> dict[str, str]:
-    """What a long-name or pax record says of the next member (a global pax header says nothing we use)."""
+    """What a long-name or pax record says of the next member, a global header of all that follow."""
     if kind == "L":
         return {"path": data.split(b"\0")[0].decode("utf-8", "backslashreplace")}
-    if kind != "x":
-        return {}
+    if kind == "K":
+        return {"linkpath": data.split(b"\0")[0].decode("utf-8", "backslashreplace")}
     found: dict[str, str] = {}
     at = 0
     while at < len(data) and data[at : at + 1] != b"\0":

@@ -13,10 +13,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
-from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_INFLATE_RATIO, MAX_INFLATED
+from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_INFLATE_RATIO, MAX_INFLATED, MAX_ODDITIES
 from upparam.tensors import Source
 
 STORED, DEFLATED = 0, 8
@@ -31,10 +32,13 @@ _ENCRYPTED, _STREAMED, _STRONG, _MASKED = 1 << 0, 1 << 3, 1 << 6, 1 << 13
 _PATCHED = 1 << 5
 _NEWEST = 63
 """Version 6.3 of the specification; nothing needs a later one, and readers that look at the field refuse it."""
-_SEARCHED = 64 << 20
-"""Bytes of a gap searched for members that the directory does not list."""
+_UNICODE_PATH = 0x7075
+"""Extra field with another name for a member (Info-ZIP); some readers prefer it, most do not know it."""
 _KEPT = 64 << 20
-"""Inflated members up to this size are kept once read twice; larger ones are always inflated as a stream."""
+"""Inflated members up to this size are kept once read twice; larger ones go to a temporary file."""
+HONEST = 20
+"""Times its packed size that a large member may inflate to and still be spooled: tensors and archives stay far below."""
+_MAX_RESTARTS = 4
 
 
 class SpanSource:
@@ -57,13 +61,16 @@ class InflatedSource:
     """A deflated span, inflated as far as it is asked for; never more than the declared size, and never kept when large.
 
     Forward reads continue where the last one stopped, so that a header costs no more than itself; a read behind it starts anew, and
-    keeps a member of up to 64 MiB whole from then on.
+    keeps a member of up to 64 MiB whole from then on, a larger one in an anonymous temporary file. One that inflates beyond all tensors
+    and archives is started anew a few times only, so that no order of reads makes it run without end.
     """
 
     def __init__(self, packed: Source, size: int, name: str) -> None:
         self.packed, self.size, self.name = packed, size, name
         self._lock = threading.Lock()
         self._whole: bytes | None = None
+        self._file: IO[bytes] | None = None
+        self._restarts = 0
         self._restart()
 
     def _restart(self) -> None:
@@ -78,15 +85,53 @@ class InflatedSource:
                 "a read reaches outside the member", file=self.name, expected=f"within {self.size} bytes", found=f"{offset}+{size}"
             )
         with self._lock:
-            if self._whole is None and offset < self._at:
+            if self._whole is None and self._file is None and offset < self._at:
                 self._restart()
-                if self.size <= _KEPT:
-                    self._whole = self._take(self.size)
+                self._keep()
             if self._whole is not None:
                 return self._whole[offset : offset + size]
+            if self._file is not None:
+                self._file.seek(offset)
+                return self._file.read(size)
             while self._at < offset:
                 self._take(min(offset - self._at, 1 << 20))
             return self._take(size)
+
+    def _keep(self) -> None:
+        """Make later reads cheap. Raises LimitError for what would be inflated again and again."""
+        if self.size <= _KEPT:
+            self._whole = self._take(self.size)
+        elif self.size <= HONEST * self.packed.size:
+            import tempfile
+
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
+            for at in range(0, self.size, 1 << 20):
+                file.write(self._take(min(1 << 20, self.size - at)))
+            self._file = file
+        else:
+            self._restarts += 1
+            if self._restarts > _MAX_RESTARTS:
+                raise LimitError(
+                    "a member that inflates far beyond any tensor is read again and again", file=self.name,
+                    expected=f"<= {HONEST} times {self.packed.size} bytes", found=self.size, remedy="unpack it and name what is inside",
+                )  # fmt: skip
+
+    def ends(self) -> bool:
+        """True when nothing is left of the stream after a read up to the declared size."""
+        with self._lock:
+            while not self._stream.eof:
+                if not self._ready and self._eaten < self.packed.size:
+                    self._ready = self.packed.read(self._eaten, min(1 << 18, self.packed.size - self._eaten))
+                    self._eaten += len(self._ready)
+                elif not self._ready:
+                    return False
+                try:
+                    if self._stream.decompress(self._ready, 1):
+                        return False
+                except zlib.error:
+                    return False
+                self._ready = self._stream.unconsumed_tail
+            return self._eaten == self.packed.size and not self._stream.unused_data
 
     def _take(self, size: int) -> bytes:
         parts: list[bytes] = []
@@ -114,6 +159,15 @@ class InflatedSource:
             left -= len(part)
         self._at = at + size
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def backing(source: Source) -> int:
+    """Bytes of the real file behind a source, however often packed: what an unpacked size is measured by."""
+    if isinstance(source, InflatedSource):
+        return backing(source.packed)
+    if isinstance(source, SpanSource):
+        return min(source.size, backing(source.parent))
+    return getattr(source, "backing", source.size)
 
 
 @dataclass(frozen=True)
@@ -162,11 +216,11 @@ class ZipMember:
         return InflatedSource(packed, self.size, where)
 
     def check_crc(self) -> bool:
-        """Read the whole member; True when its CRC-32 is the one the directory states."""
+        """Read the whole member; True when its CRC-32 is the one the directory states and its packed data ends where the member does."""
         source, crc = self.source, 0
         for at in range(0, self.size, 1 << 20):
             crc = zlib.crc32(source.read(at, min(1 << 20, self.size - at)), crc)
-        return crc == self.crc
+        return crc == self.crc and (not isinstance(source, InflatedSource) or source.ends())
 
 
 @dataclass(frozen=True)
@@ -260,7 +314,8 @@ class _Reader:
         return MalformedError(message, file=self.path, **facts)  # type: ignore[arg-type]
 
     def odd(self, code: str, message: str, *evidence: str) -> None:
-        self.findings.append(error(code, self.path.name, message, *evidence))
+        if len(self.findings) < MAX_ODDITIES:
+            self.findings.append(error(code, self.path.name, message, *evidence))
 
     def run(self) -> ZipArchive:
         count, size, offset, end, comment = self.end()
@@ -296,6 +351,8 @@ class _Reader:
         if after > length:
             self.findings.append(warning("zip-trailing-bytes", self.path.name, f"{after - length} bytes follow the end of the archive"))
             self.hidden(end + _END.size + length, self.source.size)
+            if b"PK\x05\x06" in self.source.read(end + _END.size, after):
+                self.odd("zip-two-ends", "two end records: readers differ in which one they take", f"one at {end}, another behind it")
         stop = end
         locator = self.source.read(end - _LOCATOR64.size, _LOCATOR64.size) if end >= _LOCATOR64.size else b""
         if locator[:4] == b"PK\x06\x07":
@@ -367,6 +424,7 @@ class _Reader:
                     _name(raw, flags),
                     f"version {needed}, flags {flags:#x}",
                 )
+            self.other_name(more, raw, flags)
             if outer >> 16 & 0xF000 == 0xA000 and made >> 8 == 3:
                 self.odd("zip-symlink", "a member is a symbolic link", _name(raw, flags))
             yield _name(raw, flags), made, flags, method, crc, packed, size, header
@@ -375,6 +433,17 @@ class _Reader:
                 raise LimitError("more archive members than any real file", file=self.path, expected=f"<= {MAX_ARCHIVE_MEMBERS}")
         if seen != count:
             self.odd("zip-count", "the zip directory holds another number of members than the end record says", f"{seen}, said {count}")
+
+    def other_name(self, extra: bytes, raw: bytes, flags: int) -> None:
+        """A finding for an extra field that names the member otherwise (APPNOTE 4.6.9: version, CRC, UTF-8 name)."""
+        at = 0
+        while at + 4 <= len(extra):
+            tag, length = struct.unpack_from("<HH", extra, at)
+            said = extra[at + 9 : at + 4 + length]
+            if tag == _UNICODE_PATH and said != raw:
+                shown = said[:200].decode("utf-8", "backslashreplace")
+                self.odd("zip-header-mismatch", f"an extra field gives '{_name(raw, flags)}' another name", f"name {shown!r}")
+            at += 4 + length
 
     def wide(self, extra: bytes, *values: int) -> tuple[int, int, int]:
         """The 64-bit sizes and offset of an entry whose 32-bit fields are all ones."""
@@ -424,6 +493,7 @@ class _Reader:
         for what, local, stated in (("crc", lcrc, crc), ("packed size", lpacked, packed), ("size", lsize, size)):
             if local != stated and not (streamed and local == 0):
                 differs.append(f"{what} {local}, directory {stated}")
+        self.other_name(raw[_LOCAL.size + lnamed : _LOCAL.size + lnamed + lextra], raw[_LOCAL.size : _LOCAL.size + lnamed], lflags)
         if differs:
             self.odd("zip-header-mismatch", f"local header and directory disagree about '{name}'", *differs)
         if flags & (_ENCRYPTED | _STRONG | _MASKED) or lflags & (_ENCRYPTED | _STRONG | _MASKED):
@@ -436,23 +506,31 @@ class _Reader:
             self.odd("zip-bomb", f"member '{name}' claims to inflate beyond what deflate can honestly do", f"{packed} to {size} bytes")
         stop = start + packed
         if streamed:
-            stop += self.descriptor(stop, limit)
+            length, said = self.descriptor(stop, limit)
+            stop += length
+            if said != (crc, packed, size):
+                self.odd(
+                    "zip-header-mismatch",
+                    f"the descriptor behind '{name}' and the directory disagree",
+                    f"{said}, directory {(crc, packed, size)}",
+                )
         return ZipMember(name, size, packed, method, crc, flags, start, self.source), stop
 
-    def descriptor(self, at: int, limit: int) -> int:
-        """Length of the data descriptor at `at`: 16 bytes, 24 in zip64, without the signature 4 less."""
+    def descriptor(self, at: int, limit: int) -> tuple[int, tuple[int, ...]]:
+        """(length, (crc, packed size, size)) of the data descriptor at `at`: 16 bytes, 24 in zip64, without the signature 4 less."""
         data = self.source.read(at, min(28, limit - at))
         signed = 4 if data[:4] == b"PK\x07\x08" else 0
-        for length in (12 + signed, 20 + signed):
-            if data[length : length + 2] == b"PK" or at + length == limit:
-                return length
-        return min(12 + signed, limit - at)
+        for length, layout in ((12 + signed, "<LLL"), (20 + signed, "<LQQ")):
+            if len(data) >= length and (data[length : length + 2] == b"PK" or at + length == limit):
+                return length, struct.unpack_from(layout, data, signed)
+        return min(12 + signed, limit - at), ()
 
     def names(self, names: list[str]) -> None:
-        if len(set(names)) != len(names):
+        """Names that are one to some reader: the same, with a backslash for a slash, or cut at a NUL."""
+        if len({_as_read(name) for name in names}) != len(names):
             seen: set[str] = set()
             twice = []
-            for name in names:
+            for name in map(_as_read, names):
                 if name in seen:
                     twice.append(name)
                 seen.add(name)
@@ -479,10 +557,14 @@ class _Reader:
             self.hidden(at, limit)
 
     def hidden(self, start: int, stop: int) -> None:
-        for at in range(start, min(stop, start + _SEARCHED), 1 << 20):
+        for at in range(start, stop, 1 << 20):
             if b"PK\x03\x04" in self.source.read(at, min((1 << 20) + 3, stop - at)):
                 self.odd("zip-hidden-member", "a member that the zip directory does not list", f"local header in {start}..{stop}")
                 return
+
+
+def _as_read(name: str) -> str:
+    return name.split("\0")[0].replace("\\", "/")
 
 
 def _name(raw: bytes, flags: int) -> str:

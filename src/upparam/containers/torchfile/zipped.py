@@ -85,6 +85,12 @@ def take_apart(source: Source, path: Path, archive: ZipArchive | None = None) ->
                 remedy="the file is crafted; do not trust it",
             )  # fmt: skip
         records[member.name] = member
+    folded = {name.casefold() for name in records}
+    if len(folded) != len(records):
+        raise MalformedError(
+            "members that differ only in upper and lower case: torch's own reader takes them for one", file=path,
+            found=f"{len(records) - len(folded)} of {len(records)}", remedy="the file is crafted; do not trust it",
+        )  # fmt: skip
     big_endian = _byteorder(records.get(root + "byteorder"), path)
     main = records[root + MAIN]
     storages = Storages(source, records, root, big_endian)

@@ -45,7 +45,7 @@ def _size(element: bytes) -> int:
         return -1
     count = known.itemsize
     for part in shape.split(b",") if shape else ():
-        if not part or (part[:1] == b"0" and part != b"0"):
+        if not part or (part[:1] == b"0" and part != b"0") or len(part) > 18:
             return -1
         count *= int(part)
     return count

@@ -7,23 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from upparam.containers import archive, file_source, ggla, gguf, head_of, lookalikes, npy, pickles, safetensors, tars, torchfile, zips
-from upparam.containers.base import Head, Opaque, leaves
+from upparam.containers.base import Head, leaves
 from upparam.containers.evidence import about_unread, about_uses
 from upparam.containers.machine import Examination, Use, examine, new_budget
-from upparam.containers.symbols import Broken, Trust, clean
+from upparam.containers.symbols import Broken, clean
 from upparam.errors import LimitError, MalformedError, UnreadableError, UpparamError
 from upparam.findings import Finding, error, info, warning
 from upparam.limits import MAX_ARCHIVE_NESTING, MAX_PICKLE_BYTES
+from upparam.operations.scan import lenient
 from upparam.operations.scan.fast import safetensors_tensors
 from upparam.operations.scan.verdict import FileScan
-from upparam.tensors import MemorySource, Source, Tensor
+from upparam.tensors import Source, Tensor
 
 _MAX_PICKLES = 10_000
 """Pickles one after another in a file that are looked at."""
 _DISTRUSTED = {"zip-encrypted", "zip-method", "zip-header-mismatch", "zip-hidden-member", "zip-overlap", "zip-sizes", "zip-gap"}
 """Oddities of a zip that make another reader find other bytes: then pickles are looked for behind every local header too."""
+_PROGRAM, _DATA = "program", "data"
 _NAMED = {".safetensors": "safetensors", ".gguf": "GGUF", ".npy": "npy", ".npz": "npz"}
-_LAMBDA = re.compile(rb'"class_name"\s*:\s*"Lambda"')
 
 
 def scan_file(path: Path) -> FileScan:
@@ -64,33 +65,35 @@ class _Look:
             known = self.formats(head, source, path, wrapping)
         except UpparamError as problem:
             self.broken(problem, path)
-            known = True
+            known = _DATA
         if not known:
             self.unknown(head, source, path, wrapping)
-        if not wrapping or source.size < 1 << 20:
-            self.polyglot(head, source, path, wrapping)
+        if known is not _PROGRAM:
+            self.started(head, path)
+        self.polyglot(head, source, path, wrapping)
 
-    def formats(self, head: Head, source: Source, path: Path, wrapping: tuple[str, ...]) -> bool:
-        """Try every format by its first bytes."""
+    def formats(self, head: Head, source: Source, path: Path, wrapping: tuple[str, ...]) -> str:
+        """Try every format by its first bytes: _PROGRAM for pickles read from the first byte on, _DATA for others, empty for none."""
         start = head.data[:8]
         if safetensors.sniff(head):
             self.named("safetensors")
             count = safetensors_tensors(source, path)
             if count is None:
                 file = safetensors.read(source, path)
-                self.report.findings += file.findings
+                for found in file.findings:
+                    self.odd(found.code, path, found.message, *found.evidence)
                 count = len(file.tensors)
             self.report.tensors += count
-            return True
+            return _DATA
         if start[:4] == b"PK\x03\x04" or start[:4] == b"PK\x05\x06":
             self.zip(source, path, wrapping)
-            return True
+            return _DATA
         if tars.sniff(head):
             self.tar(source, path, wrapping)
             if torchfile.legacy.marked(head) or pickles.sniff(head):
                 self.odd("polyglot", path, "a tar archive that is a pickle too: loaders differ in which one they read")
                 self.pickles(head, source, path)
-            return True
+            return _DATA
         if torchfile.legacy.sniff(head):
             self.named(torchfile.legacy.name)
             try:
@@ -100,23 +103,24 @@ class _Look:
                 raise
             self.report.findings += findings
             self.examined(seen, path)
-            return True
+            return _PROGRAM
         for container in (gguf, ggla):
             if container.sniff(head):
                 self.named(container.name)
                 file = container.read(source, path)
                 self.report.findings += file.findings
                 self.report.tensors += len(file.tensors)
-                return True
+                return _DATA
         if head.data.startswith(npy.MAGIC):
             self.named("npy")
             self.npy(source, path)
-            return True
+            return _DATA
         if archive.sniff(head):
-            return self.packed(source, path, wrapping)
+            self.packed(source, path, wrapping)
+            return _DATA
         if pickles.sniff(head) or (start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5):
-            return self.pickles(head, source, path, wrapping)
-        return False
+            return _PROGRAM if self.pickles(head, source, path, wrapping) else ""
+        return ""
 
     def named(self, name: str) -> None:
         self.report.read = True
@@ -155,10 +159,13 @@ class _Look:
         data = source.read(0, size)
         budget = new_budget(source.size)
         at = count = 0
-        while at < size and count < _MAX_PICKLES:
-            outside = _Outside()
+        while at < size:
+            if count >= _MAX_PICKLES:
+                self.odd("limit", path, "more pickles in a row than in any real file", f"byte {at}")
+                break
+            outside = lenient.Outside()
             seen = examine(data, source=source, start=at, budget=budget, persistent=outside)
-            if seen.problem is not None and count and not seen.code:
+            if seen.problem is not None and count and not seen.code and not isinstance(seen.problem, LimitError):
                 self.report.findings.append(
                     warning("trailing-bytes", path.name, f"{size - at} bytes follow the pickle", f"it ends at byte {at}")
                 )
@@ -184,10 +191,10 @@ class _Look:
         try:
             self.report.tensors += len(npy.single.read(source, path).tensors)
         except MalformedError as problem:
-            start = _pickle_in_npy(source)
-            if start is None:
+            found = lenient.program_in_npy(source, path)
+            if found is None:
                 raise
-            seen = examine(source.read(start, min(source.size - start, MAX_PICKLE_BYTES)), source=source, base=start)
+            start, seen = found
             self.uses(seen.uses, path, "object array")
             self.report.findings.append(
                 warning("npy-objects", path.name, "an array of Python objects: it is stored as a pickle and never read", f"byte {start}")
@@ -195,8 +202,8 @@ class _Look:
             if seen.problem is not None:
                 self.broken(problem, path)
 
-    def packed(self, source: Source, path: Path, wrapping: tuple[str, ...]) -> bool:
-        """gz, bz2, xz."""
+    def packed(self, source: Source, path: Path, wrapping: tuple[str, ...]) -> None:
+        """gz, bz2, xz, zlib, lzma."""
         if len(wrapping) >= MAX_ARCHIVE_NESTING:
             raise LimitError("archives nested deeper than any real download", file=path, expected=f"<= {MAX_ARCHIVE_NESTING}")
         contents = archive.contents(source, path)
@@ -204,7 +211,6 @@ class _Look:
         self.report.findings += contents.findings
         for name, member in contents.members:
             self.at(member, path / name, (*wrapping, contents.kind))
-        return True
 
     def tar(self, source: Source, path: Path, wrapping: tuple[str, ...]) -> None:
         """A torch tar file, or any other: every member is looked at."""
@@ -283,40 +289,28 @@ class _Look:
             self.broken(problem, place)
 
     def headers(self, source: Source, path: Path) -> None:
-        """The pickles of a zip whose directory cannot be trusted, found by the members' own headers: lenient loaders may still run them."""
-        size = min(source.size, 64 << 20)
-        data = source.read(0, size)
-        at = data.find(b"PK\x03\x04")
-        count = 0
-        while at >= 0 and count < _MAX_PICKLES:
-            count += 1
-            named, extra = int.from_bytes(data[at + 26 : at + 28], "little"), int.from_bytes(data[at + 28 : at + 30], "little")
-            start = at + 30 + named + extra
-            if data[start : start + 1] == b"\x80" and data[start + 1 : start + 2] <= b"\x05":
-                seen = examine(data, source=MemorySource(data, path.name), start=start, persistent=_Outside())
-                self.named("zip")
-                self.uses(seen.uses, path, clean(data[at + 30 : at + 30 + named].decode("utf-8", "replace")))
-            at = data.find(b"PK\x03\x04", at + 4)
+        """The pickles of a zip whose directory cannot be trusted: lenient loaders may still run them."""
+        for member, seen in lenient.programs_by_headers(source, path):
+            self.named("zip")
+            self.uses(seen.uses, path, clean(member))
 
     def keras(self, contents: zips.ZipArchive, path: Path) -> None:
-        """A Keras archive's Lambda layer holds marshalled Python code."""
+        """A Keras archive's Lambda layer holds marshalled Python code; a class of a foreign module is imported."""
         for member in contents.members:
-            if member.name == "config.json" and member.size <= 64 << 20:
+            if member.name.split("/")[-1] == "config.json" and member.size <= 64 << 20:
                 try:
-                    text = member.source.read(0, member.size)
+                    found = lenient.keras_code(member.source.read(0, member.size))
                 except UpparamError:
                     continue
-                if _LAMBDA.search(text):
-                    self.odd("keras-lambda", path, "a Keras model with a Lambda layer, which is stored as Python code", member.name)
+                if found is not None:
+                    self.odd(
+                        "keras-code", path, f"a Keras model that builds {clean(found, 80)}: code of the file's choice", clean(member.name)
+                    )
 
     def unknown(self, head: Head, source: Source, path: Path, wrapping: tuple[str, ...]) -> None:
         """No format upparam reads: say what it is, and still look for a pickle's calls and Keras code in HDF5."""
-        if head.data[:4] == b"\x89HDF" and _LAMBDA.search(source.read(0, min(source.size, 64 << 20))):
-            self.odd(
-                "keras-lambda", path, "a Keras model with a Lambda layer, which is stored as Python code", "HDF5 attribute model_config"
-            )
-        elif source.size:
-            self.bare(source, path)
+        if head.data[:4] == b"\x89HDF" and lenient.keras_code_in_hdf5(source):
+            self.odd("keras-code", path, "a Keras model with a Lambda layer, which is stored as Python code", "HDF5 attribute model_config")
         if wrapping or self.report.formats:
             return
         look = lookalikes.recognise(head)
@@ -329,35 +323,29 @@ class _Look:
         else:
             self.report.findings.append(info("kind", path.name, look.message, *look.evidence))
 
-    def bare(self, source: Source, path: Path) -> None:
-        """An old-protocol or broken pickle that calls something before it breaks."""
-        data = source.read(0, min(source.size, 1 << 20))
-        seen = examine(data, source=MemorySource(data, path.name), persistent=_Outside())
-        called = {name: use for name, use in seen.uses.items() if use.trust is Trust.CODE and use.how != "named" and _identifier(name)}
-        if called:
+    def started(self, head: Head, path: Path) -> None:
+        """A pickle without its mark, or in a file of another format, that calls something before it breaks."""
+        seen = lenient.program_at_start(head, path.name)
+        if seen is not None:
+            if self.report.read:
+                self.odd("polyglot", path, "its first bytes are a pickle too: loaders differ in what they read")
             self.named(pickles.name)
-            self.uses(called, path)
+            self.uses(lenient.called(seen.uses), path)
             if seen.problem is not None:
                 self.broken(seen.problem, path)
 
     def polyglot(self, head: Head, source: Source, path: Path, wrapping: tuple[str, ...]) -> None:
         """A zip archive at the end of something that is none: zip readers and the loader of the first bytes see different files."""
-        if head.data[:4] in (b"PK\x03\x04", b"PK\x05\x06") or source.size < 22:
+        if head.data[:4] in (b"PK\x03\x04", b"PK\x05\x06") or source.size < 22 or (archive.sniff(head) and not tars.sniff(head)):
             return
-        end = zips.find_end(source)
-        if end is None or source.size < end + 22:
-            return
-        try:
-            contents = zips.read_archive(source, path)
-        except UpparamError:
-            return
-        if not contents.members or tars.sniff(head) or archive.sniff(head):
+        contents = lenient.zip_at_end(head, source, path)
+        if contents is None:
             return
         self.odd(
             "polyglot",
             path,
             "a zip archive hides at its end: loaders differ in what they read",
-            ", ".join(clean(member.name, 60) for member in contents.members[:4]),
+            ", ".join(clean(member.name, 60) for member in contents.members[:4]) or "its directory is broken",
         )
         self.zip(source, path, (*wrapping, "zip"))
 
@@ -371,28 +359,3 @@ def _graver(finding: Finding, size: int) -> Finding:
     if leads_out or (finding.code == "tar-no-end" and size % tars.BLOCK):
         return error(finding.code, finding.subject, finding.message, *finding.evidence)
     return finding
-
-
-class _Outside:
-    """What persistent ids mean to a pickle whose container is not known: nothing, but reading goes on behind them."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def __call__(self, name: object) -> Opaque:
-        self.asked += 1
-        return Opaque("data stored outside the pickle")
-
-
-def _identifier(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
-
-
-def _pickle_in_npy(source: Source) -> int | None:
-    """Where the pickle of an object array starts, or None when the array is not one of objects."""
-    head = source.read(0, min(source.size, 1 << 16))
-    size = 2 if head[6:7] == b"\x01" else 4
-    start = 8 + size + int.from_bytes(head[8 : 8 + size], "little")
-    if start > len(head) or not re.search(rb"'descr':\s*('\|O|\"\|O|'O)", head[:start]):
-        return None
-    return start

@@ -24,7 +24,7 @@ class Verdict(Enum):
     """A loader that trusts it would import or run something the file chooses."""
 
 
-CODE_FINDINGS = frozenset({"pickle-code", "torchscript", "keras-lambda"})
+CODE_FINDINGS = frozenset({"pickle-code", "torchscript", "keras-code"})
 """Codes of findings that mean a loader would run something."""
 
 
