@@ -19,13 +19,27 @@ if TYPE_CHECKING:
     from upparam.errors import UpparamError
     from upparam.operations.combine import combine
     from upparam.operations.compare import compare
+    from upparam.operations.edit import edit
     from upparam.operations.extract import extract
     from upparam.operations.identify import identify
     from upparam.operations.merge import merge
     from upparam.operations.opening import open_adapter as open
     from upparam.operations.resize import resize
 
-__all__ = ["Adapter", "Target", "UpparamError", "__version__", "combine", "compare", "extract", "identify", "merge", "open", "resize"]
+__all__ = [
+    "Adapter",
+    "Target",
+    "UpparamError",
+    "__version__",
+    "combine",
+    "compare",
+    "edit",
+    "extract",
+    "identify",
+    "merge",
+    "open",
+    "resize",
+]
 
 _PLACES = {
     "Adapter": "upparam.adapter:Adapter",
@@ -33,6 +47,7 @@ _PLACES = {
     "UpparamError": "upparam.errors:UpparamError",
     "combine": "upparam.operations.combine:combine",
     "compare": "upparam.operations.compare:compare",
+    "edit": "upparam.operations.edit:edit",
     "extract": "upparam.operations.extract:extract",
     "identify": "upparam.operations.identify:identify",
     "merge": "upparam.operations.merge:merge",

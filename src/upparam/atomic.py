@@ -57,14 +57,15 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
         if sync:
             for path in (*sorted(temporary.rglob("*")), temporary):
                 _sync(path)
-        _swap(temporary, out)
+        swap(temporary, out)
         if sync:
             _sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, out: Path) -> None:
+def swap(new: Path, out: Path) -> None:
+    """Rename `new` to `out`; what stands there is kept aside until that is done, then removed."""
     if not os.path.lexists(out):
         new.rename(out)
         return

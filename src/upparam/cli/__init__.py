@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "extract": "make an adapter from the difference of two models",
     "combine": "several adapters as one: the weighted sum, exact or cut to a rank",
     "resize": "make an adapter of smaller rank, with known error",
+    "edit": "change metadata, dtype, alpha, scale or modules, and nothing else",
     "compare": "are two adapters the same, and if not, how do they differ; also a model and its base",
 }
 """Name and one-line help of every command; `upparam.cli.NAME` (dashes as underscores) holds add_arguments(parser) and run(args) -> exit code."""

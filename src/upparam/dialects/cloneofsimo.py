@@ -240,7 +240,7 @@ def _unfit(adapter: Adapter) -> list[str]:
         if type(delta) is not LoRA or delta.embedding or delta.mid is not None or target.rows or target.parameter != "weight":
             problems.append(f"{target}: a {delta.algorithm} delta it has no form for")
         elif delta.known_scale() != 1.0:
-            problems.append(f"{target}: a scale of {delta.scale:g}; bake it in with --bake-scale")
+            problems.append(f"{target}: a scale of {delta.scale:g}; bake it in with 'upparam edit --bake'")
     return problems
 
 

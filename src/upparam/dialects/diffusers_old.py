@@ -98,7 +98,7 @@ class DiffusersOld:
             name = _old_name(target.module)
             problem = unloadable(target, delta) or (None if name else "not an attention projection")
             if problem is None and delta.known_scale() != 1.0:
-                problem = f"a scale of {delta.scale:g}; bake it in with --bake-scale"
+                problem = f"a scale of {delta.scale:g}; bake it in with 'upparam edit --bake'"
             if problem is not None or name is None:
                 problems.append(f"{target}: {problem}")
                 continue

@@ -271,7 +271,7 @@ def _alpha(deltas: Sequence[Delta]) -> float | None:
         return low
     if any(delta.known_scale() != 1.0 for delta in deltas):
         listed = ", ".join(f"{value:g}" for value in sorted(set(wanted))[:4])
-        refuse("gguf-lora", [f"alphas {listed}: the header has one for all; bake the scales in with --bake-scale"])
+        refuse("gguf-lora", [f"alphas {listed}: the header has one for all; bake the scales in with 'upparam edit --bake'"])
     return None
 
 

@@ -271,7 +271,7 @@ def _one(deltas: Mapping[str, LoRA], what: str, value: Any) -> Any:
     counts = Counter(value(delta) for delta in deltas.values())
     if len(counts) > 1:
         shown = ", ".join(f"{found:g} ({count} deltas)" for found, count in counts.most_common(4))
-        how = "bake the scales in with --bake-scale" if what == "scale" else "make them one with 'upparam resize'"
+        how = "bake the scales in with 'upparam edit --bake'" if what == "scale" else "make them one with 'upparam resize'"
         refuse("mlx", [f"{what}s: {shown}; the config has one {what} for all, {how}"])
     return next(iter(counts))
 

@@ -280,7 +280,7 @@ def _scale_metadata(adapter: Adapter, vit: bool) -> dict[str, str]:
         wanted = "one whole number (alpha // rank)" if vit else "1"
         raise RefusedError(
             "the reader multiplies every module by the same and knows no other scale", expected=wanted, found=shown,
-            remedy="give an unknown one with --scale, bake others in with --bake-scale",
+            remedy="give an unknown one with --scale, bake others in with 'upparam edit --bake'",
         )  # fmt: skip
     return {**metadata, SCALE_KEY: f"{scale:g}"}
 

@@ -1,0 +1,156 @@
+"""Edit: change one thing about an adapter, write it in its own dialect, and prove that the rest has the same bits under the same names."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from upparam.adapter import Adapter, Target
+from upparam.atomic import refuse_existing, swap
+from upparam.bases import inventory
+from upparam.dialects.base import ReadOptions
+from upparam.errors import RefusedError, UsageError
+from upparam.findings import Finding, warning
+from upparam.operations.convert import write_adapter
+from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
+from upparam.operations.edit.files import Compared, compare_files, container_of, put_back
+from upparam.operations.opening import open_adapter
+from upparam.operations.receipt import Receipt
+from upparam.operations.threads import in_threads
+from upparam.progress import Progress, silent
+
+
+def edit(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    in_place: bool = False,
+    metadata: Mapping[str, str | None] | None = None,
+    remove: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    rename: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+    keep_scale: bool = False,
+    read: ReadOptions | None = None,
+    force: bool = False,
+    verify: bool = True,
+    drop: Collection[str] = (),
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Receipt:
+    """Write the adapter at `path` with changes to `out`, or with `in_place` where it is; see `Changes` for what can be changed.
+
+    Everything that was not asked for keeps its bits and names. What is written is proved by reading it back before it takes its place,
+    which it does by renaming. A new dtype, and a scale put into a factor, round each element once; the receipt says how far that moves dW.
+
+    Raises UsageError where nothing is to change or it is not said where to write, what `changed` and writing raise, and RefusedError
+    where the dialect does not hold metadata that is asked for, or where editing in place would change the files' names or containers.
+    """
+    begun = time.monotonic()
+    changes = Changes(metadata or {}, remove, keep, rename, dtype, alpha, scale, keep_scale)
+    if not changes.any:
+        raise UsageError("nothing to change", remedy="see what there is with 'upparam edit ADAPTER' or 'upparam inspect ADAPTER'")
+    if (out is None) is not in_place:
+        raise UsageError("nowhere to write, or two places", remedy="give either an output or in-place")
+    path = Path(path)
+    place = path.absolute() if out is None else Path(out).absolute()
+    refuse_existing(place, force or in_place)
+    source = open_adapter(path, options=read)
+    if "conditions" in drop:
+        source = replace(source, conditions=[])
+    result, before, counts = changed(source, changes)
+    if read is None and source.base is not None and source.base.name in inventory.known():
+        # Fewer modules may no longer tell their base by themselves.
+        read = ReadOptions(base=inventory.load(source.base.name))
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent, ignore_cleanup_errors=True) as folder:
+        written = Path(folder) / place.name
+        receipt = write_adapter(result, written, source.dialect, read=read, verify=verify, drop=drop)
+        again = open_adapter(written, dialect=source.dialect, options=ReadOptions(base=None if read is None else read.base))
+        told = _metadata(source, again, changes)
+        compared = compare_files(source, written)
+        _expected(changes, compared)
+        findings = _container(source, written)
+        if changes.stored is not None or changes.keep_scale:
+            counts["effect_moved"] = _moved(before, result, threads, progress)
+        if in_place:
+            receipt.outputs = put_back(source, path, written)
+        else:
+            receipt.outputs = [str(place / Path(name).relative_to(written)) if written.is_dir() else str(place) for name in receipt.outputs]
+            swap(written, place)
+    receipt.operation, receipt.inputs = "edit in place" if in_place else "edit", [str(path)]
+    receipt.counts = counts | {"tensors_kept": compared.same} | compared.counts() | receipt.counts
+    receipt.proofs += [*([told] if told else []), compared.proof()] if verify else []
+    receipt.findings += findings
+    receipt.seconds = time.monotonic() - begun
+    return receipt
+
+
+def metadata_of(path: Path | str, *, read: ReadOptions | None = None) -> dict[str, Any]:
+    """What editing can change without touching a tensor: the dialect, its string metadata verbatim, and the config file beside it."""
+    adapter = open_adapter(path, options=read)
+    return {"dialect": adapter.dialect, "files": list(adapter.files), "metadata": dict(adapter.metadata), "config": dict(adapter.config)}
+
+
+def _moved(before: Adapter, after: Adapter, threads: int | None, progress: Progress) -> str:
+    """The largest ||dW - dW'|| / ||dW|| of a module, through the factors."""
+    from upparam.operations.compare.module import compare_deltas
+
+    def distance(target: Target) -> float:
+        return compare_deltas(str(target), before.deltas[target], after.deltas[target]).distance or 0.0
+
+    targets = list(after.deltas)
+    sizes = [sum(factor.nbytes for factor in delta.factors().values()) for delta in after.deltas.values()]
+    return f"{max(in_threads(distance, targets, sizes, threads, progress)):.2g} or less"
+
+
+def _container(source: Adapter, written: Path) -> list[Finding]:
+    """A warning where the adapter came in another container than its dialect writes."""
+    olds = {kind for name in source.files if (kind := container_of(Path(name))) is not None}
+    news = {kind for file in (written.rglob("*") if written.is_dir() else [written]) if (kind := container_of(file)) is not None}
+    if olds and olds != news:
+        return [warning("container", source.files[0], "written in another container than it came in", *sorted(olds), *sorted(news))]
+    return []
+
+
+def _metadata(source: Adapter, again: Adapter, changes: Changes) -> str:
+    """What became of the metadata. Raises RefusedError where what was asked for did not come about."""
+    for key, value in changes.metadata.items():
+        place: Mapping[str, Any] = again.config if key.startswith(CONFIG) else again.metadata
+        name = key.removeprefix(CONFIG)
+        meant = None if value is None else parsed(value) if key.startswith(CONFIG) else value
+        if place.get(name) != meant or (value is None and name in place):
+            raise RefusedError(
+                f"{source.dialect} does not hold this: it has no place for it, or it follows from the tensors", file=source.files[0] if source.files else None,
+                tensor=key, expected=repr(meant), found=repr(place.get(name)), remedy="change what it follows from (alpha, scale, dtype, modules)",
+            )  # fmt: skip
+    before, after = _flat(source), _flat(again)
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    followed = [key for key in differing if key not in changes.metadata]
+    said = [f"metadata {key} {'set' if value is not None else 'taken out'}" for key, value in changes.metadata.items()]
+    if followed:
+        said.append(f"metadata that follows: {', '.join(followed)}")
+    kept = sum(before[key] == after.get(key) for key in before)
+    return "; ".join([*said, f"{kept} other metadata keys unchanged"]) if said or before else ""
+
+
+def _flat(adapter: Adapter) -> dict[str, Any]:
+    return {**adapter.metadata, **{f"{CONFIG}{key}": value for key, value in adapter.config.items()}}
+
+
+def _expected(changes: Changes, compared: Compared) -> None:
+    """Raise RefusedError when tensors changed that the changes do not explain: the dialect rewrote more than was asked for."""
+    names = bool(changes.rename)
+    wrong = [] if changes.remove or changes.keep or names else compared.gone
+    wrong = wrong + ([] if names or changes.restates else compared.new)
+    wrong = wrong + ([] if changes.dtype is not None or changes.restates else compared.changed)
+    if wrong:
+        raise RefusedError(
+            "writing this adapter again changes tensors that were to stay", tensor=wrong[0], found=f"{len(wrong)} tensors",
+            remedy="bring it into its dialect's present form with 'upparam convert' first",
+        )  # fmt: skip
