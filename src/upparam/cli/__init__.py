@@ -57,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     args = parser.parse_args(argv)
-    return _run(args)
+    from upparam.cli.screen import screened
+
+    with screened():
+        return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -73,7 +76,9 @@ def _run(args: argparse.Namespace) -> int:
 
             print(json.dumps(problem.facts(), ensure_ascii=False))
         else:
-            print(f"upparam: {problem.line()}", file=sys.stderr)
+            from upparam.report.text import one_line
+
+            print(one_line(f"upparam: {problem.line()}"), file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
         print("upparam: interrupted; nothing was left half-written", file=sys.stderr)
@@ -82,6 +87,8 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as problem:
+        from upparam.report.text import one_line
+
         where = f"{problem.filename}: " if problem.filename else ""
-        print(f"upparam: {where}{problem.strerror or problem}", file=sys.stderr)
+        print(one_line(f"upparam: {where}{problem.strerror or problem}"), file=sys.stderr)
         return 3

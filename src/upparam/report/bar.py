@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from upparam.containers.symbols import clean
 
 
 class Bar:
@@ -11,8 +15,8 @@ class Bar:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            console=Console(file=getattr(sys.stderr, "stream", sys.stderr)), transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=None)
 
@@ -20,6 +24,6 @@ class Bar:
         """Move the bar; it appears at the first call and goes away when done reaches total."""
         if not self._bar.live.is_started:
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=total, description=what[-40:])
+        self._bar.update(self._task, completed=done, total=total, description=clean(what[-40:]))
         if done >= total:
             self._bar.stop()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -12,24 +10,23 @@ from rich.table import Table
 from upparam.operations.compare.models import MOST, ModelComparison, WeightComparison
 from upparam.operations.compare.module import SAME, Alike, Angles, ModuleComparison
 from upparam.operations.compare.verdict import Comparison
-from upparam.report.text import finding_lines, listed
+from upparam.report.text import finding_lines, listed, one_line, paper
 
 SHOWN = 24
 """Modules shown unless all are asked for."""
 
 
 def comparison_text(result: Comparison | ModelComparison, everything: bool = False) -> str:
-    """The report. The modules furthest apart are shown, or all of them with `everything`; colour and width only where a terminal is."""
-    tty = sys.stdout.isatty()
-    console = Console(file=io.StringIO(), force_terminal=tty, width=None if tty else 220)
+    """The report. The modules furthest apart are shown, or all of them with `everything`; width only where a terminal is."""
+    console = paper()
     for line in [f"{result.first}", f"{result.second}", f"{result.verdict.value}: {result.summary}"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(line), soft_wrap=True)
     if isinstance(result, Comparison):
         _adapters(console, result, everything)
     else:
         _models(console, result, everything)
     for line in finding_lines(result.findings):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(line), soft_wrap=True)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
 
@@ -43,10 +40,10 @@ def _adapters(console: Console, result: Comparison, everything: bool) -> None:
         told.append(f"||dW|| {result.norms[0]:.5g} and {result.norms[1]:.5g}")
     if result.cosine is not None:
         told.append(f"cosine {result.cosine:.6g}, relative distance {_small(result.distance)}")
-    console.print("  " + " · ".join(told), markup=False, highlight=False, soft_wrap=True)
+    console.print(one_line("  " + " · ".join(told)), soft_wrap=True)
     for part in (_scales(result.modules), _extras(result), _alone(result)):
         if part:
-            console.print("  " + part, markup=False, highlight=False, soft_wrap=True)
+            console.print(one_line("  " + part), soft_wrap=True)
     modules = sorted(result.modules, key=lambda module: (module.alike is not Alike.INCOMPARABLE, -(module.distance or 0.0)))
     chosen = result.modules if everything else [module for module in modules if module.alike not in SAME][:SHOWN]
     if chosen:
@@ -62,20 +59,20 @@ def _modules(modules: Sequence[ModuleComparison]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for module in modules:
         table.add_row(
-            module.target, module.alike.value, _both(module.ranks), _both(module.scales), _both(module.norms), _number(module.cosine, ".5f"),
+            one_line(module.target), module.alike.value, _both(module.ranks), _both(module.scales), _both(module.norms), _number(module.cosine, ".5f"),
             _small(module.distance), _small(module.tolerance), _number(module.multiplier, ".5g"), _angles(module.columns), _angles(module.rows),
         )  # fmt: skip
         if module.reason:
-            table.add_row("  " + module.reason)
+            table.add_row(one_line("  " + module.reason))
     return table
 
 
 def _models(console: Console, result: ModelComparison, everything: bool) -> None:
     told = [f"base {result.base}", *(f"{count} weights {kind}" for kind, count in result.counts().items())]
-    console.print("  " + " · ".join(told), markup=False, highlight=False, soft_wrap=True)
+    console.print(one_line("  " + " · ".join(told)), soft_wrap=True)
     for word, names in (("first", result.only_first), ("second", result.only_second)):
         if names:
-            console.print(f"  only in the {word}: {listed(names)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(one_line(f"  only in the {word}: {listed(names)}"), soft_wrap=True)
     differing = [weight for weight in result.weights if weight.alike not in (Alike.BITS, Alike.ROUNDED)]
     ranked = sorted(differing, key=lambda weight: -(weight.relative or 0.0))
     chosen = result.weights if everything else ranked[:SHOWN]
@@ -97,7 +94,7 @@ def _weights(weights: Sequence[WeightComparison]) -> Table:
         changed = "-" if weight.changed is None else f"{weight.changed / max(elements, 1):.1%}"
         rank = f"> {MOST}" if weight.full else _number(weight.rank, "d")
         table.add_row(
-            weight.name, weight.reason or weight.alike.value, "x".join(map(str, weight.shape)), " ".join(dict.fromkeys(weight.dtypes)), changed,
+            one_line(weight.name), weight.reason or weight.alike.value, "x".join(map(str, weight.shape)), " ".join(dict.fromkeys(weight.dtypes)), changed,
             _small(weight.relative), _number(weight.norm, ".4g"), rank, _small(weight.largest), _small(weight.floor),
         )  # fmt: skip
     return table
@@ -135,7 +132,9 @@ def _alone(result: Comparison) -> str:
 
 def _more(console: Console, count: int, some: bool) -> None:
     if count:
-        console.print(f"... and {count} more, shown with --all" if some else f"(--all shows all {count})", markup=False, highlight=False)
+        console.print(
+            f"... and {count} more, shown with --all" if some else f"(--all shows all {count})",
+        )
 
 
 def _both(pair: tuple[float | None, float | None]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from upparam.findings import Severity
 from upparam.operations.identify import AdapterReport, FileReport, Identity
-from upparam.report.text import finding_lines, listed
+from upparam.report.text import finding_lines, listed, one_line
 
 KINDS = {
     "adapter": "adapter",
@@ -36,7 +36,7 @@ def identity_text(identity: Identity) -> str:
     if hidden:
         lines.append(f"  ... and {len(hidden)} more files with factors")
     lines += ["  " + line for line in finding_lines(identity.findings)]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _adapter_lines(report: AdapterReport) -> list[str]:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from upparam.report.text import listed
+from upparam.report.text import listed, one_line, paper
 
 
 def inspection_text(facts: dict[str, Any]) -> str:
-    """The report: one row per module, then extras, leftovers, totals, metadata and hashes. Colour and width only where a terminal is."""
-    tty = sys.stdout.isatty()
-    console = Console(file=io.StringIO(), force_terminal=tty, width=None if tty else 220)
-    console.print(f"{facts['path']} ({facts['dialect']}: {', '.join(facts['files'])})", highlight=False, soft_wrap=True)
+    """The report: one row per module, then extras, leftovers, totals, metadata and hashes. Width only where a terminal is."""
+    console = paper()
+    console.print(one_line(f"{facts['path']} ({facts['dialect']}: {', '.join(facts['files'])})"), soft_wrap=True)
     console.print(_modules(facts["modules"]))
     for title, rows in (("extras", facts["extras"]), ("leftovers (explained by no rule)", facts["leftovers"])):
         if rows:
-            console.print(f"{title}:", highlight=False)
+            console.print(f"{title}:")
             for row in rows:
                 console.print(
-                    f"  {row['name']}  {tuple(row['shape'])} {row['dtype']} {row.get('kind', '')}",
-                    markup=False,
-                    highlight=False,
+                    one_line(f"  {row['name']}  {tuple(row['shape'])} {row['dtype']} {row.get('kind', '')}"),
                     soft_wrap=True,
                 )
     totals = facts["totals"]
@@ -34,19 +28,17 @@ def inspection_text(facts: dict[str, Any]) -> str:
     console.print(
         f"totals: {totals['targets']} targets, {listed(totals['algorithms'])}, {ranks}, {totals['parameters']:,} parameters, "
         f"{listed(totals['dtypes'])}, ||dW|| {norm}, {totals['nonfinite']} NaN/Inf",
-        markup=False, highlight=False, soft_wrap=True,
+        soft_wrap=True,
     )  # fmt: skip
     for title in ("metadata", "config"):
         if facts[title]:
-            console.print(f"{title} (verbatim):", highlight=False)
+            console.print(f"{title} (verbatim):")
             for key, value in facts[title].items():
-                console.print(f"  {key}: {value}", markup=False, highlight=False, soft_wrap=True)
+                console.print(one_line(f"  {key}: {value}"), soft_wrap=True)
     for entry in facts["hashes"]:
         autov3 = f"  AutoV3 {entry['autov3'][:12]} ({entry['autov3']})" if entry["autov3"] else "  AutoV3: only safetensors has one"
         console.print(
             f"{entry['path']}\n  sha256 {entry['sha256']}\n{autov3}\n  legacy {entry['legacy']}",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -62,7 +54,7 @@ def _modules(modules: list[dict[str, Any]]) -> Table:
         shapes = " ".join(f"{role} {'x'.join(map(str, shape))}" for role, shape in module["shapes"].items())
         dtypes = listed(dict.fromkeys(module["dtypes"].values()))
         table.add_row(
-            module["target"], module["algorithm"], _number(module["rank"]), _number(module["alpha"]), _number(module["scale"]), shapes, dtypes,
+            one_line(module["target"]), module["algorithm"], _number(module["rank"]), _number(module["alpha"]), _number(module["scale"]), shapes, dtypes,
             _number(module["frobenius"]), _number(module["spectral"]), _number(module["stable_rank"]), f"{module['zeros']:.1%}", str(module["nonfinite"]),
         )  # fmt: skip
     return table

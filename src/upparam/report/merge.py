@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from upparam.operations.merge.plan import Plan
-from upparam.report.text import finding_lines, listed
+from upparam.report.text import finding_lines, listed, one_line
 
 
 def plan_text(plan: Plan) -> str:
@@ -28,4 +28,4 @@ def plan_text(plan: Plan) -> str:
         f"would change {len(plan.works):,} tensors ({plan.touched_bytes / gib:.2f} GiB) and write {plan.written_bytes / gib:.2f} GiB; "
         f"about {plan.memory_bytes() >> 20} MiB of memory and {plan.seconds():.1f} s where files copy at 1.5 GB/s"
     )
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from upparam.containers.symbols import clean
 from upparam.operations.salvage import Salvage
+from upparam.report.text import one_line
 
 
 def salvage_text(found: Salvage) -> str:
@@ -14,4 +15,4 @@ def salvage_text(found: Salvage) -> str:
     if found.lost:
         lines.append(f"{len(found.lost)} are lost:")
         lines += [f"  {clean(name)}: {reason}" for name, reason in found.lost.items()]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
