@@ -43,6 +43,7 @@ def nasty(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 COMMANDS = [
     ["scan"], ["identify"], ["inspect"], ["inspect", "--hash"], ["verify"], ["convert", "--to", "peft", "-o", "OUT"], ["resize", "--rank", "1", "-o", "OUT"],
     ["split", "-o", "OUT"], ["assemble", "--to", "peft", "-o", "OUT"], ["compare", "SAME"], ["combine", "SAME", "-o", "OUT"],
+    ["edit"],
 ]  # fmt: skip
 
 

@@ -64,12 +64,12 @@ def emit(args: argparse.Namespace, facts: Any, render: Callable[[], str]) -> Non
 def emit_receipt(args: argparse.Namespace, receipt: Receipt) -> int:
     """Print a receipt (JSON or the line and its findings) and return the exit code."""
     from upparam.findings import exit_code
-    from upparam.report.text import finding_lines
+    from upparam.report.text import finding_lines, one_line
 
     if args.json:
         print(json.dumps(receipt.facts(), indent=2, ensure_ascii=False))
     elif not args.quiet:
-        print("\n".join([*finding_lines(receipt.findings), receipt.line()]))
+        print("\n".join([*finding_lines(receipt.findings), one_line(receipt.line())]))
     return exit_code(receipt.findings)
 
 

@@ -107,7 +107,9 @@ def _pair(text: str, form: str) -> tuple[str, str]:
 def _text(facts: dict[str, Any]) -> str:
     import json
 
+    from upparam.report.text import one_line
+
     lines = [f"{', '.join(facts['files'])}: {facts['dialect']}"]
     lines += [f"  {key} = {value}" for key, value in facts["metadata"].items()]
     lines += [f"  config.{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in facts["config"].items()]
-    return "\n".join(lines if len(lines) > 1 else [*lines, "  no metadata"])
+    return "\n".join(map(one_line, lines if len(lines) > 1 else [*lines, "  no metadata"]))

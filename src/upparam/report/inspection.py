@@ -38,7 +38,7 @@ def inspection_text(facts: dict[str, Any]) -> str:
     for entry in facts["hashes"]:
         autov3 = f"  AutoV3 {entry['autov3'][:12]} ({entry['autov3']})" if entry["autov3"] else "  AutoV3: only safetensors has one"
         console.print(
-            f"{entry['path']}\n  sha256 {entry['sha256']}\n{autov3}\n  legacy {entry['legacy']}",
+            f"{one_line(entry['path'])}\n  sha256 {entry['sha256']}\n{autov3}\n  legacy {entry['legacy']}",
             soft_wrap=True,
         )
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
