@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from upparam.errors import EXIT_FINDINGS, EXIT_OK
 
@@ -45,6 +46,14 @@ class Finding:
         if self.confidence is not None:
             facts["confidence"] = round(self.confidence, 3)
         return facts
+
+    @staticmethod
+    def from_facts(facts: Mapping[str, Any]) -> Finding:
+        """The finding that `facts` told of."""
+        severity = Severity[facts["severity"].upper()]
+        return Finding(
+            facts["code"], severity, facts["subject"], facts["message"], tuple(facts.get("evidence", ())), facts.get("confidence")
+        )
 
 
 def info(code: str, subject: str, message: str, *evidence: str, confidence: float | None = None) -> Finding:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,26 @@ def reading(args: argparse.Namespace) -> ReadOptions:
 
 
 def emit(args: argparse.Namespace, facts: Any, render: Callable[[], str]) -> None:
-    """Print facts as JSON when asked, else the rendered text."""
-    if args.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-    else:
-        print(render())
+    """Print facts as JSON when asked, else the rendered text, as wide as the terminal."""
+    from upparam.report.text import fitted
+
+    print(as_json(facts) if args.json else fitted(render()))
+
+
+def as_json(facts: Any, indent: int | None = 2) -> str:
+    """Strict JSON: numbers that are not finite as the strings NaN, Infinity and -Infinity."""
+    try:
+        return json.dumps(facts, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(facts), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def emit_receipt(args: argparse.Namespace, receipt: Receipt) -> int:
@@ -66,10 +82,8 @@ def emit_receipt(args: argparse.Namespace, receipt: Receipt) -> int:
     from upparam.findings import exit_code
     from upparam.report.text import finding_lines, one_line
 
-    if args.json:
-        print(json.dumps(receipt.facts(), indent=2, ensure_ascii=False))
-    elif not args.quiet:
-        print("\n".join([*finding_lines(receipt.findings), one_line(receipt.line())]))
+    if args.json or not args.quiet:
+        emit(args, receipt.facts(), lambda: "\n".join(map(one_line, [*finding_lines(receipt.findings), receipt.line()])))
     return exit_code(receipt.findings)
 
 

@@ -43,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
     result = compare(
         args.first, args.second, read=reading(args), accept=args.accept or ACCEPTED, threads=args.threads, progress=progress_for(args)
     )
-    if args.quiet and not args.json:
-        print(f"{result.verdict.value}: {result.summary}")
-    else:
-        emit(args, result.facts(), lambda: comparison_text(result, args.all))
+    brief = f"{result.verdict.value}: {result.summary}"
+    emit(args, result.facts(), lambda: brief if args.quiet else comparison_text(result, args.all))
     return result.exit_code

@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List the dialects upparam reads and writes."""
-    from upparam.dialects import DIALECTS, get
+    from upparam.dialects import get, names
 
-    members = [get(name) for name in DIALECTS]
+    members = [get(name) for name in names()]
     facts = [{"name": member.name, "title": member.title, "reads": True, "writes": member.writable} for member in members]
     width = max(len(member.name) for member in members)
     emit(

@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     from upparam.operations.identify import folders_below, identify
     from upparam.report.identity import identity_text
 
-    found = [identify(part) for path in args.paths for part in (folders_below(path) if args.recursive else [path])]
+    found = [
+        identify(part, below=not args.recursive) for path in args.paths for part in (folders_below(path) if args.recursive else [path])
+    ]
     emit(args, [identity.facts() for identity in found], lambda: "\n\n".join(identity_text(identity) for identity in found))
     return max(identity.exit_code for identity in found)

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from upparam.cli.common import add_common, progress_for
+from upparam.cli.common import add_common, emit, progress_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +30,12 @@ def run(args: argparse.Namespace) -> int:
         reports.append(report)
         if not args.json:
             from upparam.report.scanning import scan_lines
+            from upparam.report.text import fitted
 
-            print("\n".join(scan_lines(report, args.quiet)), end="\n" if not args.quiet or report.exit_code else "")
+            lines = scan_lines(report, args.quiet)
+            print(fitted("\n".join(lines)), end="\n" if lines else "")
     if args.json:
-        print(json.dumps([report.facts() for report in reports], indent=2))
+        emit(args, [report.facts() for report in reports], str)
     elif not args.quiet and len(reports) > 1:
         counts = {verdict: sum(report.verdict is verdict for report in reports) for verdict in Verdict}
         print(f"{len(reports)} files: " + ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count))

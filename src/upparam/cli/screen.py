@@ -6,23 +6,29 @@ order than it has. Both are written as \\uXXXX, which JSON reads as the same cha
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
-from upparam.report.text import escaped
+from upparam.report.text import coloured, escaped
 
 
 class Screen:
-    """A text stream that writes to another one, escaped. `stream` is the other one, for what draws on purpose."""
+    """A text stream that writes to another one, escaped, with marks such as `warning:` in colour where that is a terminal.
+
+    `stream` is the other one, for what draws on purpose.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self._colours = not plain and bool(getattr(stream, "isatty", bool)())
 
     def write(self, text: str) -> int:
         """Write `text`, escaped; what the stream's encoding lacks becomes \\uXXXX too."""
-        shown = escaped(text)
+        shown = coloured(escaped(text)) if self._colours else escaped(text)
         try:
             self.stream.write(shown)
         except UnicodeEncodeError:

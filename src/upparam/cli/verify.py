@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify; exit code 1 when any finding is an error."""
     from upparam.operations.verify import verify
-    from upparam.report.text import finding_lines, one_line
+    from upparam.report.text import counted, finding_lines, one_line
 
     on_disk = args.base if args.base and Path(args.base).exists() else None
     verdict = verify(args.path, base=on_disk, options=reading(args), progress=progress_for(args))
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
         verdict.facts(),
         lambda: "\n".join(
             [
-                one_line(f"{verdict.path}: {word} ({verdict.dialect}, {verdict.targets} targets)"),
-                *("  " + line for line in finding_lines(verdict.findings)),
+                one_line(f"{verdict.path}: {word} ({verdict.dialect}, {counted(verdict.targets, 'target')})"),
+                *(one_line("  " + text) for text in finding_lines(verdict.findings, within=verdict.path.name)),
             ]
         ),
     )

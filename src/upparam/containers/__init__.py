@@ -75,6 +75,26 @@ def open_file(path: Path | str) -> TensorFile:
     return found[0]
 
 
+def member_source(path: Path) -> Source | None:
+    """The bytes of a file by its path: a regular file's, or of a member of the archive that some folder of its path is; None where there is none."""
+    if path.is_file():
+        return file_source(path)
+    outer = next((part for part in path.parents if part.exists()), None)
+    if outer is None or not outer.is_file():
+        return None
+    source: Source | None = file_source(outer)
+    at, words = outer, list(path.relative_to(outer).parts)
+    while source is not None and words:
+        if not archive.sniff(head_of(source, at)):
+            return None
+        contents = archive.contents(source, at)
+        held = dict([*contents.members, *contents.passed_over])
+        count = next((count for count in range(len(words), 0, -1) if "/".join(words[:count]) in held), 0)
+        source = held["/".join(words[:count])] if count else None
+        at, words = at.joinpath(*words[:count]), words[count:]
+    return source
+
+
 def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorFile]:
     head = head_of(source, path)
     container = next((container for container in CONTAINERS if container.sniff(head)), None)

@@ -78,7 +78,8 @@ def _safetensors(head: Head) -> LookAlike | None:
         return None
     length = int.from_bytes(head.data[:8], "little")
     if length > MAX_SAFETENSORS_HEADER:
-        return None
+        claim = f"its first 8 bytes claim a header of {length:,} bytes, more than any real file has"
+        return LookAlike("broken-safetensors", f"no sound safetensors file: {claim}", (f"file of {head.size} bytes",))
     if 8 + length > head.size:
         return _truncated("a safetensors file that ends inside its header", f"header of {length} bytes stated", head)
     header = head.source.read(8, min(length, _HEADER_READ))
@@ -268,12 +269,25 @@ def _json(head: Head, start: str) -> LookAlike | None:
         if said and len(value) <= 4:
             return LookAlike("json-error", "a server's error message saved in place of the file; download it again", (str(said)[:120],))
         keys = tuple(str(key) for key in list(value)[:5])
-        if "peft_type" in value:
-            return LookAlike("json", "a PEFT adapter config; the weights are in the file beside it", keys)
-        if "weight_map" in value:
-            return LookAlike("json", "the index of a sharded checkpoint; the weights are in the files it names", keys)
-        return LookAlike("json", "JSON text, no tensors", keys)
+        what = next((what for key, what in _CONFIGS.items() if key in value), "JSON text, no tensors")
+        return LookAlike("json", what, keys)
     return LookAlike("json", "JSON text, no tensors", (start[:60].strip(),))
+
+
+_CONFIGS = {
+    "peft_type": "a PEFT adapter config: what the weights are, not the weights", "lora_parameters": "an MLX adapter config",
+    "weight_map": "the index of a sharded checkpoint; the weights are in the files it names", "log_history": "a Trainer's state",
+    "_class_name": "a diffusers config", "architectures": "a model's config", "model_type": "a model's config",
+    "tokenizer_class": "a tokenizer's config",
+}  # fmt: skip
+"""A key that gives a JSON object away, and what it is."""
+
+
+def _tokenizer(head: Head) -> LookAlike | None:
+    """SentencePiece's model is a protobuf whose first field holds the pieces."""
+    if head.data[:1] == b"\x0a" and re.search(r"(tokenizer|spiece|sentencepiece)[\w.]*\.model$", head.name):
+        return LookAlike("tokenizer", "a SentencePiece tokenizer", (f"named {head.name}", "starts with a protobuf field"))
+    return None
 
 
 def _as_text(data: bytes) -> str | None:
@@ -308,6 +322,7 @@ _TESTS: tuple[Callable[[Head], LookAlike | None], ...] = (
     _magic,
     _archive,
     _onnx,
+    _tokenizer,
     _tensorflow,
     _text,
     _pickle,

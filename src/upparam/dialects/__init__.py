@@ -40,7 +40,12 @@ def get(name: str) -> Dialect:
     if name in plugins:
         plugin: Dialect = plugins[name].load()
         return plugin
-    raise UsageError("no such dialect", expected="one of " + ", ".join([*DIALECTS, *plugins]), found=name)
+    raise UsageError("no such dialect", expected="one of " + ", ".join(names()), found=name)
+
+
+def names() -> list[str]:
+    """Every dialect there is, ours and the installed plugins'."""
+    return [*DIALECTS, *(point.name for point in installed("upparam.dialects") if point.name not in DIALECTS)]
 
 
 def matches(file: TensorFile) -> list[Match]:

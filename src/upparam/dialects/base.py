@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from upparam.adapter import Adapter
 from upparam.bases.base import Base
+from upparam.containers import member_source
 from upparam.containers.base import TensorFile
 from upparam.errors import MalformedError
 from upparam.limits import MAX_SIDE_FILE
@@ -37,20 +38,24 @@ class Bundle:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None when there is no such file. Raises MalformedError for anything else."""
-    if not path.is_file():
+    """The JSON object in a file or in an archive's member, None when there is none. Raises MalformedError for anything else."""
+    source = member_source(path)
+    if source is None:
         return None
-    if path.stat().st_size > MAX_SIDE_FILE:
-        raise MalformedError(
-            "a side file this large is not a config", file=path, expected=f"<= {MAX_SIDE_FILE} bytes", found=path.stat().st_size
-        )
+    if source.size > MAX_SIDE_FILE:
+        raise MalformedError("a side file this large is not a config", file=path, expected=f"<= {MAX_SIDE_FILE} bytes", found=source.size)
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(source.read(0, source.size).decode("utf-8-sig"))
     except (ValueError, RecursionError) as problem:
-        raise MalformedError(f"not valid JSON: {problem}", file=path) from problem
+        what = f"not valid JSON: {problem}" if source.size else "an empty file where a config should be"
+        raise MalformedError(what, file=path, remedy=_MENDING.get(path.name)) from problem
     if not isinstance(value, dict):
-        raise MalformedError("not a JSON object", file=path, found=type(value).__name__)
+        raise MalformedError("not a JSON object", file=path, found=type(value).__name__, remedy=_MENDING.get(path.name))
     return value
+
+
+_MENDING = {"adapter_config.json": "fetch it again, or move it away and 'upparam assemble' makes a new one from the weights"}
+"""What to do about a config that cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
-from upparam.dialects import peft_config
+from upparam.dialects import peft_config, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions, read_json
-from upparam.dialects.peft_names import WRAPPER, is_checkpoint, part_of, sort
+from upparam.dialects.peft_names import WRAPPER, Sorted, is_checkpoint, part_of, sort
 from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
 from upparam.dialects.peft_write import COMPONENTS, by_component, outside, remedy, saved, whole
 from upparam.dialects.placing import base_of
@@ -71,9 +71,9 @@ class Peft:
         return None
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
-        """One file is one adapter; its config lies beside it. Folders named for a pipeline's components are parts of one."""
+        """One file is one adapter, or all parts of a sharded checkpoint are. Folders named for a pipeline's components are parts of one."""
         if file.path.parent.name not in COMPONENTS:
-            return [file]
+            return [file, *peft_shards.others(file, siblings)]
         others = {
             other.path.parent: other for other in siblings
             if other.path.parent.name in COMPONENTS and other.path.parent.parent == file.path.parent.parent and other.path.parent != file.path.parent
@@ -84,14 +84,14 @@ class Peft:
     def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
         """The adapter; without a config one whose scale is unknown unless `options` says it.
 
-        Raises DeadAdapterError where no module has both factors, NotAnAdapterError for prompt tuning and the like, RefusedError for
+        Raises DeadAdapterError where no module has both factors or the factors are empty, NotAnAdapterError for prompt tuning and the like, RefusedError for
         factors of a method upparam does not know.
         """
-        members = [_member(file, bundle) for file in bundle.files]
+        members = [_member(file, bundle) for file in peft_shards.joined(bundle.files)]
         first = members[0]
         adapter = Adapter(
             {}, self.name, metadata=dict(first.file.metadata), config=dict(first.config or {}), files=tuple(str(file.path) for file in bundle.files),
-            findings=[finding for file in bundle.files for finding in file.findings],
+            findings=[finding for member in members for finding in member.file.findings],
         )  # fmt: skip
         take_slices(adapter.metadata)
         found = [(member, take_deltas(adapter, member, options)) for member in members]
@@ -164,6 +164,22 @@ def _config(file: TensorFile) -> dict[str, Any] | None:
         return None
 
 
+def _refuse_empty(file: TensorFile, names: Sorted) -> None:
+    """Raise DeadAdapterError for a save that went wrong in one of the ways known: a file without tensors, or with factors of no elements."""
+    if not file.tensors:
+        raise DeadAdapterError(
+            "the file holds no tensors: the adapter's weights were not saved", file=file.path,
+            remedy="a training script that replaces the model's state_dict does this, or a save under DeepSpeed ZeRO-3; look for the factors in the "
+            "run's checkpoint folders, or save again with save_pretrained",
+        )  # fmt: skip
+    factors = [tensor for roles in names.factors.values() for tensor in roles.values()]
+    if factors and not any(tensor.numel for tensor in factors):
+        raise DeadAdapterError(
+            f"all {len(factors)} factors are empty (0 elements): DeepSpeed ZeRO-3 saved its placeholders", file=file.path,
+            remedy="gather the weights with the checkpoint's zero_to_fp32.py, or save again with stage3_gather_16bit_weights_on_model_save",
+        )  # fmt: skip
+
+
 def _member(file: TensorFile, bundle: Bundle) -> Member:
     own = file.path.parent
     component = own.name if own != bundle.folder and own.name in COMPONENTS else ""
@@ -182,6 +198,7 @@ def _member(file: TensorFile, bundle: Bundle) -> Member:
             "bottleneck adapters are layers with a non-linearity inside, not changes of weights: they cannot be converted or merged",
             file=file.path, found=next(name for name in file.tensors if _BOTTLENECK.search(name)),
         )  # fmt: skip
+    _refuse_empty(file, names)
     if not names.factors and isinstance(kind, str):
         raise NotAnAdapterError(
             f"upparam does not know PEFT's {kind}", file=file.path, found=", ".join(list(file.tensors)[:3]),

@@ -14,7 +14,7 @@ from typing import Any
 from upparam.adapter import Adapter
 from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
-from upparam.containers import raw
+from upparam.containers import member_source, raw
 from upparam.containers.base import TensorFile
 from upparam.dialects import triad_whole
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions, read_json
@@ -34,8 +34,10 @@ _ALPHA, _RANK, _SCALE = (
 )
 _LISTED = 8
 """Readings of a headerless file that a refusal lists."""
-_CLEAR = 0.6
+_CLEAR = 0.8
 """How likely a reading of a headerless file must be to be taken without asking."""
+_ALPHA_BYTES = 64
+"""Bytes of a file that holds alpha alone."""
 _SUFFIX = {"torch": ".bin", "npy": ".npz", "raw": ".raw"}
 
 
@@ -188,8 +190,22 @@ def _config(bundle: Bundle, found: Found) -> tuple[dict[str, Any], str]:
     for name in _CONFIGS:
         beside = bundle.side_json(name)
         if beside is not None:
-            return {**found.values, **beside}, name
-    return dict(found.values), bundle.main.name
+            return {**_alpha_file(bundle), **found.values, **beside}, name
+    return {**_alpha_file(bundle), **found.values}, bundle.main.name
+
+
+def _alpha_file(bundle: Bundle) -> dict[str, Any]:
+    """Alpha from a file that holds nothing but the number (`alpha`, `alpha.txt`). Raises MalformedError where it holds something else."""
+    for name in ("alpha", "alpha.txt"):
+        source = member_source(bundle.folder / name)
+        if source is None:
+            continue
+        text = source.read(0, min(source.size, _ALPHA_BYTES)).decode("utf-8", "replace").strip()
+        try:
+            return {_ALPHA[0]: float(text)}
+        except ValueError:
+            raise MalformedError("not a number", file=bundle.folder / name, expected="alpha alone", found=repr(text[:20])) from None
+    return {}
 
 
 def _whole(bundle: Bundle, found: Found, note: Mapping[str, Any], config_name: str) -> Adapter:
@@ -344,7 +360,12 @@ def _turned(key: str | int | None, up: Tensor, down: Tensor, rank: int | None, b
     ways: list[tuple[str, Tensor, Tensor]] = [("as named", up, down)]
     if len(up.shape) == len(down.shape) == 2:
         ways += [("both transposed", up.T, down.T), ("up transposed", up.T, down), ("down transposed", up, down.T)]
-    fitting = [way for way in ways if way[1].shape[1] == way[2].shape[0]]
+    # Only as named may the rank be more than a side of dW: turned so, any two matrices that share a size would fit.
+    fitting = [
+        way for way in ways
+        if way[1].shape[1] == way[2].shape[0] and (way[0] == "as named" or way[2].shape[0] <= min(way[1].shape[0], way[2].shape[1]))
+    ]  # fmt: skip
+    fitting.sort(key=lambda way: way[2].shape[0] > min(way[1].shape[0], way[2].shape[1]))
     if rank is not None:
         fitting = [way for way in fitting if way[2].shape[0] == rank]
     name = "" if key is None else str(key)
@@ -353,8 +374,7 @@ def _turned(key: str | int | None, up: Tensor, down: Tensor, rank: int | None, b
             "up and down do not fit together", file=bundle.main.path, tensor=name or None,
             expected=f"an inner size of {rank}" if rank is not None else "up (out, r) and down (r, in)", found=f"up {up.shape}, down {down.shape}",
         )  # fmt: skip
-    small = [way for way in fitting if way[2].shape[0] <= min(way[1].shape[0], way[2].shape[1])]
-    how, first, second = (small or fitting)[0]
+    how, first, second = fitting[0]
     if how != "as named":
         adapter.findings.append(info("turned", name or bundle.main.name, f"factors are stored {how}", f"up {up.shape}, down {down.shape}"))
     elif rank is None and len({way[2].shape[0] for way in fitting}) > 1 and up.shape[0] == up.shape[1]:

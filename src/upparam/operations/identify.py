@@ -16,9 +16,14 @@ from upparam.containers.lookalikes import LookAlike, recognise
 from upparam.dialects.base import ReadOptions
 from upparam.errors import AmbiguousError, DeadAdapterError, NotAnAdapterError, RefusedError, UnreadableError, UpparamError, UsageError
 from upparam.findings import Finding, error, exit_code, info, warning
+from upparam.operations.belonging import belonging, broken_links, named_otherwise
+from upparam.operations.explaining import WEIGHTS
 from upparam.operations.kinds import classify
 from upparam.operations.kinds_other import other
 from upparam.operations.opening import Candidate, Siblings, group, tensor_files
+
+MISFIT = 0.5
+"""A stated base of which we are less sure than this does not fit."""
 
 
 @dataclass
@@ -108,10 +113,10 @@ class Identity:
         }
 
 
-def identify(path: Path | str) -> Identity:
+def identify(path: Path | str, *, below: bool = True) -> Identity:
     """What `path` is: a file (its folder is consulted for partners), or a folder. Raises UnreadableError only when the path cannot be opened.
 
-    Nothing in the files is executed; tensor data is not read.
+    Nothing in the files is executed; tensor data is not read. `below`: say which folders below a folder were not looked into.
     """
     path = Path(path)
     if path.is_dir():
@@ -128,12 +133,17 @@ def identify(path: Path | str) -> Identity:
         found = group(files, path.parent, Siblings(path, files))
     found = [candidate for candidate in found if other(candidate.bundle.main) is None]
     adapters = [_adapter_report(candidate) for candidate in found]
-    reports = _file_reports(members, files, problems, found)
+    reports = _file_reports(members, files, problems, found) + [_broken_link(link) for link in broken_links(path)]
     identity = Identity(path, reports, adapters)
-    identity.findings += _belonging(path, identity, found)
-    if path.is_dir() and not adapters:
+    identity.findings += belonging(path, identity)
+    if below and path.is_dir():
         identity.findings += _below(path)
     return identity
+
+
+def _broken_link(path: Path) -> FileReport:
+    message = "a link to a file that is not there; fetch it again"
+    return FileReport(path, "broken-link", message, findings=[warning("kind", path.name, message, str(path.readlink()))])
 
 
 def _below(path: Path) -> list[Finding]:
@@ -141,7 +151,8 @@ def _below(path: Path) -> list[Finding]:
     if not below:
         return []
     shown = ", ".join(below[:5]) + (" ..." if len(below) > 5 else "")
-    return [info("folders-below", path.name, f"{len(below)} folders below were not looked into; --recursive does", shown)]
+    many = f"{len(below)} folders below were" if len(below) > 1 else "1 folder below was"
+    return [info("folders-below", path.name, f"{many} not looked into; --recursive does", shown)]
 
 
 def folders_below(path: Path | str) -> list[Path]:
@@ -182,7 +193,7 @@ def _file_reports(
             reports.append(
                 FileReport(
                     file.path, kind, message, file.container, candidate.match.dialect if candidate else None, len(file.tensors),
-                    member.stat().st_size, file.wrapping, [*claims, *file.findings],
+                    member.stat().st_size, file.wrapping, [*claims, *named_otherwise(file.path, file.container), *file.findings],
                 )
             )  # fmt: skip
         if not inside and member not in problems:
@@ -204,31 +215,15 @@ def _look(path: Path) -> LookAlike | None:
         return None
 
 
-SIDE_FILES = {
-    ".json",
-    ".txt",
-    ".md",
-    ".jinja",
-    ".model",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".py",
-    ".log",
-    ".png",
-    ".jpg",
-    ".gitattributes",
-}
+_BESIDE = {"json", "text", "png", "jpeg", "gif", "webp", "pdf", "audio", "video", "tokenizer"}
+"""Kinds of files that lie beside adapters; only one named as weights are is worth a warning."""
 
 
 def _lookalike_report(path: Path) -> FileReport:
     look = _look(path)
     if look is None:
         return FileReport(path, "unreadable", "it cannot be opened", findings=[error("unreadable", path.name, "it cannot be opened")])
-    harmless = look.kind in ("json", "text") and path.suffix in SIDE_FILES
+    harmless = look.kind in _BESIDE and path.suffix.lower() not in WEIGHTS
     grade = info if harmless or look.kind == "unknown" else warning
     return FileReport(
         path, look.kind, look.message, size=path.stat().st_size, findings=[grade("kind", path.name, look.message, *look.evidence)]
@@ -246,7 +241,9 @@ def _adapter_report(candidate: Candidate) -> AdapterReport:
     try:
         adapter = member.read(bundle, ReadOptions())
     except DeadAdapterError as problem:
-        report.kind = "orphan-factor" if len(bundle.files) == 1 else "dead-adapter"
+        report.kind = (
+            "orphan-factor" if len(bundle.files) == 1 and any(tensor.numel for tensor in bundle.main.tensors.values()) else "dead-adapter"
+        )
         report.findings.append(error("dead-adapter", subject, f"dead: {problem.message}", *(part for part in (problem.remedy,) if part)))
         return report
     except (UsageError, RefusedError) as problem:
@@ -294,40 +291,17 @@ def describe(report: AdapterReport, adapter: Adapter, subject: str) -> None:
         )
     for hint in report.bases:
         others = (f"look-alikes: {', '.join(hint.lookalikes)}",) if hint.lookalikes else ()
-        said = "stated by the file" if hint.stated else "inferred"
-        report.findings.append(info("base", subject, f"base {hint.name} ({said})", *hint.evidence, *others, confidence=hint.confidence))
+        said = f"base {hint.name} ({'stated by the file' if hint.stated else 'inferred'})"
+        if hint.stated and hint.confidence < MISFIT:
+            said = f"the file says its base is {hint.name}, and that can hardly be true"
+        grade = warning if hint.stated and hint.confidence < MISFIT else info
+        report.findings.append(grade("base", subject, said, *hint.evidence, *others, confidence=hint.confidence))
     report.findings += adapter.findings
     if adapter.leftovers:
         shown = ", ".join(list(adapter.leftovers)[:3])
         report.findings.append(
             warning("leftovers", subject, f"{len(adapter.leftovers)} tensors that no rule of the dialect explains", shown)
         )
-
-
-def _belonging(path: Path, identity: Identity, found: list[Candidate]) -> list[Finding]:
-    """How the files of a folder belong together: which to use of several, and what is missing."""
-    alive = [report for report in identity.adapters if report.kind == "adapter"]
-    if not path.is_dir() or len(identity.adapters) < 2 or not alive:
-        return []
-    ranked = sorted(alive, key=lambda report: (not report.files[0].name.endswith(".safetensors"), -report.confidence, report.files[0].name))
-    best = ranked[0]
-    alike = [
-        report for report in ranked[1:] if (report.modules, report.ranks, report.algorithms) == (best.modules, best.ranks, best.algorithms)
-    ]
-    names = ", ".join(report.files[0].name for report in ranked)
-    if alike:
-        reason = (
-            "same modules, ranks and algorithm; safetensors cannot carry code"
-            if best.files[0].suffix == ".safetensors"
-            else "same modules, ranks and algorithm"
-        )
-        return [
-            warning(
-                "several-adapters", path.name, f"{len(ranked)} files hold an adapter of the same shape: {names}; use {best.files[0].name}",
-                reason, "'upparam compare' tells whether the weights agree", confidence=0.8,
-            )
-        ]  # fmt: skip
-    return [warning("several-adapters", path.name, f"{len(ranked)} different adapters lie here: {names}; name the one you mean")]
 
 
 def _tally(values: Iterable[Any]) -> dict[Any, int]:

@@ -99,6 +99,7 @@ _MODELS = (
     ("text_model.encoder.layers.0.", "a whole CLIP text encoder"),
     ("image_encoder.blocks.0.attn.qkv.weight", "a whole SAM model"),
     ("blk.0.", "a whole language model (GGUF naming)"),
+    (".qweight", "a quantised model (GPTQ or AWQ)"),
 )
 
 

@@ -13,8 +13,8 @@ from upparam.adapter import Adapter
 from upparam.containers import file_source, head_of, lookalikes, open_all, raw
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, ReadOptions
-from upparam.errors import AmbiguousError, NotAnAdapterError, UnreadableError, UpparamError
-from upparam.operations.kinds import classify
+from upparam.errors import AmbiguousError, UpparamError
+from upparam.operations.explaining import explain_nothing
 from upparam.operations.kinds_other import other
 
 
@@ -119,8 +119,20 @@ def group(files: Sequence[TensorFile], folder: Path, siblings: Sequence[TensorFi
         if matched:
             members = dialects.get(matched[0].dialect).gather(file, Unclaimed(siblings, taken | {file.path}))
             taken.update(member.path for member in members)
-            found.append(Candidate(Bundle(members, folder), matched))
+            found.append(Candidate(Bundle(members, _folder_of(file, folder)), matched))
     return found
+
+
+def _folder_of(file: TensorFile, folder: Path) -> Path:
+    """Where a file's side files lie: inside its archive, if it is in one (packed alone, as by gzip, it is in none)."""
+    if not file.wrapping:
+        return folder
+    inside = file.path.parent.parent if file.wrapping[-1] in ("gz", "bz2", "xz") else file.path.parent
+    return inside.parent if inside.name in COMPONENTS else inside
+
+
+_SHOWN = 6
+"""Files that a refusal lists."""
 
 
 def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadOptions | None = None) -> Adapter:
@@ -134,29 +146,15 @@ def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadO
     if dialect is not None:
         found = [candidate for candidate in found if any(match.dialect == dialect for match in candidate.matches)]
     if not found:
-        _explain_nothing(path, dialect)
+        explain_nothing(path, dialect, *tensor_files(path))
     if len(found) > 1:
-        names = "; ".join(f"{candidate.bundle.main.name} ({candidate.match.dialect})" for candidate in found)
-        raise AmbiguousError("several adapters lie here", file=path, found=names, remedy="name the file you mean")
+        shown = [f"{candidate.bundle.main.name} ({candidate.match.dialect})" for candidate in found[:_SHOWN]]
+        rest = [f"... ({len(found)} of them)"] if len(found) > _SHOWN else []
+        raise AmbiguousError(
+            "several adapters lie here",
+            file=path,
+            found="; ".join(shown + rest),
+            remedy="name the file you mean; 'upparam identify' compares them",
+        )
     name = dialect or found[0].match.dialect
     return dialects.get(name).read(found[0].bundle, options or ReadOptions())
-
-
-def _explain_nothing(path: Path, dialect: str | None) -> None:
-    files, problems = tensor_files(path)
-    if problems and not files:
-        raise next(iter(problems.values()))
-    if files:
-        file, known = next(((file, kind) for file in files if (kind := other(file)) is not None), (files[0], classify(files[0])))
-        if known.name != "tensors" and dialect is None:
-            remedy = known.remedy or "see 'upparam identify'"
-            raise NotAnAdapterError(known.message, file=file.path, found="; ".join(known.evidence), remedy=remedy)
-        shown = ", ".join(list(files[0].tensors)[:3])
-        wanted = f" of dialect {dialect}" if dialect else ""
-        raise NotAnAdapterError(
-            f"no low-rank adapter{wanted} here",
-            file=path,
-            found=f"{len(files[0].tensors)} tensors such as {shown}",
-            remedy="see 'upparam identify'",
-        )
-    raise UnreadableError("no tensors can be read here", file=path, remedy="see 'upparam identify'")

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from upparam.operations.compare.models import MOST, ModelComparison, WeightComparison
 from upparam.operations.compare.module import SAME, Alike, Angles, ModuleComparison
 from upparam.operations.compare.verdict import Comparison
-from upparam.report.text import finding_lines, listed, one_line, paper
+from upparam.report.table import Column, table
+from upparam.report.text import finding_lines, listed, one_line, terminal_width
 
 SHOWN = 24
 """Modules shown unless all are asked for."""
 
 
 def comparison_text(result: Comparison | ModelComparison, everything: bool = False) -> str:
-    """The report. The modules furthest apart are shown, or all of them with `everything`; width only where a terminal is."""
-    console = paper()
-    for line in [f"{result.first}", f"{result.second}", f"{result.verdict.value}: {result.summary}"]:
-        console.print(one_line(line), soft_wrap=True)
-    if isinstance(result, Comparison):
-        _adapters(console, result, everything)
-    else:
-        _models(console, result, everything)
-    for line in finding_lines(result.findings):
-        console.print(one_line(line), soft_wrap=True)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+    """The report. The modules furthest apart are shown, or all of them with `everything`; colour and width only where a terminal is."""
+    lines = [f"{result.first}", f"{result.second}", f"{result.verdict.value}: {result.summary}"]
+    lines += _adapters(result, everything) if isinstance(result, Comparison) else _models(result, everything)
+    return "\n".join(one_line(part).rstrip() for part in [*lines, *finding_lines(result.findings)])
 
 
-def _adapters(console: Console, result: Comparison, everything: bool) -> None:
+def _adapters(result: Comparison, everything: bool) -> list[str]:
     told = [f"{' and '.join(dict.fromkeys(result.dialects))}"]
     bases = [base for base in dict.fromkeys(result.bases) if base]
     told += [f"base {' and '.join(bases)}"] if bases else []
@@ -40,64 +30,57 @@ def _adapters(console: Console, result: Comparison, everything: bool) -> None:
         told.append(f"||dW|| {result.norms[0]:.5g} and {result.norms[1]:.5g}")
     if result.cosine is not None:
         told.append(f"cosine {result.cosine:.6g}, relative distance {_small(result.distance)}")
-    console.print(one_line("  " + " · ".join(told)), soft_wrap=True)
-    for part in (_scales(result.modules), _extras(result), _alone(result)):
-        if part:
-            console.print(one_line("  " + part), soft_wrap=True)
+    lines = ["  " + " · ".join(told)]
+    lines += ["  " + part for part in (_scales(result.modules), _extras(result), _alone(result)) if part]
     modules = sorted(result.modules, key=lambda module: (module.alike is not Alike.INCOMPARABLE, -(module.distance or 0.0)))
     chosen = result.modules if everything else [module for module in modules if module.alike not in SAME][:SHOWN]
-    if chosen:
-        console.print(_modules(chosen))
-    _more(console, len(result.modules) - len(chosen), bool(chosen))
+    return [*lines, *(_modules(chosen) if chosen else ()), *_more(len(result.modules) - len(chosen), bool(chosen))]
 
 
-def _modules(modules: Sequence[ModuleComparison]) -> Table:
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("target", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for name in ("rank", "scale", "||dW||_F", "cosine", "distance", "tolerance", "multiplier", "column angles", "row angles"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for module in modules:
-        table.add_row(
-            one_line(module.target), module.alike.value, _both(module.ranks), _both(module.scales), _both(module.norms), _number(module.cosine, ".5f"),
+_NUMBERS = ("rank", "scale", "||dW||_F", "cosine", "distance", "tolerance", "multiplier", "column angles", "row angles")
+
+
+def _modules(modules: Sequence[ModuleComparison]) -> list[str]:
+    rows = [
+        (
+            module.target, module.alike.value, _both(module.ranks), _both(module.scales), _both(module.norms), _number(module.cosine, ".5f"),
             _small(module.distance), _small(module.tolerance), _number(module.multiplier, ".5g"), _angles(module.columns), _angles(module.rows),
-        )  # fmt: skip
-        if module.reason:
-            table.add_row(one_line("  " + module.reason))
-    return table
+        )
+        for module in modules
+    ]  # fmt: skip
+    columns = [Column("target", False), Column("", False), *map(Column, _NUMBERS)]
+    lines = table(columns, rows, terminal_width())
+    return [*lines, *(f"  {module.target}: {module.reason}" for module in modules if module.reason)]
 
 
-def _models(console: Console, result: ModelComparison, everything: bool) -> None:
+def _models(result: ModelComparison, everything: bool) -> list[str]:
     told = [f"base {result.base}", *(f"{count} weights {kind}" for kind, count in result.counts().items())]
-    console.print(one_line("  " + " · ".join(told)), soft_wrap=True)
+    lines = ["  " + " · ".join(told)]
     for word, names in (("first", result.only_first), ("second", result.only_second)):
         if names:
-            console.print(one_line(f"  only in the {word}: {listed(names)}"), soft_wrap=True)
+            lines.append(f"  only in the {word}: {listed(names)}")
     differing = [weight for weight in result.weights if weight.alike not in (Alike.BITS, Alike.ROUNDED)]
     ranked = sorted(differing, key=lambda weight: -(weight.relative or 0.0))
     chosen = result.weights if everything else ranked[:SHOWN]
-    if chosen:
-        console.print(_weights(chosen))
-    _more(console, len(result.weights) - len(chosen), bool(chosen))
+    return [*lines, *(_weights(chosen) if chosen else ()), *_more(len(result.weights) - len(chosen), bool(chosen))]
 
 
-def _weights(weights: Sequence[WeightComparison]) -> Table:
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("weight", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for name in ("shape", "dtype", "changed", "relative", "||difference||_F", "rank", "largest", "noise floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+_MEASURES = ("shape", "dtype", "changed", "relative", "||difference||_F", "rank", "largest", "noise floor")
+
+
+def _weights(weights: Sequence[WeightComparison]) -> list[str]:
+    rows = []
     for weight in weights:
         elements = 1
         for size in weight.shape:
             elements *= size
         changed = "-" if weight.changed is None else f"{weight.changed / max(elements, 1):.1%}"
         rank = f"> {MOST}" if weight.full else _number(weight.rank, "d")
-        table.add_row(
-            one_line(weight.name), weight.reason or weight.alike.value, "x".join(map(str, weight.shape)), " ".join(dict.fromkeys(weight.dtypes)), changed,
+        rows.append((
+            weight.name, weight.reason or weight.alike.value, "x".join(map(str, weight.shape)), " ".join(dict.fromkeys(weight.dtypes)), changed,
             _small(weight.relative), _number(weight.norm, ".4g"), rank, _small(weight.largest), _small(weight.floor),
-        )  # fmt: skip
-    return table
+        ))  # fmt: skip
+    return table([Column("weight", False), Column("", False), *map(Column, _MEASURES)], rows, terminal_width())
 
 
 def _scales(modules: Sequence[ModuleComparison]) -> str:
@@ -130,11 +113,8 @@ def _alone(result: Comparison) -> str:
     return "; ".join(parts)
 
 
-def _more(console: Console, count: int, some: bool) -> None:
-    if count:
-        console.print(
-            f"... and {count} more, shown with --all" if some else f"(--all shows all {count})",
-        )
+def _more(count: int, some: bool) -> list[str]:
+    return [] if not count else [f"... and {count} more, shown with --all" if some else f"(--all shows all {count})"]
 
 
 def _both(pair: tuple[float | None, float | None]) -> str:

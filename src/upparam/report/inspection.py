@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
+from upparam.findings import Finding
+from upparam.report.table import Column, table
+from upparam.report.text import counted, finding_lines, listed, one_line, terminal_width
 
-from upparam.report.text import listed, one_line, paper
+_COLUMNS = (
+    Column("target", False), Column("algorithm", False), Column("rank"), Column("alpha"), Column("scale"), Column("factors", False),
+    Column("dtype", False), Column("||dW||_F"), Column("||dW||_2"), Column("stable rank"), Column("zeros"), Column("NaN/Inf"),
+)  # fmt: skip
 
 
 def inspection_text(facts: dict[str, Any]) -> str:
-    """The report: one row per module, then extras, leftovers, totals, metadata and hashes. Width only where a terminal is."""
-    console = paper()
-    console.print(one_line(f"{facts['path']} ({facts['dialect']}: {', '.join(facts['files'])})"), soft_wrap=True)
-    console.print(_modules(facts["modules"]))
+    """The report: one row per module, then extras, leftovers, totals, findings, metadata and hashes. As wide as the terminal, if there is one."""
+    files = facts["files"]
+    beside = "" if list(map(str, files)) == [facts["path"]] else f": {', '.join(files)}"
+    lines = [one_line(f"{facts['path']} ({facts['dialect']}{beside})"), *_modules(facts["modules"])]
     for title, rows in (("extras", facts["extras"]), ("leftovers (explained by no rule)", facts["leftovers"])):
         if rows:
-            console.print(f"{title}:")
-            for row in rows:
-                console.print(
-                    one_line(f"  {row['name']}  {tuple(row['shape'])} {row['dtype']} {row.get('kind', '')}"),
-                    soft_wrap=True,
-                )
+            lines.append(f"{title}:")
+            lines += [one_line(f"  {row['name']}  {_shape(row['shape'])} {row['dtype']} {row.get('kind', '')}").rstrip() for row in rows]
     totals = facts["totals"]
-    ranks = ", ".join(f"{entry['count']} of rank {entry['rank']}" for entry in totals["ranks"])
+    ranks = [f"{entry['count']} of rank {entry['rank']}" for entry in totals["ranks"]]
     norm = "unknown" if totals["frobenius"] is None else f"{totals['frobenius']:.6g}"
-    console.print(
-        f"totals: {totals['targets']} targets, {listed(totals['algorithms'])}, {ranks}, {totals['parameters']:,} parameters, "
-        f"{listed(totals['dtypes'])}, ||dW|| {norm}, {totals['nonfinite']} NaN/Inf",
-        soft_wrap=True,
-    )  # fmt: skip
+    told = [
+        counted(totals["targets"], "target"), listed(totals["algorithms"]), *ranks, counted(totals["parameters"], "parameter"),
+        listed(totals["dtypes"]), f"||dW|| {norm}", f"{totals['nonfinite']:,} NaN/Inf",
+    ]  # fmt: skip
+    lines.append("totals: " + ", ".join(part for part in told if part))
+    lines += [one_line(text) for text in finding_lines(Finding.from_facts(finding) for finding in facts["findings"])]
     for title in ("metadata", "config"):
         if facts[title]:
-            console.print(f"{title} (verbatim):")
-            for key, value in facts[title].items():
-                console.print(one_line(f"  {key}: {value}"), soft_wrap=True)
+            lines.append(f"{title} (verbatim):")
+            lines += [one_line(f"  {key}: {_verbatim(value)}") for key, value in facts[title].items()]
     for entry in facts["hashes"]:
         autov3 = f"  AutoV3 {entry['autov3'][:12]} ({entry['autov3']})" if entry["autov3"] else "  AutoV3: only safetensors has one"
-        console.print(
-            f"{one_line(entry['path'])}\n  sha256 {entry['sha256']}\n{autov3}\n  legacy {entry['legacy']}",
-            soft_wrap=True,
+        lines += [one_line(entry["path"]), f"  sha256 {entry['sha256']}", autov3, f"  legacy {entry['legacy']}"]
+    return "\n".join(lines)
+
+
+def _modules(modules: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [
+        (
+            module["target"], module["algorithm"], _number(module["rank"]), _number(module["alpha"]), _number(module["scale"]),
+            " ".join(f"{role} {_shape(shape)}" for role, shape in module["shapes"].items()), listed(dict.fromkeys(module["dtypes"].values())),
+            _number(module["frobenius"]), _number(module["spectral"]), _number(module["stable_rank"]), f"{module['zeros']:.1%}",
+            str(module["nonfinite"]),
         )
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text.rstrip()
+        for module in modules
+    ]  # fmt: skip
+    return table(_COLUMNS, [[one_line(cell) for cell in row] for row in rows], terminal_width())
 
 
-def _modules(modules: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("target", overflow="fold")
-    for name in ("algorithm", "rank", "alpha", "scale", "factors", "dtype", "||dW||_F", "||dW||_2", "stable rank", "zeros", "NaN/Inf"):
-        table.add_column(name, justify="right" if name not in ("algorithm", "factors", "dtype") else "left", no_wrap=True)
-    for module in modules:
-        shapes = " ".join(f"{role} {'x'.join(map(str, shape))}" for role, shape in module["shapes"].items())
-        dtypes = listed(dict.fromkeys(module["dtypes"].values()))
-        table.add_row(
-            one_line(module["target"]), module["algorithm"], _number(module["rank"]), _number(module["alpha"]), _number(module["scale"]), shapes, dtypes,
-            _number(module["frobenius"]), _number(module["spectral"]), _number(module["stable_rank"]), f"{module['zeros']:.1%}", str(module["nonfinite"]),
-        )  # fmt: skip
-    return table
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _verbatim(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
