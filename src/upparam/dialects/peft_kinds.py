@@ -18,7 +18,7 @@ from upparam.bases.base import Module
 from upparam.dialects import peft_config
 from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_names import Sorted
-from upparam.errors import MalformedError, RefusedError
+from upparam.errors import MalformedError, RefusedError, UsageError
 from upparam.tensors import Tensor
 
 PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "expert-lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
@@ -42,6 +42,13 @@ def deltas_of(
         enabled = (config or {}).get("enable_lora")
         if isinstance(enabled, list) and up.shape[1] != down.shape[0]:
             return _merged_linear(module, up, down, enabled, config, options)
+        if len(up.shape) == 3 and up.shape[2] == 1 and up.shape[1] < down.shape[0] and down.shape[0] % up.shape[1] == 0:
+            parts = down.shape[0] // up.shape[1]
+            raise UsageError(
+                f"a MergedLinear of PEFT before 0.3: {parts} parts of a fused weight are adapted, and which ones only its config says", file=peft_config.FILE,
+                tensor=module, expected="enable_lora", found=f"lora_A {down.shape}, lora_B {up.shape}",
+                remedy='put an adapter_config.json with enable_lora beside it ("enable_lora": [true, false, true] is q and v), with peft_type, r and lora_alpha',
+            )  # fmt: skip
         lora = LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options))
         return {Target(module): _decomposed(lora, roles.get("magnitude"))}
     for prefix, algorithm in _LYCORIS.items():

@@ -208,11 +208,12 @@ def explain(adapter: Adapter, member: Member) -> None:
     """Findings about what was missing or beside the adapter, and the conditions under which its deltas hold."""
     subject, config, names = member.file.name, member.config, member.names
     if config is None:
-        scale = "unknown" if any(delta.scale is None for delta in adapter.deltas.values()) else "as given"
+        unknown = any(delta.scale is None for delta in adapter.deltas.values())
         adapter.findings.append(
             warning(
-                "config-missing", subject, f"no {peft_config.FILE} beside it: everything but the scale follows from the tensors (scale {scale})",
-                "converting to peft writes a new one; give --alpha (trainers often use 16 or 32, but only the trainer knows)",
+                "config-missing", subject,
+                f"no {peft_config.FILE} beside it: everything but the scale follows from the tensors (scale {'unknown' if unknown else 'as given'})",
+                *(["'upparam assemble' writes a new one; give --alpha (often 16 or 32, but only who trained it knows)"] if unknown else []),
             )
         )  # fmt: skip
     if names.base:

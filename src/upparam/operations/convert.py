@@ -86,6 +86,12 @@ def write_adapter(
             f"nothing says which module{'s' if len(adapter.deltas) > 1 else ''} of a base these factors change",
             file=adapter.files[0] if adapter.files else None, remedy="name them with --target, or give --base so that shapes and order tell",
         )  # fmt: skip
+    unknown = [target for target, delta in adapter.deltas.items() if delta.scale is None]
+    if unknown and not getattr(member, "verbatim", False):
+        raise RefusedError(
+            f"the effective scale of {len(unknown)} of {len(adapter.deltas)} targets is not stored in the files and is never guessed",
+            file=adapter.files[0] if adapter.files else None, tensor=str(unknown[0]), remedy="give it with --alpha or --scale",
+        )  # fmt: skip
     if adapter.conditions and dialect != adapter.dialect and not getattr(member, "verbatim", False):
         raise RefusedError(
             f"{dialect} cannot say under which conditions these deltas hold",
