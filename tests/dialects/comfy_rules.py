@@ -1,7 +1,7 @@
 """What ComfyUI does with an adapter file, stated independently of our own code: which keys it loads, to which weights, and what it computes.
 
 Source: comfyanonymous/ComfyUI comfy/lora.py (model_lora_keys_unet, model_lora_keys_clip, load_lora, calculate_weight), comfy/utils.py
-(flux_to_diffusers), comfy/lora_convert.py (convert_lora_bfl_control, convert_uso_lora), comfy/weight_adapter/{lora,lokr,loha,base}.py.
+(flux_to_diffusers), comfy/lora_convert.py (convert_lora_bfl_control, convert_uso_lora), comfy/weight_adapter/{lora,lokr,loha,glora,oft,boft,base}.py.
 Told in our own words for the architectures of the tests; nothing here is imported from upparam.
 """
 
@@ -136,6 +136,14 @@ def load(file: Mapping[str, Array], keys: Mapping[str, Slot]) -> Loaded:
         hada = {role: take(f"{key}.hada_{role}") for role in ("w1_a", "w1_b", "w2_a", "w2_b")}
         if hada["w1_a"] is not None:
             put.append((slot.rows, "loha", hada | common))
+        if f"{key}.a1.weight" in file:
+            put.append((slot.rows, "glora", {role: take(f"{key}.{role}.weight") for role in ("a1", "a2", "b1", "b2")} | common))
+        if (blocks := take(f"{key}.oft_blocks")) is not None:
+            put.append((slot.rows, "oft" if blocks.ndim == 3 else "boft", {"blocks": blocks, "rescale": take(f"{key}.rescale"), **common}))
+        if (norm := take(f"{key}.w_norm")) is not None:
+            put.append((None, "diff", {"diff": norm}))
+            if (bias := take(f"{key}.b_norm")) is not None:
+                changes.setdefault(slot.weight.removesuffix(".weight") + ".bias", []).append((None, "diff", {"diff": bias}))
         if (diff := take(f"{key}.diff")) is not None:
             put.append((slot.rows, "diff", {"diff": diff}))
         if (bias := take(f"{key}.diff_b")) is not None:
@@ -173,6 +181,10 @@ def changed(weight: Array, kind: str, value: Mapping[str, Any]) -> Array:
     if kind == "lora":
         delta = wide["up"].reshape(len(wide["up"]), -1) @ wide["down"].reshape(len(wide["down"]), -1)
         scale = float(wide["alpha"]) / len(wide["down"]) if "alpha" in wide else 1.0
+    elif kind == "glora":
+        delta, scale = glora(weight, wide)
+    elif kind in ("oft", "boft"):
+        return turned(weight, wide)
     elif kind == "lokr":
         ranks = [len(wide[role]) for role in ("w1_b", "w2_b") if role in wide]
         w1 = wide["w1"] if "w1" in wide else wide["w1_a"] @ wide["w1_b"]
@@ -189,3 +201,37 @@ def changed(weight: Array, kind: str, value: Mapping[str, Any]) -> Array:
     # Only norms down the columns; those of rows are taken of the weight before the change, see docs/formats.md.
     assert wide["dora_scale"].shape[0] == 1
     return (weight + delta) * wide["dora_scale"] / np.linalg.norm(weight + delta, axis=0, keepdims=True)
+
+
+def glora(weight: Array, wide: Mapping[str, Array]) -> tuple[Array, float]:
+    """The change and its scale, in the order of factors that their shapes tell."""
+    a1, a2, b1, b2 = (wide[role].reshape(wide[role].shape[:2]) for role in ("a1", "a2", "b1", "b2"))
+    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    if b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]:
+        old = old and len(a2) == len(weight) == weight.shape[1]
+    rank = len(a1) if old else len(a2)
+    change = b2 @ b1 + weight @ a2 @ a1 if old else weight @ a1 @ a2 + b1 @ b2
+    return change, float(wide["alpha"]) / rank if "alpha" in wide else 1.0
+
+
+def turned(weight: Array, wide: Mapping[str, Array]) -> Array:
+    """OFT and BOFT. An OFT's row factors are loaded and not applied; a BOFT without alpha is an error, which is logged and changes nothing."""
+    blocks = wide["blocks"]
+    if blocks.ndim == 4 and "alpha" not in wide:
+        return weight
+    skew = blocks - blocks.swapaxes(-1, -2)
+    limit, norm = float(wide.get("alpha", 0.0)), np.linalg.norm(skew) + 1e-8
+    if 0 < limit < norm:
+        skew = skew * limit / norm
+    one = np.eye(blocks.shape[-1])
+    turns = (one + skew) @ np.linalg.inv(one - skew)
+    if blocks.ndim == 3:
+        return np.concatenate([turn.T @ rows for turn, rows in zip(turns, np.split(weight, len(turns)), strict=True)])
+    size, found = blocks.shape[-1], weight
+    for stage, all_turns in enumerate(turns):
+        step = 2**stage * (size // 2)
+        order = np.arange(len(found)).reshape(-1, 2, step).swapaxes(1, 2).reshape(-1)
+        mixed = np.concatenate([turn @ rows for turn, rows in zip(all_turns, np.split(found[order], len(all_turns)), strict=True)])
+        found = np.empty_like(mixed)
+        found[order] = mixed
+    return found * wide["rescale"].reshape(-1, 1) if "rescale" in wide else found

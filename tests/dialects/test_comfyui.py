@@ -14,10 +14,14 @@ from tests.dialects.files import filled, read, same, tensor_file, written
 
 from upparam import dialects
 from upparam.adapter import Adapter, BaseHint, ExtraKind, Target
-from upparam.algorithms.base import Scaling
+from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.boft import ButterflyOFT
 from upparam.algorithms.dora import DoRA
+from upparam.algorithms.full import Full
+from upparam.algorithms.glora import GLoRA
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
+from upparam.algorithms.oft import DiagOFT
 from upparam.algorithms.slicing import RowSlice
 from upparam.bases import inventory
 from upparam.bases.base import Base, Module
@@ -271,6 +275,34 @@ def test_two_full_kronecker_factors_cannot_have_another_scale() -> None:
     adapter = Adapter({Target("transformer.transformer_blocks.0.attn.to_out.0"): delta}, "test", base=BaseHint("tiny", 1.0, stated=True))
     with pytest.raises(RefusedError, match="scale of 1"):
         written("comfyui", adapter, base=TINY)
+
+
+def test_turns_and_generalised_loras_are_applied_as_we_do() -> None:
+    block = "transformer.transformer_blocks.0."
+    deltas: dict[str, Delta] = {
+        f"{block}attn.to_out.0": GLoRA(*(values(shape, seed) for seed, shape in enumerate(((32, 4), (4, 32), (32, 4), (4, 32)))), scaling=Scaling(alpha=2.0)),
+        f"{block}ff.net.0.proj": GLoRA(*(values(shape, seed) for seed, shape in enumerate(((32, 4), (4, 32), (128, 4), (4, 32))))),
+        f"{block}ff_context.net.0.proj": ButterflyOFT(values((3, 16, 8, 8), 5), values((128, 1), 6)),
+        f"{block}ff_context.net.2": DiagOFT(values((4, 8, 8), 7), constraint=0.01, scaling=Scaling(ScaleRule.BAKED, 0.01)),
+        f"{block}attn.to_add_out": Full(values((32, 32), 8)),
+        **{f"{block}attn.to_{part}": DiagOFT(values((4, 8, 8), 9 + number)) for number, part in enumerate("qkv")},
+        **{f"{block}attn.add_{part}_proj": ButterflyOFT(values((2, 4, 8, 8), 13 + number)) for number, part in enumerate("qkv")},
+    }  # fmt: skip
+    adapter = Adapter({Target(name): delta for name, delta in deltas.items()}, "test", base=BaseHint("tiny", 1.0, stated=True))
+    content = written("comfyui", adapter, base=TINY)
+    weights = original(TINY)
+    found = loaded(content.tensors, weights)
+    assert not found.left and f"{block}attn.add_q_proj.oft_blocks" in content.tensors and f"{QKV}.oft_blocks" in content.tensors
+    changed = comfy_rules.applied(weights, found)
+    keys = comfy_rules.flux_keys({name: weight.shape for name, weight in weights.items()}, {})
+    for name, delta in deltas.items():
+        start, stop = keys[name].rows or (0, len(weights[keys[name].weight]))
+        before, after = (values_of[keys[name].weight][start:stop] for values_of in (weights, changed))
+        want = delta.load().merged(lambda low, high, rows=before: np.array(rows[low:high]), 0, stop - start)
+        assert np.allclose(after, want, rtol=0, atol=1e-6) and not np.allclose(after, before, rtol=0, atol=1e-3), name
+    again = read("comfyui", content.tensors, content.metadata, base=TINY)
+    assert not again.leftovers and all(same_delta(delta, again.deltas[target]) for target, delta in adapter.deltas.items())
+    same(written("comfyui", again, base=TINY).tensors, content.tensors)
 
 
 def test_loha_and_full_differences() -> None:

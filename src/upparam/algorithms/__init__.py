@@ -12,6 +12,7 @@ ALGORITHMS: dict[str, str] = {
     "ia3": "upparam.algorithms.ia3:IA3",
     "diag-oft": "upparam.algorithms.oft:DiagOFT",
     "butterfly-oft": "upparam.algorithms.boft:ButterflyOFT",
+    "t-lora": "upparam.algorithms.tlora:TLoRA",
     "full": "upparam.algorithms.full:Full",
     "norm": "upparam.algorithms.full:Norm",
 }

@@ -14,6 +14,7 @@ from upparam.plugins import installed
 DIALECTS: dict[str, str] = {
     "peft": "upparam.dialects.peft",
     "onetrainer": "upparam.dialects.onetrainer",
+    "lycoris": "upparam.dialects.lycoris",
     "kohya": "upparam.dialects.kohya",
     "comfyui": "upparam.dialects.comfyui",
     "xlabs": "upparam.dialects.xlabs",

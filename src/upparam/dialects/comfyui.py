@@ -59,7 +59,7 @@ class ComfyUI:
                 bare += 1
             elif name.startswith(COMPONENTS):
                 others += 1
-                foreign += found[1].startswith(("lokr_", "hada_", "diff", "set_weight", "dora_scale"))
+                foreign += found[1] in words.FOREIGN
         # diffusers' names with words diffusers does not have, or beside names of ours, are for ComfyUI.
         hits = named + bare + (others if named or bare or foreign else 0)
         if not hits:
@@ -111,22 +111,17 @@ class ComfyUI:
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
         tensors: dict[str, Tensor] = {}
         for (module, parameter), delta in named.items():
-            if parameter != "weight" and (parameter != "bias" or delta.algorithm not in ("full", "norm")):
-                problems.append(f"{module}: a {delta.algorithm} delta of the {parameter}")
-                continue
-            if parameter == "bias":
-                word = "lora_B.bias" if bare or f"bias {module}" in spelling else "diff_b"
-                tensors[f"{module}.{word}"] = delta.factors()["diff"]
-                continue
             try:
-                spelled = words.spell(delta, spelling.get(f"pair {module}", spelling.get("pair", "ab")))
+                spelled = words.spell(delta, spelling.get(f"pair {module}", spelling.get("pair", "ab")), parameter)
                 alpha = words.stored_alpha(delta)
             except RefusedError as problem:
                 problems.append(f"{module}: {problem.message}")
                 continue
+            if "diff_b" in spelled and (bare or f"bias {module}" in spelling):
+                spelled["lora_B.bias"] = spelled.pop("diff_b")
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
             if alpha is not None and not bare:
-                tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(spelled.values())))
+                tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(spelled.values())), exact=words.is_turn(delta))
         for module, tensor in saved.items():
             tensors[f"{module}.scale" if bare or spelling.get(f"saved {module}") == "scale" else f"{module}.set_weight"] = tensor
         tensors |= _reshapes(adapter, options, named, spelling, bare)

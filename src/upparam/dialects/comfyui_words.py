@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from upparam.algorithms.base import Delta, ScaleRule, Scaling
-from upparam.algorithms.dora import DoHa, DoKr, DoRA
-from upparam.algorithms.loha import LoHa
-from upparam.algorithms.lokr import LoKr
-from upparam.algorithms.lora import LoRA
-from upparam.dialects.words import alpha_for
+from upparam.algorithms.base import Delta
+from upparam.algorithms.boft import ButterflyOFT
+from upparam.algorithms.full import Full
+from upparam.algorithms.ia3 import IA3
+from upparam.algorithms.oft import DiagOFT
+from upparam.algorithms.tlora import TLoRA
+from upparam.dialects import lycoris_words, words
+from upparam.dialects.lycoris_words import COMFYUI_FORMS, OWN, words_in
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor
 
@@ -35,13 +37,14 @@ PAIRS: dict[str, Pair] = {
     "named": Pair("lora_A.default.weight", "lora_B.default.weight"),
     "bare": Pair("lora_A", "lora_B"),
 }
-LOKR = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
-LOHA = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
-_SINGLE = {f"lokr_{role}": f"lokr_{role}" for role in LOKR} | {f"hada_{role}": f"hada_{role}" for role in LOHA}
-_SINGLE |= {word: word for word in ("alpha", "dora_scale", "diff", "diff_b", "set_weight", "reshape_weight")} | {"lora_B.bias": "diff_b"}
-_WORDS: dict[str, tuple[str | None, str]] = {word: (None, role) for word, role in _SINGLE.items()}
+_CANONICAL = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
+"""A LoRA's roles and the words the forms know them by; all other words are their own."""
+_SINGLE = {word: word for word in (*words_in(COMFYUI_FORMS), "set_weight", "reshape_weight") if word not in _CANONICAL.values()}
+_WORDS: dict[str, tuple[str | None, str]] = {word: (None, role) for word, role in (_SINGLE | {"lora_B.bias": "diff_b"}).items()}
 _WORDS |= {word: (name, role) for name, pair in PAIRS.items() for role, word in pair._asdict().items() if word is not None}
 _ENDING = re.compile(r"(.+?)\.(" + "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True)) + ")")
+FOREIGN = OWN | {"set_weight"}
+"""Words diffusers does not have."""
 _NORM = re.compile(r"(.+\.(query_norm|key_norm))\.scale")
 """A norm's weight under its own name, as black-forest-labs' control adapters carry it."""
 
@@ -95,19 +98,20 @@ class Built(NamedTuple):
 
 def build(group: Group) -> Built:
     """The deltas a group spells. Raises MalformedError where factors do not fit together."""
-    left = dict(group.roles)
-    deltas: dict[str, Delta] = {}
-    weight = _weight(left)
-    if weight is not None:
-        deltas["weight"] = weight
-    if "diff_b" in left and (group.names["diff_b"].endswith(".diff_b") or weight is None or weight.scale == 1.0):
-        from upparam.algorithms.full import Full
-
+    left = {_CANONICAL.get(role, role): tensor for role, tensor in group.roles.items()}
+    saved, sizes = left.pop("set_weight", None), left.pop("reshape_weight", None)
+    scaled_bias = None if group.names.get("diff_b", "").endswith(".diff_b") else left.pop("diff_b", None)
+    deltas, unexplained = words.build(left, COMFYUI_FORMS)
+    weight = deltas.get("weight")
+    if scaled_bias is not None and (weight is None or weight.scale == 1.0):
         # The bias of lora_B is scaled with the rest; alone, or at a scale of 1, it is the whole change.
-        deltas["bias"] = Full(left.pop("diff_b"))
-    if weight is not None and "reshape_weight" in left and _sizes(left["reshape_weight"]) == list(weight.shape):
-        del left["reshape_weight"]
-    return Built(deltas, left.pop("set_weight", None), tuple(left))
+        deltas["bias"] = Full(scaled_bias)
+    elif scaled_bias is not None:
+        unexplained = (*unexplained, "diff_b")
+    if sizes is not None and (weight is None or _sizes(sizes) != list(weight.shape)):
+        unexplained = (*unexplained, "reshape_weight")
+    roles = {word: role for role, word in _CANONICAL.items()}
+    return Built(deltas, saved, tuple(roles.get(word, word) for word in unexplained))
 
 
 def _sizes(tensor: Tensor) -> list[float]:
@@ -115,58 +119,31 @@ def _sizes(tensor: Tensor) -> list[float]:
     return [float(size) for size in tensor.doubles()] if len(tensor.shape) == 1 and tensor.numel <= 8 else []
 
 
-def _weight(left: dict[str, Tensor]) -> Delta | None:
-    """The delta of the weight; its tensors are taken out of `left`."""
-    alpha = left.get("alpha")
-    scaling = Scaling(ScaleRule.ALPHA_OVER_RANK, None if alpha is None else alpha.scalar())
-    lokr = {role: left[f"lokr_{role}"] for role in LOKR if f"lokr_{role}" in left}
-    hada = {role: left[f"hada_{role}"] for role in LOHA if f"hada_{role}" in left}
-    magnitude = left.get("dora_scale")
-    found: Delta | None = None
-    used: tuple[str, ...] = ()
-    if "down" in left and "up" in left:
-        factors = (left["up"], left["down"])
-        mid = left.get("mid")
-        found = LoRA(*factors, scaling, mid) if magnitude is None else DoRA(*factors, magnitude, scaling, mid)
-        used = ("down", "up", "mid")
-    elif ("w1" in lokr or {"w1_a", "w1_b"} <= lokr.keys()) and ("w2" in lokr or {"w2_a", "w2_b"} <= lokr.keys()):
-        found = LoKr(scaling=scaling, **lokr) if magnitude is None else DoKr(magnitude, scaling=scaling, **lokr)
-        used = tuple(f"lokr_{role}" for role in lokr)
-    elif {"w1_a", "w1_b", "w2_a", "w2_b"} <= hada.keys():
-        found = LoHa(scaling=scaling, **hada) if magnitude is None else DoHa(magnitude=magnitude, scaling=scaling, **hada)
-        used = tuple(f"hada_{role}" for role in hada)
-    elif "diff" in left:
-        from upparam.algorithms.full import Full
-
-        left.pop("alpha", None)
-        return Full(left.pop("diff"))
-    if found is None:
-        return None
-    for role in (*used, "alpha", "dora_scale"):
-        left.pop(role, None)
-    return found
-
-
-def spell(delta: Delta, pair: str) -> dict[str, Tensor]:
-    """The words of a delta of a weight, without alpha. Raises RefusedError where ComfyUI has none, or would apply another scale."""
-    plain = type(delta)
-    magnitude = {"dora_scale": delta.magnitude} if isinstance(delta, (DoRA, DoHa, DoKr)) else {}
-    factors = {role: factor for role, factor in delta.factors().items() if role != "magnitude"}
-    if plain in (LoRA, DoRA) and not getattr(delta, "embedding", False):
-        words = PAIRS[pair if "mid" not in factors or PAIRS[pair].mid else "kohya"]._asdict()
-        # In the order down, up, as every writer puts them.
-        return {words[role]: factors[role] for role in ("down", "up", "mid") if role in factors} | magnitude
-    if plain in (LoKr, DoKr):
-        if delta.rank is None and delta.known_scale() != 1.0:
-            raise RefusedError("ComfyUI reads two full Kronecker factors with a scale of 1", found=f"{delta.scale:g}")
-        return {f"lokr_{role}": factor for role, factor in factors.items()} | magnitude
-    if plain in (LoHa, DoHa):
-        return {f"hada_{role}": factor for role, factor in factors.items()} | magnitude
-    if delta.algorithm == "full":
-        return {"diff": factors["diff"]}
-    raise RefusedError(f"a {delta.algorithm} delta has no form in this dialect")
+def spell(delta: Delta, pair: str, parameter: str = "weight") -> dict[str, Tensor]:
+    """The words of a delta, without alpha. Raises RefusedError where ComfyUI has none, or would apply something else."""
+    if isinstance(delta, (IA3, TLoRA)) or getattr(delta, "made", False) or getattr(delta, "bm", None) is not None:
+        raise RefusedError(f"a {delta.algorithm} delta of this form has no form in this dialect")
+    if type(delta) is DiagOFT and delta.rescale is not None:
+        raise RefusedError("ComfyUI reads the row factors (rescale) of a diag-oft delta and does not apply them")
+    found = lycoris_words.spell(delta, parameter)
+    named = PAIRS[pair if _CANONICAL["mid"] not in found or PAIRS[pair].mid else "kohya"]._asdict()
+    # In the order down, up, as every writer puts them.
+    factors = {str(named[role]): found.pop(word) for role, word in _CANONICAL.items() if word in found}
+    return factors | found
 
 
 def stored_alpha(delta: Delta) -> float | None:
-    """The alpha to store beside a delta's words; None for none."""
-    return None if delta.algorithm == "full" else alpha_for(delta)
+    """The alpha to store beside a delta's words; None for none.
+
+    That of an OFT is the largest norm of its blocks; BOFT's must be there, or ComfyUI applies nothing.
+    """
+    alpha = lycoris_words.stored_alpha(delta)
+    if not isinstance(delta, (DiagOFT, ButterflyOFT)):
+        return alpha
+    unstored = None if isinstance(delta, DiagOFT) else 0.0
+    return unstored if alpha is None else delta.constraint * delta.shape[0]
+
+
+def is_turn(delta: Delta) -> bool:
+    """True where alpha is no scale but a constraint, which no rounding may change."""
+    return isinstance(delta, (DiagOFT, ButterflyOFT))

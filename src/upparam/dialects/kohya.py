@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from upparam.algorithms.base import Delta
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, base_of, layout_for, resolve, take_parts, to_foreign, to_targets
+from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, Shape, base_of, layout_for, resolve, take_parts, to_foreign, to_targets
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import Finding, error, warning
 from upparam.tensors import DTYPES, Tensor
 
-_MODULE = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")
+MODULE = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")
+"""How names of modules begin: a component's prefix, or LyCORIS' own, which stands for any."""
 _LAYOUTS = ("kohya", "kohya-diffusers", "kohya-original")
 _ALIASES = (
     ("lora_te1_", "lora_te_"),
@@ -33,6 +34,9 @@ _ALIASES = (
     ("lora_text_encoder_2_", "lora_te2_"),
     ("lora_text_encoder_", "lora_te_"),
     ("lora_text_encoder_", "lora_te1_"),
+    ("lycoris_", "lora_unet_"),
+    ("lycoris_", "lora_te_"),
+    ("lycoris_", "lora_te1_"),
 )
 """Prefixes other writers use, and sd-scripts' own in their place."""
 
@@ -46,7 +50,7 @@ class Kohya:
     module = "networks.lora"
     """What `ss_network_module` says of a file we complete."""
 
-    def vocabulary(self) -> tuple[str, ...]:
+    def vocabulary(self) -> Collection[str]:
         """Words that end a tensor's name."""
         return words.WORDS
 
@@ -54,13 +58,15 @@ class Kohya:
         """How words spell deltas."""
         return words.LORA_FORMS
 
-    def spell(self, delta: Delta) -> dict[str, Tensor]:
-        """The words of a delta, without alpha. Raises RefusedError where there are none."""
-        return words.words_of(delta)
+    def spell(self, adapter: Adapter, module: str, parameter: str, delta: Delta) -> dict[str, Tensor]:
+        """The words of a delta of one parameter of a module, alpha included. Raises RefusedError where there are none."""
+        if parameter != "weight":
+            raise RefusedError(f"a delta of the {parameter} has no form in {self.name}")
+        return words.words_of(delta) | alpha_of(adapter, module, words.alpha_for(delta), delta)
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a known prefix, underscores, and one of the words."""
-        hits = sum(1 for name in file.tensors if (part := words.split(name, self.vocabulary())) and _MODULE.fullmatch(part[0]))
+        hits = sum(1 for name in file.tensors if (part := words.split(name, self.vocabulary())) and MODULE.fullmatch(part[0]))
         if not hits or not any(name.endswith(words.LORA[:2]) for name in file.tensors):
             return None
         evidence = [f"{hits} of {len(file.tensors)} names are lora_<component>_<module>.<{'|'.join(self.own_words(file))}>"]
@@ -100,7 +106,7 @@ class Kohya:
                     findings.append(error("unexplained", module, f"words that no form of {self.name} explains", *built.unexplained))
         if not deltas:
             raise DeadAdapterError("no module has both its up and its down factor", file=file.path, found=", ".join(list(file.tensors)[:3]))
-        shapes = {module: next(iter(built.values())).shape for module, built in deltas.items()}
+        shapes = {module: _shape(built) for module, built in deltas.items()}
         stated = kohya_metadata.stated_base(file.metadata)
         found = resolve(shapes, _LAYOUTS, options.base, stated=stated, underscored=True, aliases=_ALIASES)
         adapter = Adapter(
@@ -121,14 +127,11 @@ class Kohya:
         tensors = {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
             try:
-                spelled = self.spell_parameter(parameter, delta)
-                alpha = words.alpha_for(delta)
+                spelled = self.spell(adapter, module, parameter, delta)
             except RefusedError as problem:
                 problems.append(f"{module}: {problem.message}")
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
-            if alpha is not None:
-                tensors[f"{module}.alpha"] = _alpha(adapter, module, alpha, next(iter(spelled.values())))
         if problems:
             raise RefusedError(
                 f"{len(problems)} things that {self.name} cannot hold", tensor=problems[0].split(": ")[0],
@@ -142,12 +145,6 @@ class Kohya:
     def restated(self, adapter: Adapter) -> Adapter:
         """The adapter with `ss_network_dim` and `ss_network_alpha`, where its metadata has them, as its deltas are."""
         return replace(adapter, metadata=kohya_metadata.restated(adapter))
-
-    def spell_parameter(self, parameter: str, delta: Delta) -> dict[str, Tensor]:
-        """The words of a delta of one parameter of a module."""
-        if parameter != "weight":
-            raise RefusedError(f"a delta of the {parameter} has no form in {self.name}")
-        return self.spell(delta)
 
     def names(self, adapter: Adapter, options: Mapping[str, Any], told: Parts) -> dict[tuple[str, str], Delta]:
         """(module as this dialect names it, parameter) -> delta."""
@@ -194,22 +191,29 @@ def bundle_name(token: str) -> str:
     return f"bundle_emb.{token}" if token.endswith(_ENCODERS) else f"bundle_emb.{token}{_PARAMETER}"
 
 
+def _shape(built: Mapping[str, Delta]) -> Shape:
+    """The shape of the weight a module's deltas are for; of one that has only a bias the outputs."""
+    return built["weight"].shape if "weight" in built else (*next(iter(built.values())).shape, 0)
+
+
 def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: words.Words, found: Resolved | None, told: Parts) -> None:
     """Put a module's deltas under their targets; a module the base does not have goes to the leftovers, with a finding."""
     if found is None:
         adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in built.items()}
-    elif module not in found.names:
+        return
+    foreign = found.names.get(module)
+    if foreign is None or any(delta.shape != (found.layout.rows(foreign),) for parameter, delta in built.items() if parameter != "weight"):
         adapter.leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
-        shape = next(iter(built.values())).shape
         adapter.findings.append(
             warning(
-                "unknown-module", module, f"{found.layout.base.name} has no such module of this shape, or it is named twice", f"{shape}"
+                "unknown-module", module, f"{found.layout.base.name} has no such module of this shape, or it is named twice",
+                f"{next(iter(built.values())).shape}",
             )
-        )
-    else:
-        for parameter, delta in built.items():
-            for target, piece in to_targets(found.layout, found.names[module], delta, told).items():
-                adapter.deltas[target._replace(parameter=parameter)] = piece
+        )  # fmt: skip
+        return
+    for parameter, delta in built.items():
+        for target, piece in to_targets(found.layout, foreign, delta, told).items():
+            adapter.deltas[target._replace(parameter=parameter)] = piece
 
 
 def _spelling(groups: Mapping[str, words.Words], found: Resolved | None) -> dict[str, str]:
@@ -236,11 +240,14 @@ def _respelled(name: str, spelling: Mapping[str, str]) -> str:
     return name
 
 
-def _alpha(adapter: Adapter, module: str, value: float, like: Tensor) -> Tensor:
+def alpha_of(adapter: Adapter, module: str, value: float | None, delta: Delta, *, exact: bool = False) -> dict[str, Tensor]:
+    """`alpha` in the form it had in the source, else in a dtype that holds it (see `words.alpha_tensor`); {} for none."""
+    if value is None:
+        return {}
     spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
     form = spelling.get(f"alpha {module}", spelling.get("alpha"))
     dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
-    return words.alpha_tensor(value, dtype, like.dtype, dims)
+    return {"alpha": words.alpha_tensor(value, dtype, next(iter(delta.factors().values())).dtype, dims, exact=exact)}
 
 
 dialect = Kohya()

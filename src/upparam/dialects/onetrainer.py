@@ -39,6 +39,8 @@ _OMI = re.compile(
 )
 _ALIASES = (("lora_te_", "lora_te1_"), ("lora_te3_", "lora_te2_"))
 """Chroma's T5 was `lora_te`; T5 of FLUX is `lora_te3` to others."""
+_HELD = frozenset(("lora", "dora", "loha", "doha", "lokr", "dokr", "full"))
+"""Algorithms whose words OneTrainer reads."""
 _OMI_BASES = ("flux.1-dev", "chroma", "sdxl")
 
 
@@ -111,6 +113,9 @@ class OneTrainer:
         for (module, parameter), delta in named.items():
             if parameter != "weight":
                 problems.append(f"{module}: a delta of the {parameter}")
+                continue
+            if delta.algorithm not in _HELD:
+                problems.append(f"{module}: a {delta.algorithm} delta")
                 continue
             try:
                 factors = words.spell(delta, "kohya")

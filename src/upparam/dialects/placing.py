@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from upparam.adapter import Adapter, BaseHint, Target
 from upparam.algorithms.base import Delta, fits_weight
@@ -148,9 +149,17 @@ def to_targets(one: LayoutMap, foreign: str, delta: Delta, told: Parts | None = 
         if piece is None:
             continue
         if not part.order.plain:
-            piece = reorder(piece, part.order.reference_rows(piece.shape[0]))
+            piece = reorder(piece, part.order.reference_rows(piece.shape[0] or part.shape[0]))
         found[Target(part.module)] = piece
     return found
+
+
+class Member(NamedTuple):
+    """The delta of rows [start, stop) of a foreign weight."""
+
+    start: int
+    stop: int
+    delta: Delta
 
 
 def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | None = None) -> dict[str, Delta]:
@@ -168,13 +177,14 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
             tensor=missing[0],
             found=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
         )
-    pieces: dict[str, list[tuple[int, Delta]]] = {}
+    pieces: dict[str, list[Member]] = {}
     for target, delta in _whole_where_reordered(one, deltas).items():
         foreign, part = one.places[target.module]
         if not part.order.plain:
-            delta = reorder(delta, part.order.foreign_rows(delta.shape[0]))
-        start = (part.span[0] if part.span else 0) + (target.rows[0] if target.rows else 0)
-        pieces.setdefault(foreign, []).append((start, delta))
+            delta = reorder(delta, part.order.foreign_rows(delta.shape[0] or part.shape[0]))
+        start = part.span[0] if part.span else 0
+        low, high = target.rows or (0, part.shape[0])
+        pieces.setdefault(foreign, []).append(Member(start + low, start + high, delta))
     found: dict[str, Delta] = {}
     for foreign, members in pieces.items():
         try:
@@ -193,28 +203,28 @@ def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta]) -> di
     from upparam.algorithms.slicing import join
 
     found: dict[Target, Delta] = {}
-    sliced: dict[str, list[tuple[int, Delta]]] = {}
+    sliced: dict[str, list[Member]] = {}
     for target, delta in deltas.items():
         if target.rows is None or one.places[target.module].part.order.plain:
             found[target] = delta
         else:
-            sliced.setdefault(target.module, []).append((target.rows[0], delta))
+            sliced.setdefault(target.module, []).append(Member(*target.rows, delta))
             found[Target(target.module)] = delta
     for module, members in sliced.items():
         found[Target(module)] = join(_with_gaps(members, one.places[module].part.shape[0]))
     return found
 
 
-def _how_joined(one: LayoutMap, foreign: str, members: list[tuple[int, Delta]], whole: Delta) -> list[list[float | None] | None]:
+def _how_joined(one: LayoutMap, foreign: str, members: list[Member], whole: Delta) -> list[list[float | None] | None]:
     """Where each part's factors lie in the joined LoRA; [] when cutting by rows gives them back anyway, or parts are not whole modules."""
     from upparam.algorithms.lora import LoRA
 
     spans = [part.span or (0, part.shape[0]) for part in one.to_reference(foreign)]
-    starts = dict(members)
+    starts = {member.start: member.delta for member in members}
     whole_parts = all(low not in starts or starts[low].shape[0] == high - low for low, high in spans)
     if len(spans) < 2 or type(whole) is not LoRA or not whole_parts or not set(starts) <= {low for low, _ in spans}:
         return []
-    apart = len(members) > 1 and whole.rank == sum(delta.rank or 0 for _, delta in members)
+    apart = len(members) > 1 and whole.rank == sum(member.delta.rank or 0 for member in members)
     if not apart and len(members) == len(spans):
         return []
     found: list[list[float | None] | None] = []
@@ -229,14 +239,14 @@ def _how_joined(one: LayoutMap, foreign: str, members: list[tuple[int, Delta]], 
     return found
 
 
-def _with_gaps(members: list[tuple[int, Delta]], rows: int) -> list[Delta | int]:
+def _with_gaps(members: list[Member], rows: int) -> list[Delta | int]:
     found: list[Delta | int] = []
     at = 0
-    for start, delta in sorted(members, key=lambda member: member[0]):
+    for start, stop, delta in sorted(members, key=lambda member: member.start):
         if start > at:
             found.append(start - at)
         found.append(delta)
-        at = start + delta.shape[0]
+        at = stop
     return [*found, rows - at] if at < rows else found
 
 

@@ -91,8 +91,8 @@ def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> d
     return found
 
 
-def alpha_of(spelling: Mapping[str, str], module: str, value: float, like: Tensor) -> Tensor:
-    """Alpha in the form it had in the source, else in the factors' dtype."""
+def alpha_of(spelling: Mapping[str, str], module: str, value: float, like: Tensor, *, exact: bool = False) -> Tensor:
+    """Alpha in the form it had in the source, else in the factors' dtype, float32, or (where it must be `exact`) float64."""
     form = spelling.get(f"alpha {module}", spelling.get("alpha"))
     dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
-    return alpha_tensor(value, dtype, like.dtype, dims)
+    return alpha_tensor(value, dtype, like.dtype, dims, exact=exact)

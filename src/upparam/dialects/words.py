@@ -5,12 +5,12 @@ Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
-from upparam.errors import MalformedError, RefusedError
+from upparam.errors import RefusedError
 from upparam.tensors import DTYPES, DType, Tensor
 
 LORA = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
@@ -18,19 +18,20 @@ WORDS = (*LORA, "alpha", "dora_scale")
 """Every word, without the dot before it."""
 
 
-def split(name: str, words: tuple[str, ...] = WORDS) -> tuple[str, str] | None:
-    """(module, word) of a tensor name; None when it ends in none of the words."""
-    for word in words:
-        if name.endswith("." + word):
-            return name[: -len(word) - 1], word
-    return None
+def split(name: str, words: Collection[str] = WORDS) -> tuple[str, str] | None:
+    """(module, word) of a tensor name; None when it ends in none of the words. Of two that fit the longer is meant."""
+    head, _, last = name.rpartition(".")
+    inner, _, middle = head.rpartition(".")
+    if inner and f"{middle}.{last}" in words:
+        return inner, f"{middle}.{last}"
+    return (head, last) if head and last in words else None
 
 
 Words = Mapping[str, Tensor]
 """The tensors of one module by word."""
 
 
-def grouped(tensors: Mapping[str, Tensor], words: tuple[str, ...] = WORDS) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def grouped(tensors: Mapping[str, Tensor], words: Collection[str] = WORDS) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(tensors by module and word, tensors that end in none of the words)."""
     groups: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
@@ -73,12 +74,15 @@ class Built(NamedTuple):
 
 
 def build(words: Words, forms: Sequence[Form]) -> Built:
-    """The deltas of the first form whose needs are there, and of further forms with words of their own."""
+    """The deltas of the first form whose needs are there, and of further forms with words and parameters of their own."""
     deltas: dict[str, Delta] = {}
     left = dict(words)
     for form in forms:
         if all(word in left for word in form.needs):
-            deltas |= form.build(left)
+            found = form.build(left)
+            if found.keys() & deltas.keys():
+                continue
+            deltas |= found
             left = {word: tensor for word, tensor in left.items() if word not in form.needs and word not in form.may}
     return Built(deltas, tuple(left))
 
@@ -104,14 +108,13 @@ def alpha_for(delta: Delta) -> float | None:
     return delta.known_scale() * (delta.rank or 1)
 
 
-def alpha_tensor(value: float, dtype: DType | None, like: DType, dims: int = 0) -> Tensor:
-    """Alpha as a tensor: of `dtype` where given, else of the factors' dtype when that holds it exactly, else float32."""
+def alpha_tensor(value: float, dtype: DType | None, like: DType, dims: int = 0, *, exact: bool = False) -> Tensor:
+    """Alpha as a tensor: of `dtype` where given, else of the factors' dtype when that holds it exactly, else float32 (`exact`: float64)."""
     import numpy as np
 
-    for kind in (dtype, like, DTYPES["float32"]):
-        if kind is None:
-            continue
+    kinds = [kind for kind in (dtype, like, DTYPES["float32"], DTYPES["float64"] if exact else None) if kind is not None]
+    for kind in kinds:
         array = np.array(value, dtype=np.float64).astype(kind.numpy)
-        if float(array) == value or kind.name == "float32":
+        if float(array) == value:
             return Tensor.of(array.reshape((1,) * dims))
-    raise MalformedError("alpha cannot be stored", found=value)
+    return Tensor.of(array.reshape((1,) * dims))

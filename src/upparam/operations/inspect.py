@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class ModuleStats:
     """One delta in numbers. Norms are of scale * dW; with an unknown scale they are of dW and `scale` is None.
 
+    An algorithm whose change depends on the base's weight (`dependent`) has no dW and no norm without it.
+
     `spectral` and `stable_rank` (||dW||_F^2 / ||dW||_2^2) are None where dW has no low-rank form to compute them through.
     `zeros` is the share of factor elements that are exactly zero, `dead` names factors that are all zero, `nonfinite` counts NaN and Inf.
     `idle` says that for this reason nothing changes.
@@ -39,6 +41,7 @@ class ModuleStats:
     scale: float | None
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    dependent: bool
     frobenius: float | None
     spectral: float | None
     stable_rank: float | None
@@ -93,6 +96,7 @@ def module_stats(target: Target, delta: Delta) -> ModuleStats:
         delta.scale,
         {role: factor.shape for role, factor in factors.items()},
         {role: factor.dtype.name for role, factor in factors.items()},
+        not delta.additive,
         frobenius,
         spectral,
         stable,
@@ -188,6 +192,7 @@ class Inspection:
                 "dtypes": adapter.dtypes(),
                 "parameters": sum(factor.numel for delta in adapter.deltas.values() for factor in delta.factors().values()),
                 "frobenius": sum(norm**2 for norm in known) ** 0.5 if known else None,
+                "frobenius_of": len(known),
                 "nonfinite": sum(module.nonfinite for module in self.modules),
             },
             "metadata": adapter.metadata,

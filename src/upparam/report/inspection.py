@@ -27,10 +27,9 @@ def inspection_text(facts: dict[str, Any]) -> str:
             lines += [one_line(f"  {row['name']}  {_shape(row['shape'])} {row['dtype']} {row.get('kind', '')}").rstrip() for row in rows]
     totals = facts["totals"]
     ranks = [f"{entry['count']} of rank {entry['rank']}" for entry in totals["ranks"]]
-    norm = "unknown" if totals["frobenius"] is None else f"{totals['frobenius']:.6g}"
     told = [
         counted(totals["targets"], "target"), listed(totals["algorithms"]), *ranks, counted(totals["parameters"], "parameter"),
-        listed(totals["dtypes"]), f"||dW|| {norm}", f"{totals['nonfinite']:,} NaN/Inf",
+        listed(totals["dtypes"]), f"||dW|| {_norm(facts)}", f"{totals['nonfinite']:,} NaN/Inf",
     ]  # fmt: skip
     lines.append("totals: " + ", ".join(part for part in told if part))
     lines += [one_line(text) for text in finding_lines(Finding.from_facts(finding) for finding in facts["findings"])]
@@ -59,6 +58,17 @@ def _modules(modules: Sequence[dict[str, Any]]) -> list[str]:
 
 def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+def _norm(facts: dict[str, Any]) -> str:
+    """The norm of all deltas together, and of how many where some have none."""
+    totals, modules = facts["totals"], facts["modules"]
+    dependent = sum(module["dependent"] for module in modules)
+    why = [f"{dependent} depend on the base's weights and have no dW without them"] if dependent else []
+    if totals["frobenius"] is None:
+        return "unknown" + "".join(f" ({reason})" for reason in why)
+    told = [] if totals["frobenius_of"] == len(modules) else [f"of {totals['frobenius_of']} targets", *why]
+    return f"{totals['frobenius']:.6g}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def _number(value: float | None) -> str:
