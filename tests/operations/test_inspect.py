@@ -86,3 +86,50 @@ def test_metadata_and_config_are_verbatim(corpus: Path) -> None:
     assert facts["hashes"][0]["sha256"] == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert facts["totals"]["targets"] == 12
     assert facts["totals"]["frobenius"] == pytest.approx(sum(module["frobenius"] ** 2 for module in facts["modules"]) ** 0.5)
+
+
+def test_the_hash_the_trainer_stored(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{stem}.lora_up.weight": np.ones((320, 4), np.float16), f"{stem}.lora_down.weight": np.ones((4, 320), np.float16)}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path)
+    (hashes,) = inspect_file(path, hashes=True).hashes
+    for stored, code in ((hashes.autov3, "hash-agrees"), ("00" * 32, "hash-differs")):
+        save_file(tensors, path, metadata={"sshs_model_hash": str(stored)})
+        found = inspect_file(path, hashes=True)
+        assert [finding.code for finding in found.adapter.findings if finding.code.startswith("hash-")] == [code]
+        assert found.hashes[0].autov3 == hashes.autov3 and found.hashes[0].sha256 != hashes.sha256
+
+
+def test_a_member_of_an_archive_is_hashed_as_the_file_it_is(tmp_path: Path) -> None:
+    import zipfile
+
+    from safetensors.numpy import save
+
+    data = save(
+        {
+            "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": np.ones((1280, 2), np.float32),
+            "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": np.ones((2, 1280), np.float32),
+        }
+    )
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/x.safetensors", data)
+    (hashes,) = inspect_file(tmp_path / "x.zip", hashes=True).hashes
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert (hashes.sha256, hashes.autov3) == (hashlib.sha256(data).hexdigest(), hashlib.sha256(data[start:]).hexdigest())
+
+
+def test_totals_are_of_the_modules_shown(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for layer in range(3):
+        tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"] = np.ones((layer + 1, 8), np.float32)
+        tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_B.weight"] = np.ones((8, layer + 1), np.float32)
+    tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"][0, 0] = np.nan
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    totals = inspect_file(tmp_path, "*.[12].*").facts()["totals"]
+    assert (totals["targets"], totals["parameters"], totals["ranks"]) == (2, 80, [{"rank": 2, "count": 1}, {"rank": 3, "count": 1}])
+    assert totals["frobenius_of"] == 1 and totals["nonfinite"] == 1

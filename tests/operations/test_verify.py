@@ -103,3 +103,33 @@ def test_a_truncated_file_is_malformed(tmp_path: Path) -> None:
     with pytest.raises(UpparamError) as caught:
         verify(folder)
     assert caught.value.exit_code == 3
+
+
+def test_what_many_targets_share_is_said_once(tmp_path: Path) -> None:
+    many = peft(tmp_path / "zero", layers=20, lora_alpha=0)
+    (finding,) = [finding for finding in verify(many).findings if finding.code == "scale-zero"]
+    assert "20 of 20 targets" in finding.message
+
+
+def test_lost_data_is_not_called_untrained(tmp_path: Path) -> None:
+    blank = {STEM.format(1, "A"): np.zeros((4, 16), np.float32), STEM.format(1, "B"): np.zeros((24, 4), np.float32)}
+    found = codes(peft(tmp_path / "a", change=blank))
+    assert found["blank"] == "error" and "partly-untrained" not in found
+
+
+def test_integer_factors_are_not_sound(tmp_path: Path) -> None:
+    whole = {STEM.format(layer, half): np.ones(shape, np.int8) for layer in range(2) for half, shape in (("A", (4, 16)), ("B", (24, 4)))}
+    assert codes(peft(tmp_path / "a", change=whole))["integer-factors"] == "error"
+
+
+def test_names_wrapped_twice_and_ranks_that_differ_are_errors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    save(
+        tmp_path / "a" / "adapter_model.safetensors",
+        {"base_model.model." + STEM.format(0, half): rng.random(shape) for half, shape in (("A", (4, 16)), ("B", (24, 4)))},
+    )
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    )
+    found = codes(tmp_path / "a")
+    assert found["wrapped-twice"] == "error" and found["rank-differs"] == "error"

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-from upparam.containers import archive, ggla, gguf, lookalikes, npy, pickles, safetensors, torchfile
 from upparam.containers.base import Container, Head, TensorFile
 from upparam.errors import AmbiguousError, LimitError, UnreadableError
 from upparam.limits import MAX_ARCHIVE_NESTING, SNIFF_BYTES
 from upparam.plugins import installed
 from upparam.tensors import FileSource, Source
 
-CONTAINERS: tuple[Container | ModuleType, ...] = (
-    safetensors,
-    gguf,
-    ggla,
-    torchfile.zipped,
-    torchfile.legacy,
-    torchfile.tarred,
-    npy.single,
-    npy.archive,
-    pickles,
+CONTAINERS: tuple[str, ...] = (
+    "upparam.containers.safetensors",
+    "upparam.containers.gguf",
+    "upparam.containers.ggla",
+    "upparam.containers.torchfile.zipped",
+    "upparam.containers.torchfile.legacy",
+    "upparam.containers.torchfile.tarred",
+    "upparam.containers.npy:single",
+    "upparam.containers.npy:archive",
+    "upparam.containers.pickles",
 )
-"""Every container that can be told from its bytes, most specific first. Headerless files carry no mark: see `raw`."""
+"""Every container that can be told from its bytes, most specific first: a module, or an object in one. Imported when its turn to look comes.
+
+Headerless files carry no mark: see `raw`.
+"""
+
+
+@cache
+def _member(place: str) -> Any:
+    module, _, name = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+def members() -> Iterator[Container]:
+    """The containers of the table, in its order."""
+    for place in CONTAINERS:
+        yield _member(place)
 
 
 @cache
@@ -70,6 +87,8 @@ def open_file(path: Path | str) -> TensorFile:
             remedy="unpack it and name one",
         )
     if not found:
+        from upparam.containers import lookalikes
+
         look = lookalikes.recognise(head_of(file_source(Path(path)), Path(path)))
         raise UnreadableError(f"no tensors can be read from it: {look.message}", file=path, found=look.kind)
     return found[0]
@@ -82,6 +101,8 @@ def member_source(path: Path) -> Source | None:
     outer = next((part for part in path.parents if part.exists()), None)
     if outer is None or not outer.is_file():
         return None
+    from upparam.containers import archive
+
     source: Source | None = file_source(outer)
     at, words = outer, list(path.relative_to(outer).parts)
     while source is not None and words:
@@ -97,16 +118,14 @@ def member_source(path: Path) -> Source | None:
 
 def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorFile]:
     head = head_of(source, path)
-    container = next((container for container in CONTAINERS if container.sniff(head)), None)
-    wrapped = container is None and archive.sniff(head)
-    if container is None and not wrapped:
-        container = next((container for container in plugins() if container.sniff(head)), None)
+    container = next((container for container in members() if container.sniff(head)), None)
     if container is not None:
-        file: TensorFile = container.read(source, path)
-        file.wrapping = wrapping
-        return [file]
-    if not wrapped:
-        return []
+        return [_read(container, source, path, wrapping)]
+    from upparam.containers import archive
+
+    if not archive.sniff(head):
+        container = next((container for container in plugins() if container.sniff(head)), None)
+        return [] if container is None else [_read(container, source, path, wrapping)]
     if len(wrapping) >= MAX_ARCHIVE_NESTING:
         raise LimitError("archives nested deeper than any real download", file=path, expected=f"<= {MAX_ARCHIVE_NESTING}")
     contents = archive.contents(source, path)
@@ -116,6 +135,12 @@ def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorF
     for file in found:
         file.findings += contents.findings
     return found
+
+
+def _read(container: Container, source: Source, path: Path, wrapping: tuple[str, ...]) -> TensorFile:
+    file = container.read(source, path)
+    file.wrapping = wrapping
+    return file
 
 
 def _kind(mode: int) -> str:

@@ -6,7 +6,6 @@ library/sai_model_spec.py (determine_architecture, determine_implementation, det
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -109,6 +108,8 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[
 
     The file that is meant holds the `ss_` part of the metadata alone, as sd-scripts hashes before adding the rest.
     """
+    import hashlib
+
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     ordered = layout_order(tensors)
     model, legacy = hashlib.sha256(), hashlib.sha256()

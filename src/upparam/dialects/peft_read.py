@@ -223,6 +223,11 @@ def explain(adapter: Adapter, member: Member) -> None:
                 "such as " + ", ".join(names.base[:3]),
             )
         )  # fmt: skip
+    twice = next((name for name in member.file.tensors if name.startswith(WRAPPER * 2)), None)
+    if twice is not None:
+        adapter.findings.append(
+            error("wrapped-twice", subject, f"names begin with {WRAPPER} twice: PEFT loads none of them", twice, "'upparam convert --to peft' writes the right names")
+        )  # fmt: skip
     if names.tokens:
         adapter.findings.append(
             info("trained-tokens", subject, "rows of an embedding that PEFT puts in place of the base's", *(name.removesuffix(TOKENS) for name in names.tokens))
@@ -258,7 +263,7 @@ def _check_ranks(adapter: Adapter, member: Member) -> None:
             wrong.append(f"{module}: {down.shape[0]}, config {r:g}")
     if wrong:
         adapter.findings.append(
-            warning("rank-differs", member.file.name, f"{len(wrong)} modules have another rank than the config says; PEFT will not load them", wrong[0])
+            error("rank-differs", member.file.name, f"{len(wrong)} modules have another rank than the config says; PEFT will not load them", wrong[0])
         )  # fmt: skip
 
 

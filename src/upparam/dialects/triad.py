@@ -14,7 +14,7 @@ from typing import Any
 from upparam.adapter import Adapter
 from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
-from upparam.containers import member_source, raw
+from upparam.containers import member_source
 from upparam.containers.base import TensorFile
 from upparam.dialects import triad_whole
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions, read_json
@@ -220,6 +220,8 @@ def _whole(bundle: Bundle, found: Found, note: Mapping[str, Any], config_name: s
             if told is None or not isinstance(how, list) or len(how) != 3 or how[1] not in DTYPES:
                 continue
             source = next(iter(file.tensors.values())).source
+            from upparam.containers import raw
+
             tensor = raw.as_tensor(source, raw.RawGuess(DTYPES[how[1]], tuple(how[2]), 1.0))
             if told.role == "extras":
                 extras[how[0]] = tensor
@@ -306,6 +308,8 @@ def _headed(
     files = {role: found.headerless[key, role] for role in ("up", "down") if (key, role) in found.headerless}
     if not files:
         return result
+    from upparam.containers import raw
+
     known = next((result[role] for role in ("up", "down") if role not in files), None)
     dims = sorted({size for module in options.base.modules for size in module.canonical[:2]}) if options.base is not None else []
     ranks = [rank] if rank else sorted(set(known.shape[:2])) if known is not None else [None]

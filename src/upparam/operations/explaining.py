@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from upparam.containers import file_source, head_of, lookalikes
+from upparam.containers import file_source, head_of
 from upparam.containers.base import TensorFile
 from upparam.errors import NotAnAdapterError, UnreadableError, UpparamError
 from upparam.operations.kinds import classify
@@ -42,6 +42,8 @@ def explain_nothing(path: Path, dialect: str | None, files: Sequence[TensorFile]
 
 def _unread(path: Path, read: set[Path]) -> None:
     """Raise for a file that is named like weights and holds none: a pointer, a web page, a broken link."""
+    from upparam.containers import lookalikes
+
     members = sorted(path.iterdir()) if path.is_dir() else [path]
     for member in members:
         if member.is_symlink() and not member.exists():

@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upparam import dialects
 from upparam.adapter import Adapter, BaseHint
 from upparam.containers import file_source, head_of
 from upparam.containers.base import TensorFile
-from upparam.containers.lookalikes import LookAlike, recognise
 from upparam.dialects.base import ReadOptions
 from upparam.errors import AmbiguousError, DeadAdapterError, NotAnAdapterError, RefusedError, UnreadableError, UpparamError, UsageError
 from upparam.findings import Finding, error, exit_code, info, warning
@@ -21,6 +20,9 @@ from upparam.operations.explaining import WEIGHTS
 from upparam.operations.kinds import classify
 from upparam.operations.kinds_other import other
 from upparam.operations.opening import Candidate, Siblings, group, tensor_files
+
+if TYPE_CHECKING:
+    from upparam.containers.lookalikes import LookAlike
 
 MISFIT = 0.5
 """A stated base of which we are less sure than this does not fit."""
@@ -209,6 +211,8 @@ def _problem_report(path: Path, problem: UpparamError) -> FileReport:
 
 
 def _look(path: Path) -> LookAlike | None:
+    from upparam.containers.lookalikes import recognise
+
     try:
         return recognise(head_of(file_source(path), path))
     except UnreadableError:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
-from upparam.containers import file_source, open_all
+from upparam.containers import head_of, member_source
 from upparam.dialects.base import ReadOptions
-from upparam.errors import UsageError
+from upparam.errors import UnreadableError, UsageError
+from upparam.findings import Finding, info, warning
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
-from upparam.tensors import FileSource, Tensor
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,8 +136,12 @@ class FileHashes:
     """Hashes people look adapters up by.
 
     `sha256` over the whole file (CivitAI, Hugging Face); `autov3` over the bytes after the safetensors header, sha256, which kohya
-    stores as `sshs_model_hash` (its first 12 digits are CivitAI's AutoV3); `legacy` is kohya's `sshs_legacy_hash` and the old WebUI model
-    hash: sha256 over 64 KiB at 1 MiB, first 8 digits. Both are None where the container has no such header.
+    stores as `sshs_model_hash` (its first 12 digits are CivitAI's AutoV3 and the hash AUTOMATIC1111 shows for a LoRA); `legacy` is the
+    WebUI's old hash: sha256 over 64 KiB at 1 MiB, first 8 digits (of a shorter file the hash of nothing). `autov3` is None for other
+    containers. kohya's `sshs_legacy_hash` is that of the file before its last metadata was added.
+
+    Sources: kohya-ss/sd-scripts library/train_util.py (addnet_hash_safetensors, addnet_hash_legacy, precalculate_safetensors_hashes);
+    AUTOMATIC1111/stable-diffusion-webui modules/hashes.py, extensions-builtin/Lora/network.py.
     """
 
     path: str
@@ -149,9 +154,15 @@ class FileHashes:
         return asdict(self)
 
 
+LEGACY_START = 0x100000
+"""Where the old hash begins to read; of a shorter file it is the hash of nothing."""
+
+
 def file_hashes(path: Path, data_start: int | None, progress: Progress = silent) -> FileHashes:
-    """Hash a file in one pass. `data_start` is where safetensors data begins, None for other containers."""
-    source: FileSource = file_source(path)
+    """Hash a file, or a member of an archive, in one pass. `data_start` is where safetensors data begins, None for other containers."""
+    source = member_source(path)
+    if source is None:
+        raise UnreadableError("no such file", file=path)
     whole, after = hashlib.sha256(), hashlib.sha256()
     block = 4 << 20
     for at in range(0, source.size, block):
@@ -160,7 +171,7 @@ def file_hashes(path: Path, data_start: int | None, progress: Progress = silent)
         if data_start is not None and at + len(data) > data_start:
             after.update(data[max(0, data_start - at) :])
         progress(at + len(data), source.size, path.name)
-    start = min(0x100000, source.size)
+    start = min(LEGACY_START, source.size)
     legacy = hashlib.sha256(source.read(start, min(0x10000, source.size - start))).hexdigest()[:8]
     return FileHashes(str(path), whole.hexdigest(), after.hexdigest() if data_start is not None else None, legacy)
 
@@ -178,6 +189,8 @@ class Inspection:
         """JSON-ready facts."""
         adapter = self.adapter
         known = [module.frobenius for module in self.modules if module.frobenius is not None]
+        names = {module.target for module in self.modules}
+        shown = replace(adapter, deltas={target: delta for target, delta in adapter.deltas.items() if str(target) in names})
         return {
             "path": str(self.path),
             "dialect": adapter.dialect,
@@ -187,10 +200,10 @@ class Inspection:
             "leftovers": [_tensor_facts(name, tensor) for name, tensor in adapter.leftovers.items()],
             "totals": {
                 "targets": len(self.modules),
-                "algorithms": adapter.algorithms(),
-                "ranks": [{"rank": rank, "count": count} for rank, count in adapter.ranks().items()],
-                "dtypes": adapter.dtypes(),
-                "parameters": sum(factor.numel for delta in adapter.deltas.values() for factor in delta.factors().values()),
+                "algorithms": shown.algorithms(),
+                "ranks": [{"rank": rank, "count": count} for rank, count in shown.ranks().items()],
+                "dtypes": shown.dtypes(),
+                "parameters": sum(factor.numel for delta in shown.deltas.values() for factor in delta.factors().values()),
                 "frobenius": sum(norm**2 for norm in known) ** 0.5 if known else None,
                 "frobenius_of": len(known),
                 "nonfinite": sum(module.nonfinite for module in self.modules),
@@ -220,7 +233,29 @@ def inspect_file(
         raise UsageError("no target matches", file=path, expected=f"a pattern over names such as {shown}", found=module)
     found = []
     if hashes:
-        for name in adapter.files:
-            tensor_file = open_all(name)[0]
-            found.append(file_hashes(Path(name), tensor_file.data_start, progress))
+        for file in map(Path, adapter.files):
+            found.append(file_hashes(file, _data_start(file), progress))
+        adapter.findings += _stored_hash(adapter, found)
     return Inspection(Path(path), adapter, stats, found)
+
+
+def _data_start(path: Path) -> int | None:
+    from upparam.containers import safetensors
+
+    source = member_source(path)
+    if source is None or not safetensors.sniff(head_of(source, path)):
+        return None
+    return 8 + int.from_bytes(source.read(0, 8), "little")
+
+
+def _stored_hash(adapter: Adapter, found: list[FileHashes]) -> list[Finding]:
+    """Whether the hash that the trainer stored is still that of the weights."""
+    stored = adapter.metadata.get("sshs_model_hash")
+    if not stored or len(found) != 1 or found[0].autov3 is None:
+        return []
+    subject = Path(found[0].path).name
+    if stored == found[0].autov3:
+        return [
+            info("hash-agrees", subject, "the weights are those that the trainer hashed", "sshs_model_hash in the metadata is this AutoV3")
+        ]
+    return [warning("hash-differs", subject, "the weights have been changed since the trainer hashed them", f"sshs_model_hash {stored}")]

@@ -10,7 +10,7 @@ from typing import Any
 
 from upparam import dialects
 from upparam.adapter import Adapter
-from upparam.containers import file_source, head_of, lookalikes, open_all, raw
+from upparam.containers import file_source, head_of, open_all
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, ReadOptions
 from upparam.errors import AmbiguousError, UpparamError
@@ -58,6 +58,8 @@ def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]
 
 def _headerless(path: Path) -> list[TensorFile]:
     """A file that nothing recognises but that is named like a factor, offered as bytes whose dtype and shape are still to be told."""
+    from upparam.containers import lookalikes, raw
+
     if not raw.may_be_factor(path.name):
         return []
     source = file_source(path)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from upparam.adapter import Adapter
+from upparam.algorithms.base import ScaleRule
 from upparam.dialects.base import ReadOptions
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
-from upparam.findings import Finding, error, exit_code, info, warning
+from upparam.findings import Finding, Severity, error, exit_code, info, warning
 from upparam.operations.inspect import ModuleStats, inspect_modules
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
+from upparam.tensors import DTYPES
 
 SCALE_LOW, SCALE_HIGH = 1 / 64, 64.0
 """Effective scales outside this range are reported: trainers' defaults lie between 1/32 (alpha 1, rank 32) and 20 (old MLX)."""
@@ -65,7 +68,12 @@ def verify(path: Path | str, *, base: Path | str | None = None, options: ReadOpt
         verdict.findings += _fit(adapter, Path(path), Path(base), options, subject)
     if verdict.sound:
         verdict.findings.append(
-            info("sound", subject, f"sound: {len(stats)} targets complete and finite", f"{adapter.dialect}, every factor read")
+            info(
+                "sound",
+                subject,
+                f"sound: {len(stats)} target{'s' * (len(stats) != 1)} complete and finite",
+                f"{adapter.dialect}, every factor read",
+            )
         )
     return verdict
 
@@ -97,55 +105,80 @@ def _scales(adapter: Adapter, subject: str) -> list[Finding]:
                 str(unknown[0]),
             )
         )
-    for target, delta in adapter.deltas.items():
-        scale = delta.scale
-        if scale is None:
-            continue
-        if not isfinite(scale):
-            findings.append(error("scale-not-finite", str(target), f"the effective scale is {scale}"))
-        elif scale == 0:
+    known = [(target, delta, delta.scale) for target, delta in adapter.deltas.items() if delta.scale is not None]
+    for code, grade, fits, what in _SCALE_TESTS:
+        found = [(target, delta, scale) for target, delta, scale in known if fits(scale)]
+        if found:
+            target, delta, _ = found[0]
+            scales = listed(dict.fromkeys(scale for _, _, scale in found))
             findings.append(
-                error("scale-zero", str(target), "the effective scale is 0: this target changes nothing", f"alpha {delta.alpha}")
-            )
-        elif not SCALE_LOW <= abs(scale) <= SCALE_HIGH:
-            findings.append(
-                warning(
-                    "scale-implausible",
-                    str(target),
-                    f"an effective scale of {scale:g} is outside what trainers write",
-                    f"alpha {delta.alpha}, rank {delta.rank}",
+                Finding(
+                    code, grade, subject, f"the effective scale of {len(found)} of {len(adapter.deltas)} targets is {scales}: {what}",
+                    (f"such as {target}: alpha {delta.alpha}, rank {delta.rank}",),
                 )
-            )
+            )  # fmt: skip
+    absent = [target for target, delta in adapter.deltas.items() if delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK]
+    if absent and not any(finding.code == "alpha-missing" for finding in adapter.findings):
+        findings.append(
+            info("alpha-missing", subject, f"{len(absent)} of {len(adapter.deltas)} targets store no alpha: {adapter.dialect}'s rule then is alpha = rank")
+        )  # fmt: skip
     return findings
+
+
+_SCALE_TESTS: tuple[tuple[str, Severity, Callable[[float], bool], str], ...] = (
+    ("scale-not-finite", Severity.ERROR, lambda scale: not isfinite(scale), "nothing can be applied with it"),
+    ("scale-zero", Severity.ERROR, lambda scale: scale == 0, "they change nothing"),
+    (
+        "scale-implausible", Severity.WARNING, lambda scale: isfinite(scale) and scale != 0 and not SCALE_LOW <= abs(scale) <= SCALE_HIGH,
+        "outside what trainers write",
+    ),
+)  # fmt: skip
+"""Code, severity, which scales it is about, and what is the matter with those."""
 
 
 def _numbers(stats: list[ModuleStats], subject: str) -> list[Finding]:
     findings = []
-    for module in stats:
-        if module.nonfinite:
-            findings.append(error("not-finite", module.target, f"{module.nonfinite} elements are NaN or Inf"))
-        elif module.frobenius is not None and module.frobenius > NORM_HIGH:
-            findings.append(warning("norm-implausible", module.target, f"||dW|| = {module.frobenius:.3g} is far above what training gives"))
-    still = [module for module in stats if module.idle]
-    if still and len(still) == len(stats):
+    total = len(stats)
+    spoilt = [module for module in stats if module.nonfinite]
+    if spoilt:
+        elements = sum(module.nonfinite for module in spoilt)
         findings.append(
-            error(
-                "untrained",
-                subject,
-                "every target has an all-zero factor: applying it changes nothing",
-                f"{still[0].target}: {', '.join(still[0].dead)} all zero",
-            )
+            error("not-finite", subject, f"{elements:,} elements of {len(spoilt)} of {total} targets are NaN or Inf", _such(spoilt))
         )
+    high = [module for module in stats if module.frobenius is not None and module.frobenius > NORM_HIGH]
+    if high:
+        most = max(high, key=lambda module: module.frobenius or 0.0)
+        said = f"||dW|| of {len(high)} of {total} targets is far above what training gives"
+        findings.append(warning("norm-implausible", subject, said, f"up to {most.frobenius:.3g}, {most.target}"))
+    whole = [module for module in stats if any(not DTYPES[name].is_float for name in module.dtypes.values())]
+    if whole:
+        dtypes = listed(dict.fromkeys(name for module in whole for name in module.dtypes.values()))
+        said = f"factors of {len(whole)} of {total} targets are integers: quantised, and what the numbers stand for is not stored"
+        findings.append(error("integer-factors", subject, said, dtypes, _such(whole)))
+    blank = [module for module in stats if module.dead and len(module.dead) == len(module.shapes) > 1]
+    if blank:
+        said = f"every factor of {len(blank)} of {total} targets is all zero, as no training leaves them: their data is lost"
+        findings.append(
+            error("blank", subject, said, _such(blank), "a download that reserved its space leaves such zeros; fetch the file again")
+        )
+    still = [module for module in stats if module.idle and module not in blank]
+    if still and len(still) == total:
+        first = f"{still[0].target}: {', '.join(still[0].dead)} all zero"
+        findings.append(error("untrained", subject, "every target has an all-zero factor: applying it changes nothing", first))
     elif still:
-        findings.append(
-            warning(
-                "partly-untrained",
-                subject,
-                f"{len(still)} of {len(stats)} targets have an all-zero factor and change nothing",
-                f"such as {still[0].target}",
-            )
-        )
+        said = f"{len(still)} of {total} targets have an all-zero factor and change nothing"
+        findings.append(warning("partly-untrained", subject, said, _such(still)))
     return findings
+
+
+def _such(modules: list[ModuleStats]) -> str:
+    return f"such as {modules[0].target}"
+
+
+def listed(values: Iterable[object]) -> str:
+    """A few values, and how many there are."""
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
 def _fit(adapter: Adapter, path: Path, base: Path, options: ReadOptions | None, subject: str) -> list[Finding]:

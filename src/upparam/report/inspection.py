@@ -10,6 +10,8 @@ from upparam.findings import Finding
 from upparam.report.table import Column, table
 from upparam.report.text import counted, finding_lines, listed, one_line, terminal_width
 
+_OF_NOTHING = "e3b0c442"
+"""sha256 of no bytes."""
 _COLUMNS = (
     Column("target", False), Column("algorithm", False), Column("rank"), Column("alpha"), Column("scale"), Column("factors", False),
     Column("dtype", False), Column("||dW||_F"), Column("||dW||_2"), Column("stable rank"), Column("zeros"), Column("NaN/Inf"),
@@ -39,7 +41,10 @@ def inspection_text(facts: dict[str, Any]) -> str:
             lines += [one_line(f"  {key}: {_verbatim(value)}") for key, value in facts[title].items()]
     for entry in facts["hashes"]:
         autov3 = f"  AutoV3 {entry['autov3'][:12]} ({entry['autov3']})" if entry["autov3"] else "  AutoV3: only safetensors has one"
-        lines += [one_line(entry["path"]), f"  sha256 {entry['sha256']}", autov3, f"  legacy {entry['legacy']}"]
+        legacy = entry["legacy"] + (
+            " (of nothing: the file ends before the 1 MiB at which it begins)" if entry["legacy"] == _OF_NOTHING else ""
+        )
+        lines += [one_line(entry["path"]), f"  sha256 {entry['sha256']}", autov3, f"  legacy {legacy}"]
     return "\n".join(lines)
 
 
