@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from upparam.errors import MalformedError, UsageError
 
@@ -122,23 +122,39 @@ class Spectral:
         return sqrt(float(self.sigma @ self.sigma))
 
 
-def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
-    """The spectrum by the Gram matrices (see the module): up (out, r), down (r, in), float64. Raises MalformedError when not finite."""
+class Core(NamedTuple):
+    """The spectrum of up @ down as far as the Gram matrices tell: up @ mix and mixed @ down have orthonormal columns and rows; see Spectral."""
+
+    mix: Matrix
+    sigma: Matrix
+    mixed: Matrix
+    floor: float
+
+
+def core_spectral(ours: Matrix, theirs: Matrix) -> Core:
+    """The spectrum from up^T up and down down^T (r, r), float64. Raises MalformedError when not finite."""
     import numpy as np
 
-    rank = up.shape[1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        ours, theirs = up.T @ up, down @ down.T
+    rank = len(ours)
     size = sqrt(float(np.trace(ours)) * float(np.trace(theirs)))
     if not isfinite(size):
         raise MalformedError("a factor holds values that are not finite, or too large to square")
-    eps = float(np.finfo(np.float64).eps)
     turn, back = _root(ours)
     values, rotation = np.linalg.eigh(turn @ theirs @ turn.T)
     values, rotation = values[::-1], rotation[:, ::-1]
     sigma = np.sqrt(np.maximum(values, 0.0))
     inverse = np.divide(1.0, sigma, out=np.zeros_like(sigma), where=sigma > 0)
-    return Spectral(up, back @ rotation, sigma, inverse[:, None] * (rotation.T @ turn), down, sqrt(rank * eps) * size)
+    floor = sqrt(rank * float(np.finfo(np.float64).eps)) * size
+    return Core(back @ rotation, sigma, inverse[:, None] * (rotation.T @ turn), floor)
+
+
+def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
+    """The spectrum by the Gram matrices (see the module): up (out, r), down (r, in), float64. Raises MalformedError when not finite."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        core = core_spectral(up.T @ up, down @ down.T)
+    return Spectral(up, core.mix, core.sigma, core.mixed, down, core.floor)
 
 
 def _root(gram: Matrix) -> tuple[Matrix, Matrix]:

@@ -1,7 +1,8 @@
 """How two matrices known by their factors relate: norms, inner product, distance, principal angles; neither matrix is ever formed.
 
-Everything follows from the Gram matrices of the factors, in float64. Subtracting squares costs half the digits: a distance is known to
-about sqrt(rank eps) |up| |down|, some 1e-8 of the norms, which `Relation.floor` states.
+Everything follows from the Gram matrices of the factors, multiplied in the dtype they are given in (float64, or float32 to tell whether two
+matrices are far apart) and held in float64. Subtracting squares costs half the digits: a distance is known to about
+sqrt(rank eps) |up| |down|, some 1e-8 of the norms in float64, which `Relation.floor` states.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float64]
 
-_EPS = 2.0**-52
-_INDEPENDENT = 1e-5
-"""Ratio of the Cholesky diagonal's smallest to largest value below which the columns of a factor may be dependent."""
+_INDEPENDENT = {False: 1e-5, True: 3e-2}
+"""Ratio of the smallest to the largest value of the Cholesky diagonal of unit columns below which these may be dependent, of exact and of
+coarse products: there the angles are known to 1e-6 and 1e-4."""
+_TILE = 1024
+"""Rows multiplied at a time when float32 factors are to be multiplied in float64: a tile of both stays near the cache."""
 
 
 class Precision(NamedTuple):
@@ -32,7 +35,7 @@ class Precision(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A matrix scale * up @ down with up (out, r) and down (r, rest) in float64, and the precision its factors are stored in."""
+    """A matrix scale * up @ down with up (out, r) and down (r, rest) in float64 or float32, and the precision its factors are stored in."""
 
     up: Matrix
     down: Matrix
@@ -77,12 +80,26 @@ class Relation:
         return sqrt(max(square, 0.0))
 
 
+class Cut(NamedTuple):
+    """How one matrix lies to the best approximation of its `rank` of another: `off` is their distance, `sigma` the other's singular values,
+    `floor` how far both may be off."""
+
+    rank: int
+    sigma: Matrix
+    off: float
+    floor: float
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Two forms of matrices of one shape, and the products of their factors. Raises MalformedError when a factor is not finite."""
+    """Two forms of matrices of one shape, and the products of their factors: in float64, or with `coarse` in float32 where the factors are.
+
+    Raises MalformedError when a factor is not finite.
+    """
 
     one: Form
     other: Form
+    coarse: bool = False
     _ups: tuple[Matrix, Matrix, Matrix] = field(init=False, repr=False)
     _downs: tuple[Matrix, Matrix, Matrix] = field(init=False, repr=False)
 
@@ -95,8 +112,8 @@ class Pair:
                 "matrices of different shapes have no inner product", expected=(len(up), down.shape[1]), found=(len(up2), down2.shape[1])
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            object.__setattr__(self, "_ups", (up.T @ up, up2.T @ up2, up.T @ up2))
-            object.__setattr__(self, "_downs", (down @ down.T, down2 @ down2.T, down @ down2.T))
+            object.__setattr__(self, "_ups", _products(up.T, up2.T, self.coarse))
+            object.__setattr__(self, "_downs", _products(down, down2, self.coarse))
             size = sum(float(np.trace(gram)) for gram in (*self._ups[:2], *self._downs[:2]))
         if not isfinite(size):
             raise MalformedError("a factor holds values that are not finite, or too large to square")
@@ -112,21 +129,65 @@ class Pair:
             sizes.append(form.scale**2 * float(up.trace()) * float(down.trace()))
         inner = self.one.scale * self.other.scale * float((self._ups[2] * self._downs[2]).sum())
         rank = self.one.up.shape[1] + self.other.up.shape[1]
-        floor = sqrt(rank * _EPS * sum(sizes))
+        floor = sqrt(rank * (2.0**-23 if self.coarse else 2.0**-52) * sum(sizes))
         return Relation((squares[0], squares[1]), inner, (spreads[0], spreads[1]), (noises[0], noises[1]), floor)
 
-    def angles(self) -> tuple[Matrix, Matrix]:
+    def cut(self, smaller: int) -> Cut | None:
+        """Whether the matrix `smaller` (0 or 1) is a truncation of the other: see Cut. None where its rank is not less than the other's.
+
+        Everything is r x r: the other = U S V^T through the Gram matrices, and <U_k S_k V_k^T, up @ down> from the products of the factors.
+        """
+        from upparam.algorithms.lowrank import core_spectral
+
+        larger = 1 - smaller
+        cut, whole = ((self.one, self.other)[index] for index in (smaller, larger))
+        own, full = (core_spectral(self._ups[index], self._downs[index]) for index in (smaller, larger))
+        rank = int((own.sigma > max(own.floor, 1e-7 * own.sigma[0])).sum())
+        if not 0 < rank < len(full.sigma):
+            return None
+        across = [gram if larger == 0 else gram.T for gram in (self._ups[2], self._downs[2])]
+        left, right = full.mix[:, :rank].T @ across[0], full.mixed[:rank] @ across[1]
+        inner = whole.scale * cut.scale * float((full.sigma[:rank, None] * left * right).sum())
+        sigma = abs(whole.scale) * full.sigma
+        square = cut.scale**2 * float((self._ups[smaller] * self._downs[smaller]).sum())
+        kept = float(sigma[:rank] @ sigma[:rank])
+        floor = abs(whole.scale) * full.floor + abs(cut.scale) * own.floor
+        return Cut(rank, sigma, sqrt(max(kept - 2 * inner + square, 0.0)), floor)
+
+    def angles(self) -> tuple[Matrix, Matrix] | None:
         """Principal angles in radians, smallest first, between the two column spaces and between the two row spaces.
 
         (q,) each, q the smaller of the two matrices' ranks; empty where one is zero. The spaces are those of the matrices as stored,
-        small singular values included. Angles below 1e-7 cannot be told from zero. Source: Bjorck & Golub 1973.
+        small singular values included. Angles below 1e-7 cannot be told from zero. None where float32 products do not tell.
+        Source: Bjorck & Golub 1973.
         """
-        columns, rows = _angles(*self._ups), _angles(*self._downs)
+        least = _INDEPENDENT[self.coarse]
+        columns, rows = _angles(*self._ups, least), _angles(*self._downs, least)
         if columns is not None and rows is not None:
             return columns, rows
+        if self.coarse:
+            return None
         # Dependent columns in one factor take directions from the other: only the singular vectors then tell the spaces.
         (left, right), (left2, right2) = _spaces(self.one), _spaces(self.other)
         return _between(left.T @ left2), _between(right @ right2.T)
+
+
+def _products(one: Matrix, other: Matrix, coarse: bool) -> tuple[Matrix, Matrix, Matrix]:
+    """(A A^T, B B^T, A B^T) in float64 of A (r, n) and B (s, n), multiplied in float64, or with `coarse` in the dtype they are in."""
+    import numpy as np
+
+    if coarse or one.dtype == other.dtype == np.float64:
+        plain = (one @ one.T, other @ other.T, one @ other.T)
+        return tuple(product.astype(np.float64, copy=False) for product in plain)
+    rank, count = len(one), len(one) + len(other)
+    whole = np.zeros((count, count))
+    # Rows lie side by side in memory as they do in the factors: those of an up are its columns.
+    tile = np.empty((_TILE, count)).T if one.strides[0] < one.strides[1] else np.empty((count, _TILE))
+    for start in range(0, one.shape[1], _TILE):
+        part = tile[:, : min(_TILE, one.shape[1] - start)]
+        part[:rank], part[rank:] = one[:, start : start + _TILE], other[:, start : start + _TILE]
+        whole += part @ part.T
+    return whole[:rank, :rank], whole[rank:, rank:], whole[:rank, rank:]
 
 
 def _noise(form: Form, ups: Matrix, downs: Matrix) -> tuple[float, float]:
@@ -140,19 +201,23 @@ def _noise(form: Form, ups: Matrix, downs: Matrix) -> tuple[float, float]:
     return spread, sqrt(((form.precision.unit * spread) ** 2 + form.scale**2 * steps) / 3)
 
 
-def _angles(one: Matrix, other: Matrix, cross: Matrix) -> Matrix | None:
+def _angles(one: Matrix, other: Matrix, cross: Matrix, least: float) -> Matrix | None:
     """The angles between the spaces two factors span, from their Gram matrices; None where the columns of one may be dependent."""
     import numpy as np
 
     inverses = []
     for gram in (one, other):
+        diagonal = gram.diagonal()
+        if not diagonal.min(initial=1.0) > 0.0:
+            return None
+        lengths = np.sqrt(diagonal)
         try:
-            lower: Matrix = np.linalg.cholesky(gram).astype(np.float64, copy=False)
+            lower: Matrix = np.linalg.cholesky(gram / lengths[:, None] / lengths).astype(np.float64, copy=False)
         except np.linalg.LinAlgError:
             return None
-        if not lower.diagonal().min() > _INDEPENDENT * lower.diagonal().max():
+        if not lower.diagonal().min() > least * lower.diagonal().max():
             return None
-        inverses.append(_inverse(lower))
+        inverses.append(_inverse(lower) / lengths)
     return _between(inverses[0] @ cross @ inverses[1].T)
 
 
@@ -188,6 +253,6 @@ def _spaces(form: Form) -> tuple[Matrix, Matrix]:
     """Orthonormal bases (out, q) of the columns and (q, rest) of the rows of up @ down, singular values within rounding of zero left out."""
     from upparam.algorithms.lowrank import qr_spectral
 
-    found = qr_spectral(form.up, form.down)
+    found = qr_spectral(form.up.astype("f8", copy=False), form.down.astype("f8", copy=False))
     rank = int((found.sigma > found.floor).sum())
     return found.left @ found.mix[:, :rank], found.mixed[:rank] @ found.right

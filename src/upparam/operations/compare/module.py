@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from upparam.algorithms.base import BAKED, Delta, Update, tiles
 from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.lora import LoRA
-from upparam.algorithms.relation import Form, Pair, Precision, Relation
+from upparam.algorithms.relation import Cut, Form, Pair, Precision, Relation
 from upparam.algorithms.slicing import RowSlice
 from upparam.errors import MalformedError
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import DTYPES, DType, Tensor, singles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,19 +123,26 @@ def compare_deltas(target: str, one: Delta, other: Delta) -> ModuleComparison:
     )  # fmt: skip
     if _flat(one.shape) != _flat(other.shape):
         return replace(found, reason=f"their weights have other shapes: {one.shape} and {other.shape}")
-    bits = same_delta(one, other)
+    if same_delta(one, other):
+        norm = _norm(one)
+        one_or_none = 1.0 if norm else None
+        return replace(found, alike=Alike.BITS, norms=(norm, norm), cosine=one_or_none, distance=0.0, multiplier=one_or_none)
     try:
-        numbers = _numbers(found, one, one if bits else other)
+        numbers = _numbers(found, one, other)
     except MalformedError as problem:
         numbers = replace(found, reason=problem.message)
-    if bits:
-        one_or_none = 1.0 if numbers.norms[0] else None
-        return replace(
-            numbers, alike=Alike.BITS, cosine=one_or_none, distance=0.0, multiplier=one_or_none, columns=None, rows=None, tolerance=None, reason=""
-        )  # fmt: skip
     if _same_scale(one, other) and _rounded(one, other):
         return replace(numbers, alike=Alike.ROUNDED, columns=None, rows=None, reason="")
     return numbers
+
+
+def _norm(delta: Delta) -> float | None:
+    """||dW||, of the direction where there is a magnitude and without an unknown scale; None where there is none or it is not finite."""
+    delta = delta.direction if isinstance(delta, Decomposed) else delta
+    if not delta.additive:
+        return None
+    norm = (_unscaled(delta) if delta.scale is None else delta).frobenius()
+    return norm if norm < float("inf") else None
 
 
 def _numbers(found: ModuleComparison, one: Delta, other: Delta) -> ModuleComparison:
@@ -149,15 +156,20 @@ def _numbers(found: ModuleComparison, one: Delta, other: Delta) -> ModuleCompari
     if unknown:
         note = f"the effective scale of {' and '.join(unknown)} is not in the files; compared without scales"
         one, other = _unscaled(one), _unscaled(other)
-    mine, theirs = one.load(), one.load() if other is one else other.load()
-    forms = (_form(one, mine), _form(other, theirs))
-    pair = None
-    if forms[0] is not None and forms[1] is not None:
-        pair = Pair(forms[0], forms[1])
-        relation = pair.relation()
-    else:
-        relation = _by_rows(one, other, mine, theirs)
-    return _judged(replace(found, reason=note), relation, pair, half_known=len(unknown) == 1)
+    found, half_known = replace(found, reason=note), len(unknown) == 1
+    narrow = _singles(one), _singles(other)
+    if narrow[0] is not None and narrow[1] is not None:
+        apart = _far_apart(found, narrow[0], narrow[1], half_known)
+        if apart is not None:
+            return apart
+        pair = Pair(narrow[0], narrow[1])
+        return _judged(found, pair.relation(), pair, half_known)
+    mine, theirs = one.load(), other.load()
+    wide = _form(one, mine), _form(other, theirs)
+    if wide[0] is not None and wide[1] is not None:
+        pair = Pair(wide[0], wide[1])
+        return _judged(found, pair.relation(), pair, half_known)
+    return _judged(found, _by_rows(one, other, mine, theirs), None, half_known)
 
 
 def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half_known: bool = False) -> ModuleComparison:
@@ -173,10 +185,51 @@ def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half
     if half_known:
         found = replace(found, multiplier=None)
     columns = rows = None
-    if pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT):
-        angles = pair.angles()
+    if pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT) and (angles := pair.angles()) is not None:
         columns, rows = _angles(angles[0], pair, len(pair.one.up)), _angles(angles[1], pair, pair.one.down.shape[1])
     return replace(found, alike=alike, smaller=smaller, columns=columns, rows=rows)
+
+
+def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool) -> ModuleComparison | None:
+    """The comparison of two LoRAs that are plainly different, from products in float32; None where that is too coarse to say so.
+
+    A few products with a vector tell beforehand whether it is worth trying. What it gives is known to 1e-6 or so, angles to 1e-4.
+    """
+    if not _unlike(one, other):
+        return None
+    pair = Pair(one, other, coarse=True)
+    relation = pair.relation()
+    largest, smallest = max(relation.squares), min(relation.squares)
+    multiplier = relation.multiplier
+    plain = (
+        smallest > 0.0 and multiplier is not None and relation.distance() > 2 * NEAR * sqrt(largest)
+        and relation.distance(multiplier) > 2 * NEAR * relation.norms[1] and abs(relation.inner - smallest) > 4 * EQUAL_CAP * largest
+    )  # fmt: skip
+    result = _judged(found, relation, pair, half_known) if plain else None
+    return result if result is not None and result.alike is Alike.DIFFERENT and result.columns is not None else None
+
+
+def _singles(delta: Delta) -> Form | None:
+    """A plain LoRA with its factors in float32; None for others, and where that would round them."""
+    if (
+        type(delta) is not LoRA
+        or delta.mid is not None
+        or any(factor.dtype.itemsize > 4 or not factor.dtype.is_float for factor in (delta.up, delta.down))
+    ):
+        return None
+    up, down = singles(delta.up.read()).reshape(-1, delta.rank), singles(delta.down.read()).reshape(delta.rank, -1)
+    return Form(up, down, delta.known_scale(), _precision(delta, (up, down)))  # type: ignore[arg-type]
+
+
+def _unlike(one: Form, other: Form) -> bool:
+    """True when no multiple of what one makes of a few random vectors is what the other makes of them."""
+    import numpy as np
+
+    probe = np.random.default_rng(0).standard_normal((one.down.shape[1], 4), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mine, theirs = ((form.up @ (form.down @ probe)).reshape(-1) for form in (one, other))
+        size = float(np.linalg.norm(mine)) * float(np.linalg.norm(theirs))
+        return 0.0 < size < float("inf") and abs(float(mine @ theirs)) < 0.9 * size
 
 
 def allowance(relation: Relation, multiplier: float = 1.0) -> float:
@@ -209,23 +262,35 @@ def _resized(relation: Relation, pair: Pair, smaller: int, allowed: float) -> bo
     Whoever cut it rounded the singular vectors at the cut by about eps of their arithmetic over the gap between the singular values
     (Davis & Kahan); float32 is allowed for that.
     """
-    from upparam.algorithms.lowrank import difference, spectral
-
     small, large = relation.squares[smaller], relation.squares[1 - smaller]
     # A best approximation is orthogonal to what it leaves out.
     if abs(relation.inner - small) > 2 * EQUAL_CAP * large:
         return False
-    cut, whole = (pair.one, pair.other) if smaller == 0 else (pair.other, pair.one)
-    own, full = spectral(cut.up, cut.down), spectral(whole.up, whole.down)
-    rank = int((own.sigma > max(own.floor, 1e-7 * own.sigma[0])).sum())
-    if not 0 < rank < len(full.sigma) or abs(whole.scale) * full.tail(rank) <= allowed:
+    found = pair.cut(smaller)
+    if found is not None and found.floor > 0.25 * allowed:
+        found = _sharp(*((pair.one, pair.other) if smaller == 0 else (pair.other, pair.one)))
+    if found is None:
         return False
-    sigma = abs(whole.scale) * full.sigma
+    rank, sigma = found.rank, found.sigma
+    if sqrt(float(sigma[rank:] @ sigma[rank:])) <= allowed:
+        return False
     gap = float(sigma[rank - 1] - sigma[rank])
     turned = 2.0**-20 * float(sigma[0] * sigma[rank - 1]) / gap if gap else sqrt(large)
+    return found.off <= min(allowed + turned, EQUAL_CAP * sqrt(large))
+
+
+def _sharp(cut: Form, whole: Form) -> Cut | None:
+    """`Pair.cut` where the Gram matrices are too coarse: through the factors themselves."""
+    from upparam.algorithms.lowrank import difference, spectral
+
+    cut, whole = (form._replace(up=form.up.astype("f8", copy=False), down=form.down.astype("f8", copy=False)) for form in (cut, whole))
+    own, full = spectral(cut.up, cut.down), spectral(whole.up, whole.down)
+    rank = int((own.sigma > max(own.floor, 1e-7 * own.sigma[0])).sum())
+    if not 0 < rank < len(full.sigma):
+        return None
     up, down = full.factors(rank)
     off = difference(whole.scale * up, down, cut.scale * cut.up, cut.down)
-    return off <= min(allowed + turned, EQUAL_CAP * sqrt(large))
+    return Cut(rank, abs(whole.scale) * full.sigma, off, abs(whole.scale) * full.floor)
 
 
 def _angles(angles: NDArray[np.float64], pair: Pair, dimension: int) -> Angles | None:
@@ -348,11 +413,12 @@ def _precision(delta: Delta, values: tuple[NDArray[np.float64], ...] = ()) -> Pr
 
 
 def _ends_in_zeros(values: NDArray[np.float64], count: int) -> bool:
-    """True when the last `count` of the 52 bits of every fraction are zero."""
+    """True when the last `count` of the 52 bits of every fraction are zero (of float32's 23, where the values are float32)."""
     import numpy as np
 
-    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint64)
-    mask = np.uint64((1 << count) - 1)
+    kind, count = (np.uint64, count) if values.dtype == np.float64 else (np.uint32, count - 29)
+    bits = np.ascontiguousarray(values).reshape(-1).view(kind)
+    mask = kind((1 << count) - 1)
     return not any(np.bitwise_or.reduce(part) & mask for part in (bits[:64], bits) if part.size)
 
 
