@@ -168,8 +168,8 @@ def _number(field: bytes, path: Path, at: int) -> int:
 
 
 def _check_numbers(header: bytes, path: Path, at: int, findings: list[Finding]) -> None:
-    """A finding for a mode, owner or time that is no number: some tools end the archive there, others read on."""
-    for field in (header[100:108], header[108:116], header[116:124], header[136:148]):
+    """A finding for a mode, owner, time or device that is no number: some tools end the archive there, others read on."""
+    for field in (header[100:108], header[108:116], header[116:124], header[136:148], header[329:337], header[337:345]):
         if not field[0] & 0x80 and not re.fullmatch(rb" *[0-7]* *", field.split(b"\0")[0]):
             findings.append(
                 error("tar-odd-header", path.name, "a header field that is no number: tools differ in where they stop", f"byte {at}")

@@ -351,12 +351,12 @@ class _Reader:
         if after > length:
             self.findings.append(warning("zip-trailing-bytes", self.path.name, f"{after - length} bytes follow the end of the archive"))
             self.hidden(end + _END.size + length, self.source.size)
-            if b"PK\x05\x06" in self.source.read(end + _END.size, after):
-                self.odd("zip-two-ends", "two end records: readers differ in which one they take", f"one at {end}, another behind it")
+        if b"PK\x05\x06" in self.source.read(end + _END.size, after):
+            self.odd("zip-two-ends", "two end records: readers differ in which one they take", f"one at {end}, another behind it")
         stop = end
         locator = self.source.read(end - _LOCATOR64.size, _LOCATOR64.size) if end >= _LOCATOR64.size else b""
         if locator[:4] == b"PK\x06\x07":
-            wide, stop = self.end64(_LOCATOR64.unpack(locator)[2], end - _LOCATOR64.size)
+            wide, stop = self.end64(_LOCATOR64.unpack(locator), end - _LOCATOR64.size)
             narrow = (here, count, size, offset)
             if any(value not in (other, 0xFFFF, _FULL32) for value, other in zip(narrow, wide[2:], strict=True)):
                 self.odd("zip-end-mismatch", "the zip64 record and the end record disagree", f"{wide[2:]} and {narrow}")
@@ -365,12 +365,23 @@ class _Reader:
             raise self.bad("an archive split over several files", found=f"disk {disk}")
         return count, size, offset, stop, comment
 
-    def end64(self, at: int, limit: int) -> tuple[tuple[int, ...], int]:
-        """The zip64 end record (disks, entries here, entries, directory size, directory offset) and where it lies."""
-        for place in (at, limit - _END64.size):
-            if 0 <= place <= limit - _END64.size:
+    def end64(self, locator: tuple[int, ...], limit: int) -> tuple[tuple[int, ...], int]:
+        """The zip64 end record (disks, entries here, entries, directory size, directory offset) and where it lies.
+
+        Some readers go where the locator says, some take what stands right before it; both must be the same plain record.
+        """
+        _, disk, at, disks = locator
+        before = limit - _END64.size
+        for place in (at, before):
+            if 0 <= place <= before:
                 fields = _END64.unpack(self.source.read(place, _END64.size))
                 if fields[0] == b"PK\x06\x06":
+                    if place != before or at != before or fields[1] != _END64.size - 12 or disk or disks > 1:
+                        self.odd(
+                            "zip-end-mismatch",
+                            "the zip64 record is not one plain record right before its locator",
+                            f"at {place}, said {at}",
+                        )
                     return fields[4:], place
         raise self.bad("the zip64 record is not where the locator says", found=at)
 
