@@ -55,8 +55,8 @@ def test_the_fuzzer_finds_and_keeps_a_failure(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("fuzz_tool", tool)
     fuzz = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fuzz)
-    monkeypatch.setitem(TARGETS, "ggla", lambda data: 1 // (len(data) % 7))
     watch = fuzz.Watch("ggla", tmp_path / "found", 1)
+    monkeypatch.setitem(watch.run.__globals__["TARGETS"], "ggla", lambda data: 1 // (len(data) % 7))
     for size in range(14):
         watch(bytes(size))
     (kept,) = (tmp_path / "found").iterdir()
