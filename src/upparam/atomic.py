@@ -47,7 +47,8 @@ def atomic_file(out: Path, *, force: bool = False, sync: bool = True) -> Iterato
 def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success its files are synced and it is renamed to `out`, on any error removed.
 
-    With `force` an existing `out` is replaced as a whole, and stays until the new one is complete. `sync` as for `atomic_file`.
+    With `force` an existing `out` is replaced as a whole, and stays until the new one is complete; one that holds files which the new
+    one does not have is not replaced (OutputExistsError): --force gives up an earlier output, nothing else. `sync` as for `atomic_file`.
     """
     refuse_existing(out, force)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
@@ -57,11 +58,30 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
         if sync:
             for path in (*sorted(temporary.rglob("*")), temporary):
                 _sync(path)
+        refuse_strangers(temporary, out)
         swap(temporary, out)
         if sync:
             _sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_LISTED = 4
+"""Files that a refusal lists."""
+
+
+def refuse_strangers(new: Path, out: Path) -> None:
+    """Raise OutputExistsError for files in `out` that `new` does not replace."""
+    if not out.is_dir() or out.is_symlink():
+        return
+    own = {path.relative_to(new) for path in new.rglob("*")}
+    strangers = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.relative_to(out) not in own)
+    if strangers:
+        shown = ", ".join(strangers[:_LISTED]) + (f", ... ({len(strangers)})" if len(strangers) > _LISTED else "")
+        raise OutputExistsError(
+            "the folder holds files that are no part of the output, and --force would lose them", file=out, found=shown,
+            remedy="choose another folder, or move them away",
+        )  # fmt: skip
 
 
 def swap(new: Path, out: Path) -> None:

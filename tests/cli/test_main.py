@@ -159,3 +159,35 @@ def test_the_same_facts_for_machines(lora: Path, capsys: pytest.CaptureFixture[s
     assert main(["inspect", str(lora), "--json", "--hash"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["modules"][0]["scale"] == 0.5 and len(facts["hashes"][0]["sha256"]) == 64
+
+
+def test_a_name_with_an_ending_is_a_file(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["convert", str(lora), "--base", "sd1.5"]
+    assert main([*argv, "--to", "diffusers", "-o", str(tmp_path / "x.safetensors")]) == 0
+    assert (tmp_path / "x.safetensors").is_file() and "bit-identical" in capsys.readouterr().out
+    assert main([*argv, "--to", "diffusers", "-o", str(tmp_path / "folder")]) == 0
+    assert (tmp_path / "folder" / "pytorch_lora_weights.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
+def test_a_folder_with_other_things_in_it_is_never_replaced(
+    lora: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "my-loras"
+    full.mkdir()
+    (full / "precious.safetensors").write_bytes(lora.read_bytes())
+    argv = ["convert", str(lora), "--base", "sd1.5", "--to", to, "-o", str(full)]
+    assert "--force" in failing(capsys, 2, *argv)
+    assert ("a folder stands" if to == "kohya" else "precious.safetensors") in failing(capsys, 2, *argv, "--force")
+    assert (full / "precious.safetensors").read_bytes() == lora.read_bytes()
+
+
+def test_an_edit_never_replaces_a_folder_of_other_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.operations.test_verify import peft
+
+    adapter = peft(tmp_path / "adapter")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious.txt").write_text("mine")
+    assert "precious.txt" in failing(capsys, 2, "edit", str(adapter), "--dtype", "bfloat16", "-o", str(full), "--force")
+    assert (full / "precious.txt").read_text() == "mine"

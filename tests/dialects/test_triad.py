@@ -317,3 +317,66 @@ def test_a_config_that_was_tampered_with_is_malformed(tmp_path: Path) -> None:
         with pytest.raises(MalformedError):
             open_adapter(tmp_path / "split")
         config["upparam"] = None
+
+
+OTHERS = [
+    "cloneofsimo/lora_disney.safetensors", "mlx-npz/adapters.npz", "sam-lora/lora_rank2.safetensors", "sd-vfph55/pytorch_lora_weights.safetensors",
+    "sd15-catundchat/pytorch_lora_weights.bin", "sd15-catundchat/pytorch_lora_weights.safetensors", "sd15-diffusers-old-bin/pytorch_lora_weights.bin",
+    "sd15-haseebae/pytorch_lora_weights.safetensors", "sd15-justin/pytorch_lora_weights.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["torch", "npy", "raw"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_real_adapter_too_down_to_the_tensors_of_its_own_file(corpus: Path, tmp_path: Path, name: str, form: str) -> None:
+    from upparam.containers import open_file
+
+    adapter = open_adapter(corpus / name)
+    convert(corpus / name, tmp_path / "split", "triad", options={"format": form})
+    again = open_adapter(tmp_path / "split")
+    identical(adapter, again)
+    if adapter.deltas[next(iter(adapter.deltas))].scale is None:
+        return  # nothing but a triad holds an adapter of unknown scale
+    out = tmp_path / Path(name).with_suffix({".bin": ".safetensors"}.get(Path(name).suffix, Path(name).suffix)).name
+    again.save(out, dialect=adapter.dialect)
+    theirs, ours = open_file(corpus / name).tensors, open_file(out).tensors
+    assert theirs.keys() == ours.keys()
+    assert all(theirs[key].dtype == ours[key].dtype and theirs[key].read().tobytes() == ours[key].read().tobytes() for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("words", "prefix"),
+    [
+        (("lora_B.weight", "lora_A.weight"), "base_model.model."),
+        (("lora_up.weight", "lora_down.weight"), ""),
+        (("lora_B.default.weight", "lora_A.default.weight"), ""),
+    ],
+)
+def test_halves_under_another_dialects_names_belong_together(tmp_path: Path, words: tuple[str, str], prefix: str) -> None:
+    modules = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    for role, word, factor in (("up", words[0], UP), ("down", words[1], DOWN)):
+        torch_file(tmp_path / f"{role}-param.bin", {f"{prefix}{module}.{word}": factor for module in modules})
+    (report,) = identify(tmp_path).adapters
+    assert (report.kind, report.dialect, report.modules) == ("adapter", "triad", 2)
+    assert [target.module for target in open_adapter(tmp_path).deltas] == modules
+
+
+def test_factors_that_share_a_size_by_chance_are_not_turned_until_they_fit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    torch_file(tmp_path / "up-param.bin", rng.standard_normal((64, 4)).astype(np.float32))
+    torch_file(tmp_path / "down-param.bin", rng.standard_normal((8, 64)).astype(np.float32))
+    with pytest.raises(MalformedError, match="do not fit together"):
+        open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "text", "scale"), [("alpha", "8\n", 2.0), ("alpha.txt", " 2.0", 0.5), ("alpha.txt", "eight", None)])
+def test_alpha_in_a_file_of_its_own(tmp_path: Path, name: str, text: str, scale: float | None) -> None:
+    torch_file(tmp_path / "up-param.bin", UP)
+    torch_file(tmp_path / "down-param.bin", DOWN)
+    (tmp_path / name).write_text(text)
+    if scale is None:
+        with pytest.raises(MalformedError, match="not a number"):
+            open_adapter(tmp_path)
+        return
+    (delta,) = open_adapter(tmp_path).deltas.values()
+    assert delta.scale == scale

@@ -18,7 +18,7 @@ from upparam.containers import member_source
 from upparam.containers.base import TensorFile
 from upparam.dialects import triad_whole
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions, read_json
-from upparam.dialects.triad_files import Found, Label, collect, keyed, label
+from upparam.dialects.triad_files import Found, Label, collect, half, keyed, label, unworded
 from upparam.dialects.triad_naming import name_modules
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError
 from upparam.findings import info, warning
@@ -58,13 +58,11 @@ class Triad:
         told = label(file.name)
         if told is None or not file.tensors:
             return None
+        note = _note(file) if told.param else None
+        if note is not None and told.role in note.get("roles", ()):
+            return Match(self.name, 1.0, (f"named {file.name}", f"listed in {CONFIG}"))
         if told.role not in ("up", "down"):
-            note = _note(file) if told.param else None
-            return (
-                None
-                if note is None or told.role not in note.get("roles", ())
-                else Match(self.name, 0.95, (f"named {file.name}", f"listed in {CONFIG}"))
-            )
+            return None
         if file.container == "raw":
             sure = 0.6 if told.param else 0.4
             return Match(self.name, sure, (f"named {file.name}", "bytes without a header"))
@@ -72,9 +70,11 @@ class Triad:
         if len(thin) < len(file.tensors):
             return None
         shown = ", ".join(f"{list(tensor.shape)}" for tensor in list(thin)[:3])
-        return Match(
-            self.name, 0.93 if told.param else 0.75, (f"named {file.name}", f"{len(thin)} tensors long and thin as factors are: {shown}")
-        )
+        evidence = (f"named {file.name}", f"{counted(len(thin))} long and thin as factors are: {shown}")
+        if half(file.tensors) == told.role:
+            # Another dialect's names, but one half of them, as the file's name says: the other half lies in the other file.
+            return Match(self.name, 0.98, (*evidence, f"all of them {told.role} factors by their names"))
+        return Match(self.name, 0.93 if told.param else 0.75, evidence)
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
         """Files of the same folder whose names differ only in role and number."""
@@ -94,6 +94,7 @@ class Triad:
         note = config.get(triad_whole.KEY)
         if isinstance(note, dict) and "modules" in note:
             return _whole(bundle, found, note, config_name)
+        found = unworded(found)
         adapter = Adapter({}, self.name, config=config, files=tuple(str(file.path) for file in bundle.files))
         adapter.findings = [finding for file in bundle.files for finding in file.findings]
         _refuse_lone(bundle, found)
@@ -162,6 +163,11 @@ class Triad:
         text = json.dumps({**config, triad_whole.KEY: note}, indent=1, ensure_ascii=False) + "\n"
         package.files[CONFIG] = text.encode()
         return package
+
+
+def counted(tensors: int) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{tensors} tensor" + "s" * (tensors != 1)
 
 
 def _note(file: TensorFile) -> Mapping[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from upparam.containers.base import LONE, TensorFile
@@ -76,6 +76,31 @@ def _tops(file: TensorFile) -> list[str]:
     if isinstance(file.structure, dict):
         return [str(key) for key in file.structure]
     return list(dict.fromkeys(name.split("/", 1)[0] for name in file.tensors))
+
+
+_WORDED = re.compile(r"[./](?P<word>lora_[ABab]|lora_(?:up|down)|lora\.(?:up|down)|up|down)(?:\.default)?(?:\.weight)?$")
+_HALVES = {"lora_A": "down", "lora_a": "down", "lora_B": "up", "lora_b": "up"}
+
+
+def half(names: Iterable[str]) -> str | None:
+    """up or down where every name ends in another dialect's word for that factor (`<module>.lora_B.weight`); None otherwise."""
+    found = {None if (match := _WORDED.search(name)) is None else _half(match["word"]) for name in names}
+    return found.pop() if len(found) == 1 else None
+
+
+def _half(word: str) -> str:
+    return _HALVES.get(word, "up" if word.endswith("up") else "down")
+
+
+def unworded(found: Found) -> Found:
+    """Factors by their modules, where files hold each half under another dialect's names: those have a word for the factor behind it."""
+    factors: dict[str | int | None, dict[str, Tensor]] = {}
+    for key, roles in found.factors.items():
+        match = _WORDED.search(key) if isinstance(key, str) else None
+        if isinstance(key, str) and match is not None and set(roles) == {_half(match["word"])}:
+            key = key[: match.start()].removeprefix("base_model.model.")
+        factors.setdefault(key, {}).update(roles)
+    return replace(found, factors=factors)
 
 
 def collect(files: Sequence[TensorFile]) -> Found:

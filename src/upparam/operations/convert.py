@@ -100,6 +100,8 @@ def write_adapter(
     given = {"base": read.base} if read is not None and read.base is not None else {}
     package = member.write(adapter, {**given, **(options or {}), "drop": frozenset(drop)})
     proofs: list[str] = []
+    if _as_file(package, out):
+        package.folder = False
     if package.folder:
         with atomic_folder(out, force=force) as temporary:
             size = write_package(package, temporary)
@@ -118,6 +120,11 @@ def write_adapter(
     findings = [finding for finding in adapter.findings if finding.severity] + dropped
     title = f"{adapter.found_as or adapter.dialect} to {dialect}"
     return Receipt(title, list(adapter.files), outputs, counts, proofs, findings, time.monotonic() - begun)
+
+
+def _as_file(package: Package, out: Path) -> bool:
+    """Whether a package of one file goes by the name of `out` itself, which has that file's ending."""
+    return package.folder and len(package.files) == 1 and bool(out.suffix) and Path(next(iter(package.files))).suffix == out.suffix
 
 
 def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upparam.adapter import Adapter, Target
-from upparam.atomic import refuse_existing, swap
+from upparam.atomic import refuse_existing, refuse_strangers, swap
 from upparam.bases import inventory
 from upparam.dialects.base import ReadOptions
 from upparam.errors import RefusedError, UsageError
@@ -82,6 +82,7 @@ def edit(
             receipt.outputs = put_back(source, path, written)
         else:
             receipt.outputs = [str(place / Path(name).relative_to(written)) if written.is_dir() else str(place) for name in receipt.outputs]
+            refuse_strangers(written, place)
             swap(written, place)
     receipt.operation, receipt.inputs = "edit in place" if in_place else "edit", [str(path)]
     receipt.counts = counts | {"tensors_kept": compared.same} | compared.counts() | receipt.counts
