@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 EXIT_OK = 0
 EXIT_FINDINGS = 1
 EXIT_USAGE = 2
 EXIT_UNREADABLE = 3
 EXIT_REFUSED = 4
+
+
+class Problem(NamedTuple):
+    """One thing that cannot be written as it is, and what would help.
+
+    `subject` is the target, module or extra, `why` the reason; `targets` the deltas concerned, where `subject` does not name them. `cure` is
+    the option that helps, `scale` the multiplier that `--bake-scale` is to leave (the rest goes into the factors).
+    """
+
+    subject: str
+    why: str = ""
+    targets: tuple[Any, ...] = ()
+    cure: str | None = None
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.why}" if self.why else self.subject
+
+    def facts(self) -> dict[str, object]:
+        """JSON-ready facts."""
+        facts: dict[str, object] = {"subject": self.subject, "why": self.why}
+        return facts | ({"cure": self.cure} if self.cure else {})
 
 
 class UpparamError(Exception):
@@ -94,9 +119,30 @@ class DeadAdapterError(UnreadableError):
 
 
 class RefusedError(UpparamError):
-    """Doing as asked would lose or invent something; the message lists what, the remedy says how to allow it by name."""
+    """Doing as asked would lose or invent something; the message lists what, the remedy says how to allow it by name.
+
+    `problems` are all of them, where the message shows only some.
+    """
 
     exit_code = EXIT_REFUSED
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: object = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        remedy: str | None = None,
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        super().__init__(message, file=file, tensor=tensor, expected=expected, found=found, remedy=remedy)
+        self.problems = tuple(problems)
+
+    def facts(self) -> dict[str, object]:
+        """The same facts as a flat mapping, and each problem with what would help."""
+        return super().facts() | ({"problems": [problem.facts() for problem in self.problems]} if self.problems else {})
 
 
 class MismatchError(RefusedError):

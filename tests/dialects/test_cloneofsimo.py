@@ -95,7 +95,7 @@ def test_what_has_no_number_is_refused() -> None:
         (one("unet.mid_block.attentions.0.proj_in"), "outside every walk"),
         (one("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"), "cannot be left out"),
         (one("vae.x"), "component"),
-        (one("unet.x", Scaling(alpha=2.0)), "upparam edit --bake"),
+        (one("unet.x", Scaling(alpha=2.0)), "--bake-scale"),
     ):
         with pytest.raises(RefusedError, match=why):
             written("cloneofsimo", adapter, base=base)

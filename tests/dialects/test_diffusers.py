@@ -266,7 +266,7 @@ def test_old_form_holds_attention_at_scale_one_only() -> None:
     with pytest.raises(RefusedError, match="not an attention projection"):
         written("diffusers-old", adapter_of("unet.mid_block.resnets.0.conv1"))
     for scaling in (Scaling(alpha=2.0), Scaling(ScaleRule.EXPLICIT, multiplier=20.0)):
-        with pytest.raises(RefusedError, match="upparam edit --bake"):
+        with pytest.raises(RefusedError, match="--bake-scale"):
             written("diffusers-old", adapter_of(TO_Q, scaling=scaling))
     assert written("diffusers-old", adapter_of(TO_Q, scaling=Scaling(alpha=4.0))).tensors
 

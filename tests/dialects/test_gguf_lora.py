@@ -401,7 +401,7 @@ def test_what_llama_cpp_has_no_place_for(tmp_path: Path) -> None:
         assert not (tmp_path / "x.gguf").exists()
 
     other = "model.layers.1.mlp.down_proj"
-    refused(one() | one(other, scaling=Scaling(alpha=2.0)), "alphas 2, 8")
+    refused(one() | one(other, scaling=Scaling(alpha=2.0)), "alpha 2 beside 8")
     refused(one(scaling=Scaling(alpha=0.0)), "scale of 0")
     refused(one(scaling=UNKNOWN), "never guessed")
     refused({}, "without factors")

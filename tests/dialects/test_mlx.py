@@ -224,7 +224,7 @@ def test_what_mlx_has_no_place_for() -> None:
         (one("model.vision_tower.x"), "not a module"),
         (one(kernel=(3, 3)), "convolution"),
         (one() | one(other, rank=8, alpha=8.0), "upparam resize"),
-        (one() | one(other, alpha=8.0), "upparam edit --bake"),
+        (one() | one(other, alpha=8.0), "--bake-scale"),
     ):
         with pytest.raises(RefusedError, match=why):
             written("mlx", Adapter(deltas, "test"))

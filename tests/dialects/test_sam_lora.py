@@ -199,7 +199,7 @@ def test_what_has_no_number_is_refused() -> None:
     scaled.deltas = {
         target: LoRA(delta.factors()["up"], delta.factors()["down"], Scaling(alpha=8.0)) for target, delta in scaled.deltas.items()
     }
-    with pytest.raises(RefusedError, match="upparam edit --bake"):
+    with pytest.raises(RefusedError, match="--bake-scale"):
         written("sam-lora", scaled)
     extra = Extra(ExtraKind.BIAS, "image_encoder.blocks.0.attn.proj.bias", factors["bias"])
     with pytest.raises(RefusedError, match="bias"):

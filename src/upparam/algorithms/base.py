@@ -9,7 +9,7 @@ from enum import Enum
 from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upparam.errors import MalformedError, RefusedError
+from upparam.errors import MalformedError, Problem, RefusedError
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -148,7 +148,9 @@ class Delta(ABC):
         scale = self.scale
         if scale is None:
             raise RefusedError(
-                "the effective scale is not stored in the files and is never guessed", remedy="give it with --alpha or --scale"
+                "the effective scale is not stored in the files and is never guessed",
+                remedy="give it with --alpha or --scale",
+                problems=[Problem("scale", "not known", cure="--scale")],
             )
         if not isfinite(scale):
             raise MalformedError("the effective scale is not a finite number", found=scale)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from upparam.algorithms.base import BAKED, Delta, FactorChange, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
-from upparam.errors import RefusedError
+from upparam.errors import Problem, RefusedError
 from upparam.tensors import Tensor, same_bits
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def join(parts: Sequence[Delta | int]) -> Delta:
         raise RefusedError(
             f"{kinds} deltas of parts cannot be joined into one of the fused weight",
             found="some parts are not changed" if len(deltas) < len(parts) else None,
-            remedy="convert them to plain LoRA first",
+            remedy="approximate by plain LoRA with --lowrank",
         )
     return joined
 
@@ -172,7 +172,8 @@ def reorder(delta: Delta, rows: Sequence[int] | NDArray[Any]) -> Delta:
     own: Delta | None = getattr(delta, "take_rows", lambda *_: None)(rows)
     if own is None:
         raise RefusedError(
-            f"the rows of a {delta.algorithm} delta cannot be rearranged without computing it", remedy="convert it to plain LoRA first"
+            f"the rows of a {delta.algorithm} delta cannot be rearranged without computing it",
+            remedy="approximate by plain LoRA with --lowrank",
         )
     return own
 
@@ -221,7 +222,7 @@ def _rejoined(slices: Sequence[RowSlice], parts: Sequence[Delta | int]) -> Delta
         if not isinstance(part, RowSlice) or part.whole is not whole or part.start != at:
             raise RefusedError(
                 f"parts of a {whole.algorithm} over a fused weight cannot be written apart from each other",
-                remedy="convert it to plain LoRA first",
+                remedy="approximate by plain LoRA with --lowrank",
             )
         at = part.stop
     if at != whole.shape[0]:
@@ -268,7 +269,8 @@ def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA
         raise RefusedError(
             "parts of a fused weight with different scales cannot be joined without arithmetic",
             found=", ".join(f"{scale:g}" for scale in scales),
-            remedy="put it into the factors with 'upparam edit --bake'",
+            remedy="put the scales into the factors with --bake-scale",
+            problems=[Problem("scales", "differ from part to part", cure="--bake-scale")],
         )
     dtypes = {part.up.dtype for part in deltas} | {part.down.dtype for part in deltas}
     if len(dtypes) > 1:

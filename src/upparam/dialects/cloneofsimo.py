@@ -22,9 +22,9 @@ from upparam.bases.base import Base
 from upparam.bases.traversal import Indexed
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import refuse
 from upparam.dialects.placing import alike, base_of
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.dialects.refusing import other_scale, refuse
+from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error
 from upparam.tensors import Tensor
 
@@ -103,7 +103,9 @@ class Cloneofsimo:
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """One safetensors file. Raises RefusedError for modules outside its walks, walks with gaps and scales other than 1."""
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
+        problems: list[str | Problem] = [
+            f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION
+        ]
         embeds = {extra.name: extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         problems += [
             f"textual-inversion {token}: several vectors for one token" for token, vectors in embeds.items() if vectors.shape[0] != 1
@@ -234,14 +236,23 @@ def _walk(base: Base, rule: str, classes: tuple[str, ...]) -> Walk:
     return walk
 
 
-def _unfit(adapter: Adapter) -> list[str]:
-    problems = []
+def _unfit(adapter: Adapter) -> list[str | Problem]:
+    problems: list[str | Problem] = []
     for target, delta in adapter.deltas.items():
         if type(delta) is not LoRA or delta.embedding or delta.mid is not None or target.rows or target.parameter != "weight":
-            problems.append(f"{target}: a {delta.algorithm} delta it has no form for")
+            problems.append(f"{target}: {_what(target, delta)}, which has no form here")
         elif delta.known_scale() != 1.0:
-            problems.append(f"{target}: a scale of {delta.scale:g}; bake it in with 'upparam edit --bake'")
+            problems.append(other_scale(str(target), delta))
     return problems
+
+
+def _what(target: Target, delta: Delta) -> str:
+    """What kind of delta it is, for a person to read."""
+    if target.parameter != "weight":
+        return f"a delta of the {target.parameter}"
+    if type(delta) is not LoRA:
+        return f"a {delta.algorithm} delta"
+    return "a Tucker core" if delta.mid is not None else "an embedding" if delta.embedding else "a part of a fused weight"
 
 
 def _numbers(adapter: Adapter, base: Base | None, spelling: Mapping[str, str]) -> dict[str, tuple[list[LoRA], str]]:

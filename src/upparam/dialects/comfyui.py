@@ -21,11 +21,12 @@ from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, named_alike, resolve
-from upparam.dialects.diffusers import METADATA_KEY, refuse
+from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.kohya import bundle_name, bundled
 from upparam.dialects.placing import PARTS_KEY, Parts, base_of, layout_for, take_parts, to_foreign
+from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Spoken, alpha_of, built, leave, settle
-from upparam.errors import DeadAdapterError, RefusedError
+from upparam.errors import DeadAdapterError, Problem, RefusedError
 from upparam.findings import warning
 from upparam.tensors import Tensor
 
@@ -105,7 +106,7 @@ class ComfyUI:
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """One safetensors file. Raises RefusedError for what ComfyUI has no words or names for."""
         told: Parts = {}
-        problems: list[str] = []
+        problems: list[str | Problem] = []
         named, saved = self._named(adapter, options, told, problems)
         bare = _control(adapter, named, saved) and not problems
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
@@ -115,7 +116,7 @@ class ComfyUI:
                 spelled = words.spell(delta, spelling.get(f"pair {module}", spelling.get("pair", "ab")), parameter)
                 alpha = words.stored_alpha(delta)
             except RefusedError as problem:
-                problems.append(f"{module}: {problem.message}")
+                problems.append(because(module, problem))
                 continue
             if "diff_b" in spelled and (bare or f"bias {module}" in spelling):
                 spelled["lora_B.bias"] = spelled.pop("diff_b")
@@ -137,7 +138,7 @@ class ComfyUI:
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
 
     def _named(
-        self, adapter: Adapter, options: Mapping[str, Any], told: Parts, problems: list[str]
+        self, adapter: Adapter, options: Mapping[str, Any], told: Parts, problems: list[str | Problem]
     ) -> tuple[dict[tuple[str, str], Delta], dict[str, Tensor]]:
         """((module as ComfyUI names it, parameter) -> delta, norm as ComfyUI names it -> weight that replaces the base's)."""
         saved: dict[str, Tensor] = {}

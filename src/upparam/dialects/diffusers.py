@@ -21,6 +21,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
+from upparam.dialects.refusing import refuse
 from upparam.dialects.words import alpha_for, alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import error, warning
@@ -386,15 +387,6 @@ def unloadable(target: Target, delta: Delta) -> str | None:
     if re.match(r"text_encoder(_\d)?\.layers\.", target.module):
         return "a language model as text encoder, which diffusers loads no LoRA into"
     return None if target.module.split(".", 1)[0] in COMPONENTS else "not a module of a pipeline's component"
-
-
-def refuse(dialect: str, problems: Sequence[str]) -> None:
-    """Raise RefusedError listing what the dialect cannot hold, if anything."""
-    if problems:
-        raise RefusedError(
-            f"{len(problems)} things that {dialect} cannot hold", tensor=problems[0].split(": ")[0],
-            found="; ".join(problems[:8]) + (" ..." if len(problems) > 8 else ""), remedy="give up extras with --drop KIND",
-        )  # fmt: skip
 
 
 def _config_of(deltas: Mapping[str, Delta], biases: Collection[str] = ()) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import COMPONENTS, reference_deltas, refuse, settle, unloadable, with_component
-from upparam.errors import MalformedError
+from upparam.dialects.diffusers import COMPONENTS, reference_deltas, settle, unloadable, with_component
+from upparam.dialects.refusing import other_scale, refuse
+from upparam.errors import MalformedError, Problem
 from upparam.findings import error
 from upparam.tensors import Tensor
 
@@ -91,16 +92,17 @@ class DiffusersOld:
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """A folder with `pytorch_lora_weights.safetensors`. Raises RefusedError for modules outside attention and scales other than 1."""
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
+        problems: list[str | Problem] = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         bare = adapter.spelling.get("bare", "") if adapter.dialect == self.name else ""
         tensors: dict[str, Tensor] = {}
         for target, delta in reference_deltas(adapter, options, self.name).items():
             name = _old_name(target.module)
             problem = unloadable(target, delta) or (None if name else "not an attention projection")
-            if problem is None and delta.known_scale() != 1.0:
-                problem = f"a scale of {delta.scale:g}; bake it in with 'upparam edit --bake'"
             if problem is not None or name is None:
                 problems.append(f"{target}: {problem}")
+                continue
+            if delta.known_scale() != 1.0:
+                problems.append(other_scale(str(target), delta))
                 continue
             assert isinstance(delta, LoRA)
             name = name.removeprefix(bare)

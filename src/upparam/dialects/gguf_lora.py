@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,9 @@ from upparam.containers import file_source
 from upparam.containers.base import TensorFile
 from upparam.containers.gguf import QuantisedTensor, dequantised
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import refuse
 from upparam.dialects.gguf_base import ARCHITECTURE, check_config, resolved
 from upparam.dialects.placing import base_of, layout_for, to_foreign, to_targets
+from upparam.dialects.refusing import other_scale, refuse
 from upparam.dialects.words import alpha_for
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, info, warning
@@ -113,7 +114,7 @@ class GgufLora:
             arch = architecture(one.base)
         if arch is None:
             raise RefusedError("llama.cpp's name for the base's architecture is not known", remedy="name the base with --base")
-        metadata = _metadata(adapter, arch, _alpha([delta for members in weights.values() for delta in members]))
+        metadata = _metadata(adapter, arch, _alpha(weights))
         tensors = {name: tensor for weight, members in weights.items() for name, tensor in _factors(weight, members).items()}
         return Package({"adapter.gguf": NamedTensors(tensors | norms, metadata, container="gguf")}, folder=False)
 
@@ -255,13 +256,14 @@ def _unloadable(target: Target, delta: Delta) -> str | None:
     return None if dtypes <= _FILE_TYPES.keys() else f"factors of {', '.join(sorted(dtypes))}, which llama.cpp does not compute with"
 
 
-def _alpha(deltas: Sequence[Delta]) -> float | None:
+def _alpha(weights: Mapping[str, Sequence[Delta]]) -> float | None:
     """The one alpha that gives every delta its scale as alpha / rank; None where all are 1 with ranks of their own.
 
     Raises RefusedError where there is none, and where a scale is unknown.
     """
+    deltas = [(weight, delta) for weight, members in weights.items() for delta in members]
     wanted = []
-    for delta in deltas:
+    for _, delta in deltas:
         alpha = alpha_for(delta)
         wanted.append(float(delta.rank or 1) if alpha is None else alpha)
     low, high = min(wanted), max(wanted)
@@ -269,9 +271,16 @@ def _alpha(deltas: Sequence[Delta]) -> float | None:
         refuse("gguf-lora", ["a scale of 0, which llama.cpp takes as 1"])
     if high - low <= 1e-12 * abs(high):
         return low
-    if any(delta.known_scale() != 1.0 for delta in deltas):
-        listed = ", ".join(f"{value:g}" for value in sorted(set(wanted))[:4])
-        refuse("gguf-lora", [f"alphas {listed}: the header has one for all; bake the scales in with 'upparam edit --bake'"])
+    if any(delta.known_scale() != 1.0 for _, delta in deltas):
+        common, _ = Counter(wanted).most_common(1)[0]
+        others = [(*one, alpha) for one, alpha in zip(deltas, wanted, strict=True) if alpha != common]
+        refuse(
+            "gguf-lora",
+            [
+                other_scale(weight, delta, common / (delta.rank or 1), f"alpha {alpha:g} beside {common:g}, and the header has one for all")
+                for weight, delta, alpha in others
+            ],
+        )
     return None
 
 

@@ -18,7 +18,8 @@ from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, Shape, base_of, layout_for, resolve, take_parts, to_foreign, to_targets
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.dialects.refusing import because, refuse
+from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import Finding, error, warning
 from upparam.tensors import DTYPES, Tensor
 
@@ -123,20 +124,18 @@ class Kohya:
         base = base_of(adapter, options)
         told: Parts = {}
         named = self.names(adapter, options, told)
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
+        problems: list[str | Problem] = [
+            f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION
+        ]
         tensors = {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
             try:
                 spelled = self.spell(adapter, module, parameter, delta)
             except RefusedError as problem:
-                problems.append(f"{module}: {problem.message}")
+                problems.append(because(module, problem))
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
-        if problems:
-            raise RefusedError(
-                f"{len(problems)} things that {self.name} cannot hold", tensor=problems[0].split(": ")[0],
-                found="; ".join(problems[:8]) + (" ..." if len(problems) > 8 else ""), remedy="give up extras with --drop KIND",
-            )  # fmt: skip
+        refuse(self.name, problems)
         metadata = kohya_metadata.written(adapter, tensors, base, self.module)
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))

@@ -13,8 +13,8 @@ from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import stack
 from upparam.bases.layouts import LayoutMap, find
 from upparam.dialects.base import NamedTensors, Package
-from upparam.dialects.diffusers import refuse
 from upparam.dialects.placing import base_of
+from upparam.dialects.refusing import refuse
 from upparam.dialects.words import alpha_for
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor

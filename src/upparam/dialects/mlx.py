@@ -21,9 +21,10 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import reference_deltas, refuse
+from upparam.dialects.diffusers import reference_deltas
 from upparam.dialects.placing import base_of, resolve
-from upparam.errors import DeadAdapterError, MalformedError, UsageError
+from upparam.dialects.refusing import BAKE, refuse
+from upparam.errors import DeadAdapterError, MalformedError, Problem, UsageError
 from upparam.findings import error, warning
 from upparam.tensors import Tensor
 
@@ -269,11 +270,23 @@ def _unloadable(target: Target, delta: Delta) -> str | None:
 def _one(deltas: Mapping[str, LoRA], what: str, value: Any) -> Any:
     """The value all deltas share. Raises RefusedError where they differ: the config has one for all."""
     counts = Counter(value(delta) for delta in deltas.values())
-    if len(counts) > 1:
-        shown = ", ".join(f"{found:g} ({count} deltas)" for found, count in counts.most_common(4))
-        how = "bake the scales in with 'upparam edit --bake'" if what == "scale" else "make them one with 'upparam resize'"
-        refuse("mlx", [f"{what}s: {shown}; the config has one {what} for all, {how}"])
-    return next(iter(counts))
+    common, _ = counts.most_common(1)[0]
+    cure = BAKE if what == "scale" else None
+    refuse(
+        "mlx",
+        [
+            Problem(
+                _renamed(name, _TO_HF),
+                f"{what} {value(delta):g} beside {common:g}, and the config has one for all",
+                cure=cure,
+                scale=common,
+            )
+            for name, delta in deltas.items()
+            if value(delta) != common
+        ],
+        None if what == "scale" else "make the ranks one with 'upparam resize'",
+    )
+    return common
 
 
 def _tensors(adapter: Adapter, deltas: Mapping[str, LoRA], base: Base | None) -> dict[str, Tensor]:

@@ -24,11 +24,12 @@ from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
 from upparam.dialects import placing
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import METADATA_KEY, refuse
+from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.kohya import bundle_name, bundled
 from upparam.dialects.placing import PARTS_KEY, Parts, Shape, alike, layout_for, take_parts, to_foreign
+from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Named, Spoken, alpha_of, built, leave, settle
-from upparam.errors import DeadAdapterError, RefusedError
+from upparam.errors import DeadAdapterError, Problem, RefusedError
 from upparam.findings import warning
 
 _OWN = re.compile(r"lora_transformer_[A-Za-z0-9_\-]+")
@@ -108,7 +109,9 @@ class OneTrainer:
         told: Parts = {}
         spelling = adapter.spelling if adapter.dialect == self.name else {}
         named = self._named(adapter, options, spelling, told)
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION]
+        problems: list[str | Problem] = [
+            f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION
+        ]
         tensors = {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
         for (module, parameter), delta in named.items():
             if parameter != "weight":
@@ -121,7 +124,7 @@ class OneTrainer:
                 factors = words.spell(delta, "kohya")
                 alpha = words.stored_alpha(delta)
             except RefusedError as problem:
-                problems.append(f"{module}: {problem.message}")
+                problems.append(because(module, problem))
                 continue
             if alpha is None and adapter.dialect != self.name and delta.algorithm != "full":
                 # Its own files always have one; versions before 2026 take an absent one for that of their settings.

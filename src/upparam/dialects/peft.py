@@ -18,9 +18,10 @@ from upparam.dialects import peft_config, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions, read_json
 from upparam.dialects.peft_names import WRAPPER, Sorted, is_checkpoint, part_of, sort
 from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
-from upparam.dialects.peft_write import COMPONENTS, by_component, outside, remedy, saved, whole
+from upparam.dialects.peft_write import COMPONENTS, by_component, outside, saved, whole
 from upparam.dialects.placing import base_of
-from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, RefusedError
+from upparam.dialects.refusing import refuse
+from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError
 
 _PROMPTS = {
     "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix tuning",
@@ -124,17 +125,13 @@ class Peft:
         if not parts:
             raise RefusedError("PEFT saves no adapter without factors", file=adapter.files[0] if adapter.files else None)
         package = Package()
-        problems = outside(parts, adapter.extras)
+        problems: list[str | Problem] = [*outside(parts, adapter.extras)]
         for component, deltas in parts.items():
             made = saved(adapter, deltas, component, base, alone=len(parts) == 1)
             problems += made.problems
             folder = f"{component}/" if len(parts) > 1 else ""
             package.files |= {folder + name: content for name, content in made.files(adapter.metadata).items()}
-        if problems:
-            raise RefusedError(
-                f"{len(problems)} things that {self.name} cannot hold", tensor=problems[0].split(": ")[0],
-                found="; ".join(problems[:8]) + (" ..." if len(problems) > 8 else ""), remedy=remedy(problems),
-            )  # fmt: skip
+        refuse(self.name, problems)
         if "" in parts and len(parts) > 1:
             raise RefusedError(
                 "some targets are a pipeline's component's and some are not", tensor=str(next(iter(parts[""]))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
@@ -19,7 +19,8 @@ from upparam.dialects.peft_make import Model, for_saving
 from upparam.dialects.peft_names import TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
 from upparam.dialects.placing import to_foreign
-from upparam.errors import RefusedError
+from upparam.dialects.refusing import because
+from upparam.errors import Problem, RefusedError
 from upparam.tensors import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -83,7 +84,7 @@ class Saved:
     tensors: dict[str, Tensor]
     config: Mapping[str, object]
     slices: Slices
-    problems: list[str]
+    problems: list[str | Problem]
 
     def files(self, metadata: Mapping[str, str]) -> dict[str, NamedTensors | bytes]:
         """The two files of the folder."""
@@ -99,7 +100,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     naming = naming_of(adapter, "" if alone else component) or Naming(add=f"{component}." if component else "")
     tensors: dict[str, Tensor] = {}
     names: dict[str, Delta] = {}
-    problems: list[str] = []
+    problems: list[str | Problem] = []
     bare = [target for target in deltas if target.parameter != "weight"]
     for target, delta in deltas.items():
         module = naming.back(target.module)
@@ -109,7 +110,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
             tensors |= {f"{WRAPPER}{wrapper}.{word}": tensor for word, tensor in spelled(target, delta, known).items()}
             delta.known_scale()
         except RefusedError as problem:
-            problems.append(f"{target}: {problem.message}")
+            problems.append(because(str(target), problem))
             continue
         names[f"{module}.{target.parameter}" if target in bare else module] = delta
     extras = [replace(extra, name=naming.back(extra.name)) for extra in adapter.extras if alone or extra.name.startswith(f"{component}.")]
@@ -124,7 +125,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     try:
         config = for_saving(adapter, component, Model(names, extras, _renamed(base, component, naming)))
     except RefusedError as problem:
-        return Saved({}, {}, {}, [f"{component or 'the adapter'}: {problem.message}" + (f" ({problem.found})" if problem.found else "")])
+        return Saved({}, {}, {}, [because(component or "the adapter", problem)])
     return Saved(tensors, config, _slices(adapter, deltas, naming), [])
 
 
@@ -151,13 +152,3 @@ def _slices(adapter: Adapter, joined: Mapping[Target, Delta], naming: Naming) ->
                 piece[2:4] = [at, at + int(piece[3] or 0)]
                 at = int(piece[3] or 0)
     return {naming.back(module): pieces for module, pieces in found.items()}
-
-
-def remedy(problems: Sequence[str]) -> str:
-    """What to do about things PEFT cannot hold."""
-    kinds = [kind.value for kind in ExtraKind if any(problem.startswith(f"{kind.value} ") for problem in problems)]
-    if kinds:
-        return "give up extras with " + " ".join(f"--drop {kind}" for kind in kinds)
-    if any("scale" in problem for problem in problems):
-        return "give the scale with --alpha or --scale"
-    return "convert to a dialect that holds them ('upparam dialects')"

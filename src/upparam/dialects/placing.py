@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, Place, available, find
 from upparam.bases.recognise import recognise, recognise_underscored
-from upparam.errors import RefusedError
+from upparam.dialects.refusing import BAKE
+from upparam.errors import Problem, RefusedError
 
 Shape = tuple[int, ...]
 
@@ -191,11 +193,22 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
             found[foreign] = join(_with_gaps(members, one.rows(foreign)))
         except RefusedError as problem:
             raise RefusedError(
-                problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy
-            ) from None
+                problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy,
+                problems=_unjoined(foreign, [target for target in deltas if one.places[target.module].foreign == foreign], deltas, problem),
+            ) from None  # fmt: skip
         if told is not None and (how := _how_joined(one, foreign, members, found[foreign])):
             told[foreign] = how
     return found
+
+
+def _unjoined(foreign: str, targets: Sequence[Target], deltas: Mapping[Target, Delta], problem: RefusedError) -> list[Problem]:
+    """Why the parts of a fused weight cannot be joined, told of those that would have to change."""
+    scales = Counter(deltas[target].scale for target in targets)
+    if not any(one.cure == BAKE for one in problem.problems):
+        return [Problem(foreign, problem.message, tuple(targets))]
+    common = scales.most_common(1)[0][0] or 1.0
+    others = tuple(target for target in targets if deltas[target].scale != common)
+    return [Problem(foreign, problem.message, others, BAKE, common)]
 
 
 def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[Target, Delta]:

@@ -22,8 +22,8 @@ from upparam.bases.numbered import recognise_shapes_only
 from upparam.bases.traversal import Indexed, qkv_slices, split_qv
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import refuse
 from upparam.dialects.placing import base_of
+from upparam.dialects.refusing import other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, info, warning
 from upparam.tensors import Tensor
@@ -278,10 +278,12 @@ def _scale_metadata(adapter: Adapter, vit: bool) -> dict[str, str]:
     if not vit or len(scales) > 1 or scale is None or scale < 0 or scale != int(scale):
         shown = ", ".join("unknown" if value is None else f"{value:g}" for value in list(scales)[:4])
         wanted = "one whole number (alpha // rank)" if vit else "1"
-        raise RefusedError(
-            "the reader multiplies every module by the same and knows no other scale", expected=wanted, found=shown,
-            remedy="give an unknown one with --scale, bake others in with 'upparam edit --bake'",
-        )  # fmt: skip
+        if None in scales:
+            raise RefusedError("the scale of these factors is not known", expected=wanted, found=shown, remedy="give it with --scale")
+        why = f"the reader multiplies every module by the same, {wanted}"
+        refuse(SamLora.name, [
+            other_scale(str(target), delta, why=f"a scale of {delta.scale:g}; {why}") for target, delta in adapter.deltas.items() if delta.scale != 1.0
+        ])  # fmt: skip
     return {**metadata, SCALE_KEY: f"{scale:g}"}
 
 

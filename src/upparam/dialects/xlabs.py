@@ -18,9 +18,10 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, find
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import METADATA_KEY, refuse
+from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.placing import PARTS_KEY, Parts, alike, layout_for, take_parts, to_foreign, to_targets
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.dialects.refusing import other_scale, refuse
+from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error, warning
 from upparam.tensors import Tensor
 
@@ -93,7 +94,7 @@ class XLabs:
                 f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
                 file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
             )  # fmt: skip
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
+        problems: list[str | Problem] = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         problems += [f"{target}: a delta of the {target.parameter}" for target in adapter.deltas if target.parameter != "weight"]
         prefix = adapter.spelling.get("prefix", "") if adapter.dialect == self.name else ""
         tensors: dict[str, Tensor] = {}
@@ -101,7 +102,9 @@ class XLabs:
             if type(delta) is not LoRA or delta.mid is not None:
                 problems.append(f"{module}: a {delta.algorithm} delta{' with a Tucker core' if type(delta) is LoRA else ''}")
             elif delta.known_scale() != 1.0:
-                problems.append(f"{module}: a scale of {delta.scale:g}, where the files hold no alpha and the scale is 1")
+                problems.append(
+                    other_scale(module, delta, why=f"a scale of {delta.scale:g}, where the files hold no alpha and the scale is 1")
+                )
             else:
                 tensors |= {f"{prefix}{module}.down.weight": delta.down, f"{prefix}{module}.up.weight": delta.up}
         if adapter.dialect != self.name:

@@ -1,0 +1,61 @@
+"""Refusals: what a dialect cannot hold, told as a list with what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from upparam.adapter import ExtraKind
+from upparam.algorithms.base import Delta
+from upparam.errors import Problem, RefusedError
+
+BAKE = "--bake-scale"
+"""Put a scale that the dialect has no place for into the factors."""
+LOWER = "--lowrank"
+"""Replace a delta that the dialect has no words for by a plain LoRA."""
+SCALE = "--scale"
+"""Say what the files do not."""
+_SHOWN = 8
+
+
+def refuse(dialect: str, problems: Sequence[str | Problem], remedy: str | None = None) -> None:
+    """Raise RefusedError listing what the dialect cannot hold, if anything. `<kind> <name>` means an extra, `<subject>: <why>` anything else."""
+    if not problems:
+        return
+    found = [problem if isinstance(problem, Problem) else _told(problem) for problem in problems]
+    raise RefusedError(
+        f"{len(found)} {'things' if len(found) > 1 else 'thing'} that {dialect} cannot hold", tensor=found[0].subject,
+        found="; ".join(map(str, found[:_SHOWN])) + (" ..." if len(found) > _SHOWN else ""), remedy=remedy or remedies(found), problems=found,
+    )  # fmt: skip
+
+
+def _told(text: str) -> Problem:
+    kind = next((kind.value for kind in ExtraKind if text.startswith(f"{kind.value} ")), None)
+    subject, _, why = text.partition(": ")
+    return Problem(subject, why, cure=None if kind is None else f"--drop {kind}")
+
+
+def other_scale(subject: str, delta: Delta, scale: float = 1.0, why: str = "") -> Problem:
+    """The problem of a multiplier that the dialect cannot say: `scale` is the one it can."""
+    return Problem(subject, why or f"a scale of {delta.known_scale():g}", cure=BAKE, scale=scale)
+
+
+def because(subject: str, error: RefusedError) -> Problem:
+    """What stands in the way of one delta, as its own refusal says it."""
+    why = f"{error.message} ({error.found})" if error.found else error.message
+    return Problem(subject, why, cure=next((problem.cure for problem in error.problems if problem.cure), None))
+
+
+_HOW = {
+    SCALE: "give the scale with --scale or --alpha",
+    BAKE: "put the scale into the factors with --bake-scale",
+    LOWER: "approximate by plain LoRA with --lowrank auto or a rank",
+}
+
+
+def remedies(problems: Sequence[Problem]) -> str | None:
+    """What would help against these, one way after the other; None where nothing does."""
+    cures = dict.fromkeys(problem.cure for problem in problems if problem.cure)
+    ways = [_HOW.get(cure, f"give it up with {cure}") for cure in cures]
+    if any(problem.cure is None for problem in problems):
+        ways.append("for the rest choose another dialect ('upparam dialects')" if ways else "choose another dialect ('upparam dialects')")
+    return ", ".join(ways)
