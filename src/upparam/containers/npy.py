@@ -111,7 +111,7 @@ def _parse(text: str) -> tuple[str, bool, tuple[int, ...], str | None]:
         assert match.lastgroup is not None
         tokens.append((match.lastgroup, match[match.lastgroup]))
         at = match.end()
-    rest = text[at:].strip(" \t\r\n\f")
+    rest = text[at:].strip(" \t\n\f")
     note = re.fullmatch(_NOTE, rest)
     if rest and note is None:
         raise ValueError(f"unexpected {rest[:20]!r}")
