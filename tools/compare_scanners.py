@@ -147,7 +147,7 @@ def run(peers: str) -> Iterator[tuple[str, str, dict[str, list[tuple[str, str, f
             files = Path(folder) / "files"
             files.mkdir()
             ours = name == "upparam" or name.startswith("torch")
-            worker = Worker(sys.executable if ours else peers, source, "" if ours else packages)
+            worker = Worker(sys.executable if ours else peers, source, str(ROOT / "src") if ours else packages)
             answers: dict[str, list[tuple[str, str, float]]] = {"code": [], "malformed": [], "benign": []}
             executed = 0
             warm = files / "warm.pkl"

@@ -138,3 +138,30 @@ def test_the_watch_sees():
     """Without this the watch could be blind: it must tell each of the ways it watches."""
     done = subprocess.run([sys.executable, WATCH, "--self-test"], capture_output=True, text=True, timeout=60, check=False)
     assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr[-2000:]
+
+
+MEMORY = """
+import json, pathlib, resource, sys
+from upparam.operations.identify import identify
+from upparam.operations.scan import scan_file
+from upparam.errors import UpparamError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+worst = []
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    scan_file(path)
+    try:
+        identify(path)
+    except UpparamError:
+        pass
+    worst.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, path.name))
+print(json.dumps(max(worst)))
+"""
+
+
+def test_memory_stays_with_the_size_of_the_file(tmp_path):
+    """No file of the corpus (the largest has 3 MiB) makes two readers take more than 256 MiB beyond what they start with."""
+    for case in CASES:
+        case.write(tmp_path)
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, timeout=300, check=True)
+    kilobytes, name = json.loads(done.stdout)
+    assert kilobytes < 256 << 10, name
