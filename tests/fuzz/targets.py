@@ -169,9 +169,13 @@ def tar_file(data: bytes) -> None:
     if found.findings:
         return
     with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(data)) as theirs:
-        files = [(member.name, theirs.extractfile(member).read(SMALL)) for member in theirs if member.isreg()]  # type: ignore[union-attr]
+        files = [(_shown(member.name), theirs.extractfile(member).read(SMALL)) for member in theirs if member.isreg()]  # type: ignore[union-attr]
         ours = [(member.name.rstrip("/"), member.source.read(0, min(member.size, SMALL))) for member in found.members]
         assert files == ours, (files[:4], ours[:4])
+
+
+def _shown(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def packed(data: bytes) -> None:

@@ -180,6 +180,8 @@ def _machine(canary: str) -> Iterator[Case]:
     yield Case("buffer-readonly.pkl", "out-of-band buffers", b"\x80\x05}" + s("a") + b"\x97\x98s.", MALFORMED)
     yield Case("persistent-call.pkl", "odd persistent id", prog(evil, b"Q"), CODE)
     yield Case("persistent-line.pkl", "odd persistent id", prog(b"Pwhatever\n0", evil), CODE)
+    long_names = b"c" + b"a" * 3000 + b"\n" + b"b" * 3000 + b"\n"
+    yield Case("two-long-names.pkl", "huge name", prog(long_names, evil), MALFORMED)
     yield Case("marks-and-pops.pkl", "stack tricks", prog(b"((((1", g("os", "system"), b"(" + sh + b"t1", sh, b"\x85R"), CODE)
     yield Case("dup-call.pkl", "stack tricks", prog(g("os", "system"), b"2", tup(sh), b"R"), CODE)
     yield Case("extension-then-build.pkl", "copyreg extension", prog(b"\x82\x01)R", mapping(a=i(1)), b"b"), CODE)

@@ -46,6 +46,8 @@ MAX_USES = 512
 _MAX_TUPLE_KEYS = 1000
 _MAX_KEY_ITEMS = 10_000
 _MAX_KNOWN = 10_000
+_LONGEST = 4096
+"""Characters of a number or a name in a text opcode."""
 _MAX_NESTED = 3
 _WHOLE = (Tensor, Array, dict, list)
 _NESTED_READ = 1 << 20
@@ -244,9 +246,12 @@ class Machine:
             raise self.cut("the pickle ends inside a byte string", expected=f"{count} bytes", found=len(self.data) - start)
         return Blob(self.source, self.base + start, count)
 
-    def line(self) -> bytes:
-        """The next line of a text opcode, without its end."""
-        stop = self.data.find(b"\n", self.at)
+    def line(self, limit: int | None = None) -> bytes:
+        """The next line of a text opcode, without its end; numbers and names have a limit, text has none."""
+        stop = self.data.find(b"\n", self.at, len(self.data) if limit is None else self.at + limit)
+        if stop < 0 and limit is not None and self.at + limit < len(self.data):
+            self.at += limit
+            raise LimitError("a number or name longer than any real one", expected=f"<= {limit} characters")
         if stop < 0:
             raise self.cut("the pickle ends inside a line")
         found = self.data[self.at : stop]
@@ -480,18 +485,18 @@ def _frame(machine: Machine) -> None:
 
 @_op("I")
 def _int(machine: Machine) -> None:
-    raw = machine.line()
+    raw = machine.line(_LONGEST)
     machine.push(raw == b"01" if raw in (b"00", b"01") else machine.decimal(raw, 0))
 
 
 @_op("L")
 def _long(machine: Machine) -> None:
-    machine.push(machine.decimal(machine.line().removesuffix(b"L"), 0))
+    machine.push(machine.decimal(machine.line(_LONGEST).removesuffix(b"L"), 0))
 
 
 @_op("F")
 def _float(machine: Machine) -> None:
-    raw = machine.line()
+    raw = machine.line(_LONGEST)
     try:
         machine.push(float(raw[:400]))
     except ValueError:
@@ -706,7 +711,7 @@ def _setitems(machine: Machine) -> None:
 
 @_op("p")
 def _put(machine: Machine) -> None:
-    machine.remember(machine.decimal(machine.line()))
+    machine.remember(machine.decimal(machine.line(_LONGEST)))
 
 
 @_op("q")
@@ -728,7 +733,7 @@ def _memoize(machine: Machine) -> None:
 
 @_op("g")
 def _get(machine: Machine) -> None:
-    machine.recall(machine.decimal(machine.line()))
+    machine.recall(machine.decimal(machine.line(_LONGEST)))
 
 
 @_op("h")
@@ -753,10 +758,12 @@ def _named(machine: Machine, module: str, name: str) -> Global:
 @_op("c")
 def _global(machine: Machine) -> None:
     data, start = machine.data, machine.at
-    middle = data.find(b"\n", start)
-    stop = data.find(b"\n", middle + 1) if middle >= 0 else -1
+    middle = data.find(b"\n", start, start + _LONGEST)
+    stop = data.find(b"\n", middle + 1, start + _LONGEST) if middle >= 0 else -1
     if stop < 0:
-        raise machine.cut("the pickle ends inside a line")
+        machine.line(_LONGEST)
+        machine.line(_LONGEST)
+        raise LimitError("the name of a global is longer than any real one", expected=f"<= {_LONGEST} characters")
     machine.at = stop + 1
     raw = data[start:stop]
     known = machine.known.get(raw)
@@ -800,7 +807,7 @@ def _reduce(machine: Machine) -> None:
 
 @_op("i")
 def _inst(machine: Machine) -> None:
-    module, name = machine.text(machine.line()), machine.text(machine.line())
+    module, name = machine.text(machine.line(_LONGEST)), machine.text(machine.line(_LONGEST))
     args = tuple(machine.since_mark())
     machine.push(machine.call(_named(machine, module, name), args, "called"))
 
@@ -831,6 +838,8 @@ def _build(machine: Machine) -> None:
 
 @_op("P")
 def _persid(machine: Machine) -> None:
+    if machine.persistent is None:
+        raise machine.bad("a reference to data stored outside the pickle, where there is none")
     machine.push(_persistent(machine, machine.text(machine.line())))
 
 

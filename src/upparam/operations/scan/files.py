@@ -325,7 +325,7 @@ class _Look:
 
     def started(self, head: Head, path: Path) -> None:
         """A pickle without its mark, or in a file of another format, that calls something before it breaks."""
-        seen = lenient.program_at_start(head, path.name)
+        seen = lenient.program_at_start(head, path.name, self.report.read)
         if seen is not None:
             if self.report.read:
                 self.odd("polyglot", path, "its first bytes are a pickle too: loaders differ in what they read")

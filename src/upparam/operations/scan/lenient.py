@@ -55,14 +55,15 @@ def called(uses: Mapping[str, Use]) -> dict[str, Use]:
     }
 
 
-def program_at_start(head: Head, name: str) -> Examination | None:
+def program_at_start(head: Head, name: str, known: bool) -> Examination | None:
     """The pickle that calls something from the first byte on, whatever else the file is; None when there is none.
 
-    Only as much is read as the program before its first break needs: a long text may stand before the call.
+    Only as much is read as the program before its first break needs: a long text may stand before the call. Loaders of a file of a `known`
+    other format have no data outside it for references.
     """
     for window in _WINDOWS:
         data = head.data if window <= len(head.data) else head.source.read(0, min(head.size, window))
-        seen = examine(data, source=MemorySource(data, name), persistent=Outside())
+        seen = examine(data, source=MemorySource(data, name), persistent=None if known else Outside())
         if called(seen.uses):
             return seen
         if not seen.ended or len(data) >= head.size:
