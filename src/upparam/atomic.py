@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from upparam.errors import OutputExistsError, UnreadableError
@@ -82,6 +83,16 @@ def refuse_strangers(new: Path, out: Path) -> None:
             "the folder holds files that are no part of the output, and --force would lose them", file=out, found=shown,
             remedy="choose another folder, or move them away",
         )  # fmt: skip
+
+
+def begin_sync(path: Path) -> None:
+    """Start bringing a file to the disk; what waits for that at the end has less to wait for. Nothing depends on its success."""
+
+    def sync() -> None:
+        with suppress(OSError):
+            _sync(path)
+
+    threading.Thread(target=sync, daemon=True).start()
 
 
 def swap(new: Path, out: Path) -> None:

@@ -68,7 +68,7 @@ class Found:
 def keyed(file: TensorFile) -> dict[str, Label]:
     """Top-level keys of a file that name a factor (`"up-param.bin"`), with what they say; {} when none does."""
     tops = _tops(file)
-    found = {top: told for top in tops if (told := label(top)) is not None and told.param}
+    found = {top: told for top in tops if "param" in top.lower() and (told := label(top)) is not None and told.param}
     return found if found and any(told.role in ("up", "down") for told in found.values()) else {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from upparam import dialects
 from upparam.adapter import Adapter
-from upparam.atomic import atomic_file, atomic_folder, refuse_existing
+from upparam.atomic import atomic_file, atomic_folder, begin_sync, refuse_existing
 from upparam.dialects.base import NamedTensors, Package, ReadOptions
 from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.findings import Finding, warning
@@ -166,6 +166,7 @@ def write_file(content: NamedTensors | bytes, path: Path) -> int:
             writer(stream, content.tensors)
         else:
             writer(stream, content.tensors, content.metadata)
+    begin_sync(path)
     return path.stat().st_size
 
 

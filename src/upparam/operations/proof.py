@@ -8,6 +8,8 @@ from math import isclose, sqrt
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta, Update, tiles
 from upparam.errors import VerificationError
+from upparam.operations.threads import in_threads
+from upparam.progress import silent
 from upparam.tensors import same_bits
 
 TOLERANCE = 1e-6
@@ -29,12 +31,18 @@ def prove_same(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> 
         raise VerificationError(
             "the targets read back differ", expected=f"{len(ours)} modules", found=f"{len(theirs)}", tensor=".".join(missing[0])
         )
-    for module, pieces in ours.items():
-        others = theirs[module]
+
+    def gap_of(module: tuple[str, str]) -> float | None:
+        """None for the same bits, else the distance."""
+        pieces, others = ours[module], theirs[module]
         if pieces.keys() == others.keys() and all(same_delta(delta, others[target]) for target, delta in pieces.items()):
+            return None
+        return distance(pieces, others)
+
+    for module, gap in zip(ours, in_threads(gap_of, list(ours), [1] * len(ours), None, silent), strict=True):
+        if gap is None:
             exact += 1
             continue
-        gap = distance(pieces, others)
         if not gap <= tolerance:
             raise VerificationError(
                 "dW read back differs", tensor=".".join(module), expected=f"relative distance <= {tolerance:g}", found=f"{gap:.3g}"
