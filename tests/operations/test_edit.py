@@ -25,7 +25,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import cut, join
 from upparam.cli import main
 from upparam.containers import open_file
-from upparam.errors import RefusedError, UsageError
+from upparam.errors import OutputExistsError, RefusedError, UsageError
 from upparam.operations import edit as editing
 from upparam.operations.edit import edit, metadata_of
 from upparam.operations.edit.changes import Changes, changed
@@ -282,6 +282,21 @@ def test_in_place_in_a_folder_leaves_the_neighbours(tmp_path: Path) -> None:
     assert digest(folder / "adapter_config.json") == held and names(tmp_path) == ["one"]
     with pytest.raises(RefusedError, match="change together"):
         edit(folder / "adapter_model.safetensors", in_place=True, scale=2.0, keep_scale=True)
+
+
+def test_an_output_that_is_there_loses_nothing_else(tmp_path: Path) -> None:
+    folder, out = peft_folder(tmp_path / "one", 1, 4, 8), peft_folder(tmp_path / "two", 2, 4, 8)
+    with pytest.raises(OutputExistsError):
+        edit(folder, out, dtype="fp16")
+    (out / "README.md").write_text("card")
+    with pytest.raises(OutputExistsError, match="no part of the output"):
+        edit(folder, out, dtype="fp16", force=True)
+    with pytest.raises(OutputExistsError, match="a folder stands"):
+        edit(kohya_file(tmp_path / "a.safetensors"), out, dtype="bf16", force=True)
+    assert names(out) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    (out / "README.md").unlink()
+    edit(folder, out, dtype="fp16", force=True)
+    assert open_adapter(out).dtypes() == {"float16": 4}
 
 
 def test_a_failure_on_the_way_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

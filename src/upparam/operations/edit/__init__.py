@@ -13,7 +13,7 @@ from upparam.adapter import Adapter, Target
 from upparam.atomic import refuse_existing, refuse_strangers, swap
 from upparam.bases import inventory
 from upparam.dialects.base import ReadOptions
-from upparam.errors import RefusedError, UsageError
+from upparam.errors import OutputExistsError, RefusedError, UsageError
 from upparam.findings import Finding, warning
 from upparam.operations.convert import write_adapter
 from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
@@ -83,13 +83,21 @@ def edit(
         else:
             receipt.outputs = [str(place / Path(name).relative_to(written)) if written.is_dir() else str(place) for name in receipt.outputs]
             refuse_strangers(written, place)
-            swap(written, place)
+            _take_place(written, place)
     receipt.operation, receipt.inputs = "edit in place" if in_place else "edit", [str(path)]
     receipt.counts = counts | {"tensors_kept": compared.same} | compared.counts() | receipt.counts
     receipt.proofs += [*([told] if told else []), compared.proof()] if verify else []
     receipt.findings += findings
     receipt.seconds = time.monotonic() - begun
     return receipt
+
+
+def _take_place(written: Path, place: Path) -> None:
+    """Rename what was written to the output. Raises OutputExistsError where that would lose what is no part of it."""
+    if written.is_file() and place.is_dir():
+        raise OutputExistsError("a folder stands where the file should go", file=place)
+    refuse_strangers(written, place)
+    swap(written, place)
 
 
 def metadata_of(path: Path | str, *, read: ReadOptions | None = None) -> dict[str, Any]:
