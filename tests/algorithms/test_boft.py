@@ -30,7 +30,8 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", ["linear", "conv", "conv1", "conv1d", "conv3d"])
 @pytest.mark.parametrize("options", [{}, {"rescaled": True}, {"constraint": 1e-2}, {"lora_dim": 8, "rescaled": True}])
-def test_is_what_lycoris_makes_of_a_weight(kind: str, options: dict[str, Any]) -> None:
+def test_is_what_lycoris_makes_of_a_weight(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upparam.algorithms.boft._TILE", 100)  # so that a weight is turned in several pieces
     base = layer(kind)
     module = randomised(ButterflyOFTModule("m", base, **options))
     state = module.state_dict()

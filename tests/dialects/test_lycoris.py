@@ -5,30 +5,38 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from lycoris.utils import merge as lycoris_merge
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.dialects.files import filled, read, same, tensor_file, written
 from torch import nn
 
 from upparam import dialects
 from upparam.adapter import Adapter, Target
-from upparam.algorithms.base import ScaleRule, Scaling
+from upparam.algorithms.base import BAKED, ScaleRule, Scaling
 from upparam.algorithms.full import Full
 from upparam.algorithms.glora import GLoRA
 from upparam.algorithms.ia3 import IA3
+from upparam.algorithms.lora import LoRA
 from upparam.algorithms.oft import DiagOFT
 from upparam.bases import inventory
 from upparam.cli import main
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.dialects import lycoris_words
+from upparam.dialects.base import ReadOptions
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UpparamError
 from upparam.operations.convert import write_adapter
+from upparam.operations.inspect import module_stats
 from upparam.operations.merge import merge
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import prove_same, same_delta
@@ -261,6 +269,41 @@ def test_tlora_is_read_and_said_to_be_more_than_its_factors(tmp_path: Path) -> N
             merge(tmp_path / "base.safetensors", tmp_path / "in.safetensors", tmp_path / "merged.safetensors", drop=drop)
 
 
+class Few(Net):
+    """The layers PEFT's LoHa and LoKr know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.line, self.layer_norm, self.group_norm
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.fc(x), self.conv(y), self.point(y)
+
+
+@pytest.mark.parametrize("case", ["lora", "dora by rows", "loha", "loha with cores", "lokr", "lokr of whole factors"])
+def test_peft_computes_what_lycoris_does(case: str, tmp_path: Path, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.manual_seed(9)
+    net, other = Few(), Few()
+    other.load_state_dict(net.state_dict())
+    save_file({name: value.clone() for name, value in net.state_dict().items()}, tmp_path / "base.safetensors")
+    saved(network(case, net, use_scalar=False), tmp_path / "lycoris.safetensors")
+    convert = [
+        "convert",
+        str(tmp_path / "lycoris.safetensors"),
+        "--to",
+        "peft",
+        "-o",
+        str(tmp_path / "peft"),
+        "--base",
+        str(tmp_path / "base.safetensors"),
+    ]
+    assert main(convert) == 0
+    made = PeftModel.from_pretrained(other, tmp_path / "peft").eval()
+    with torch.no_grad():
+        for want, got in zip(net(*inputs), made(*inputs), strict=True):
+            assert (got - want).norm() <= 3e-6 * want.norm()
+
+
 PLAIN = {f"{Q}.lora_down.weight": [4, 320], f"{Q}.lora_up.weight": [320, 4], f"{Q}.alpha": []}
 LOHA = {f"{Q}.hada_w1_a": [320, 4], f"{Q}.hada_w1_b": [4, 320], f"{Q}.hada_w2_a": [320, 4], f"{Q}.hada_w2_b": [4, 320], f"{Q}.alpha": []}
 
@@ -411,6 +454,9 @@ def test_other_dialects_become_lycoris_only_where_nothing_is_computed() -> None:
         role: Tensor.of(np.ones(shape, np.float32)) for role, shape in (("a1", (6, 2)), ("a2", (2, 6)), ("b1", (5, 2)), ("b2", (2, 6)))
     }
     assert written("lycoris", adapter(GLoRA(**values))).tensors["lycoris_layer.alpha"].scalar() == 2.0
+    assert written("lycoris", adapter(LoRA(values["b1"], values["a2"], BAKED))).tensors["lycoris_layer.alpha"].scalar() == 2.0
+    turn = DiagOFT(Tensor.of(np.ones((2, 3, 3), np.float32)))
+    assert written("lycoris", adapter(turn)).tensors["lycoris_layer.alpha"].scalar() == 0.0
     with pytest.raises(RefusedError) as caught:
         written("lycoris", adapter(IA3(Tensor.of(np.ones(5, np.float32)))))
     assert "takes arithmetic" in str(caught.value.found)
@@ -430,3 +476,44 @@ def test_words_that_do_not_belong_together() -> None:
         with pytest.raises(MalformedError) as caught:
             read("lycoris", filled({f"{Q}.{word}": shape for word, shape in shapes.items()}))
         assert caught.value.tensor == Q
+
+
+def test_a_lora_cut_from_a_flattened_kernel_gets_its_kernel_back(tmp_path: Path) -> None:
+    """LoHa and LoKr hold a kernel behind the inputs; no reader knows a LoRA of that form."""
+    conv = "lora_unet_down_blocks_0_resnets_0_conv1"
+    shapes = {f"{conv}.hada_w1_a": [320, 4], f"{conv}.hada_w1_b": [4, 2880], f"{conv}.hada_w2_a": [320, 4], f"{conv}.hada_w2_b": [4, 2880]}
+    adapter = read("lycoris", filled(shapes | LOHA, np.float32), base=SD)
+    write_adapter(adapter, tmp_path / "in.safetensors", "lycoris", read=ReadOptions(base=SD))
+    assert (
+        main(
+            [
+                "resize",
+                str(tmp_path / "in.safetensors"),
+                "-o",
+                str(tmp_path / "out.safetensors"),
+                "--rank",
+                "2",
+                "--base",
+                "sd1.5",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    found = {name: tuple(value.shape) for name, value in load_file(tmp_path / "out.safetensors").items() if conv in name}
+    assert found[f"{conv}.lora_down.weight"] == (2, 320, 3, 3) and found[f"{conv}.lora_up.weight"] == (320, 2, 1, 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(lycoris_words.WORDS), st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=8))
+def test_any_words_in_any_shapes_are_an_adapter_or_one_error_of_ours(words: dict[str, list[int]]) -> None:
+    tensors = filled({f"lycoris_layer.{word}": shape for word, shape in words.items()})
+    with suppress(UpparamError):
+        adapter = read("lycoris", tensors)
+        again = written("lycoris", replace(adapter, leftovers={})).tensors
+        assert again.keys() | adapter.leftovers.keys() == tensors.keys()
+        for target, delta in adapter.deltas.items():
+            module_stats(target, delta)
+            shape = tuple(size or 4 for size in delta.shape)
+            base = np.ones((shape[0], int(np.prod(shape[1:]))))
+            delta.load().merged(lambda start, stop, base=base: base[start:stop].copy(), 0, len(base))

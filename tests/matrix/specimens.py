@@ -12,10 +12,15 @@ import numpy as np
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.boft import ButterflyOFT
 from upparam.algorithms.dora import DoRA
+from upparam.algorithms.full import Full, Norm
+from upparam.algorithms.glora import GLoRA
+from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
+from upparam.algorithms.oft import DiagOFT
 from upparam.bases import inventory
 from upparam.bases.base import Module
 from upparam.tensors import Tensor
@@ -44,6 +49,7 @@ TEXT = {
     "sd1.5": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder.text_model.encoder.layers.3.mlp.fc1"),
     "flux.1-dev": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",),
 }
+NORM = {"sd1.5": "unet.down_blocks.0.attentions.0.norm"}
 EMBEDDING = {"llama-3-8b": "model.embed_tokens", "gpt2": "transformer.wte"}
 HEAD = {"llama-3-8b": "lm_head"}
 
@@ -184,6 +190,64 @@ def lokr(base: str) -> Adapter:
     return adapter(base, deltas)
 
 
+def glora(base: str) -> Adapter:
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out, into = module(base, target.module).canonical
+        shapes = {"a1": (into, 4), "a2": (4, into), "b1": (out, 4), "b2": (4, into)}
+        deltas[target] = GLoRA(**{role: values(shape, f"{target}{role}") for role, shape in shapes.items()}, scaling=Scaling(alpha=2.0))
+    return adapter(base, deltas)
+
+
+def ia3(base: str) -> Adapter:
+    """LyCORIS' form: what is added to 1, for outputs or inputs."""
+    deltas: dict[Target, Delta] = {}
+    for number, target in enumerate(targets(base)):
+        size = module(base, target.module).canonical[number % 2]
+        deltas[target] = IA3(values((size,), f"{target}ia3"), on_input=number % 2 == 1, from_one=True)
+    return adapter(base, deltas)
+
+
+def diag_oft(base: str) -> Adapter:
+    """Turns of outputs, limited in size."""
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out = module(base, target.module).canonical[0]
+        blocks = values((out // 8, 8, 8), f"{target}blocks")
+        deltas[target] = DiagOFT(blocks, constraint=0.0009765625, scaling=Scaling(ScaleRule.BAKED, 0.0009765625))
+    return adapter(base, deltas)
+
+
+def butterfly(base: str) -> Adapter:
+    """Turns of outputs that lie far apart, and a factor for each row."""
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out = module(base, target.module).canonical[0]
+        blocks = values((2, 4, out // 4, out // 4), f"{target}blocks")
+        deltas[target] = ButterflyOFT(blocks, values((out, 1), f"{target}rescale"), scaling=Scaling(ScaleRule.BAKED, 0.0))
+    return adapter(base, deltas)
+
+
+def full(base: str) -> Adapter:
+    """Whole differences of weights and their biases."""
+    deltas: dict[Target, Delta] = {}
+    for path in CONV[base]:
+        shape = module(base, path).canonical
+        deltas[Target(path)] = Full(values(shape, f"{path}diff"))
+        deltas[Target(path, parameter="bias")] = Full(values(shape[:1], f"{path}bias"))
+    return adapter(base, deltas)
+
+
+def norms(base: str) -> Adapter:
+    path = NORM[base]
+    size = module(base, path).canonical
+    deltas: dict[Target, Delta] = {
+        Target(path): Norm(values(size, path)),
+        Target(path, parameter="bias"): Norm(values(size, f"{path}bias")),
+    }
+    return adapter(base, plain(base).deltas | deltas)
+
+
 FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "plain": (plain, tuple(MODULES)),
     "every attention": (every_attention, ("sd1.5",)),
@@ -196,6 +260,12 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "DoRA": (dora, ("sd1.5", "llama-3-8b")),
     "LoHa": (loha, ("sd1.5", "llama-3-8b")),
     "LoKr": (lokr, ("sd1.5", "llama-3-8b")),
+    "GLoRA": (glora, ("sd1.5", "llama-3-8b")),
+    "IA3": (ia3, ("sd1.5", "llama-3-8b")),
+    "Diag-OFT": (diag_oft, ("sd1.5", "llama-3-8b")),
+    "BOFT": (butterfly, ("sd1.5",)),
+    "full": (full, tuple(CONV)),
+    "norm": (norms, tuple(NORM)),
     "text encoder": (text_encoder, tuple(TEXT)),
     "embedding": (embedding, tuple(EMBEDDING)),
     "token": (token, ("sd1.5",)),

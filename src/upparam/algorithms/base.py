@@ -193,6 +193,12 @@ class Delta(ABC):
         return sum(float((mine.rows(start, stop) * theirs.rows(start, stop)).sum()) for start, stop in tiles(self.shape))
 
 
+def refuse_empty(delta: Delta) -> None:
+    """Raise MalformedError where an axis of the changed weight is empty: a size of 0 means one that the factors do not tell."""
+    if not all(delta.shape):
+        raise MalformedError("a factor is empty", found=", ".join(f"{role} {factor.shape}" for role, factor in delta.factors().items()))
+
+
 def fits_weight(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """True when a delta of this shape changes a weight of that one.
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_TILE = 1 << 20
+"""Elements of the weight that are turned at once."""
+
+
 class ButterflyUpdate(DependentUpdate):
     """Turns (m, k, b, b) and a factor for each row in memory as float64. A stage mixes rows far apart, so the whole weight is turned once."""
 
@@ -30,7 +34,11 @@ class ButterflyUpdate(DependentUpdate):
         """Rows [start, stop) of W'."""
         with self._lock:
             if self._whole is None:
-                self._whole = self._turned(weight(0, self.shape[0]))
+                whole = weight(0, self.shape[0])
+                step = max(1, _TILE // len(whole))
+                for first in range(0, whole.shape[1], step):
+                    whole[:, first : first + step] = self._turned(whole[:, first : first + step])
+                self._whole = whole
         rows: NDArray[np.float64] = self._whole[start:stop].copy()
         return rows
 
@@ -61,7 +69,7 @@ class ButterflyOFT(Delta):
 
     def __post_init__(self) -> None:
         shape = self.blocks.shape
-        fits = len(shape) == 4 and shape[2] == shape[3] and shape[2] % 2 == 0 and shape[0] and shape[1] % 2 ** (shape[0] - 1) == 0
+        fits = len(shape) == 4 and all(shape) and shape[2] == shape[3] and shape[2] % 2 == 0 and shape[1] % 2 ** (shape[0] - 1) == 0
         if not fits or (self.rescale is not None and self.rescale.shape[:1] != (self.rescale.numel,)):
             raise MalformedError(
                 "not the stages of a butterfly and a factor for each row", expected="blocks (m, k, b, b) with k a multiple of 2^(m - 1), rescale (k b, 1)",
@@ -139,10 +147,10 @@ class BOFT(Delta):
 
     def __post_init__(self) -> None:
         shape = self.blocks.shape
-        stages = len(shape) == 4 and shape[2] == shape[3] and shape[0] >= 1
+        stages = len(shape) == 4 and shape[2] == shape[3] and all(shape)
         if stages and shape[0] > 1:
             stages = shape[2] % 2 == 0 and shape[1] % 2 ** (shape[0] - 1) == 0
-        if not stages or max(self.gain.shape, default=0) != self.gain.numel:
+        if not stages or max(self.gain.shape, default=0) != self.gain.numel or not self.gain.numel:
             raise MalformedError(
                 "not the stages of a butterfly and a factor for each row", expected="blocks (m, k, b, b) with k a multiple of 2^(m - 1), gain (out, 1)",
                 found=f"blocks {shape}, gain {self.gain.shape}",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from upparam.algorithms.base import BAKED, Delta, Scaling, Update
+from upparam.algorithms.base import BAKED, Delta, Scaling, Update, refuse_empty
 from upparam.errors import MalformedError
 from upparam.tensors import Tensor
 
@@ -43,6 +43,7 @@ class Full(Delta):
     def __post_init__(self) -> None:
         if not self.diff.shape:
             raise MalformedError("a difference of a weight has at least one axis", found=self.diff.shape)
+        refuse_empty(self)
 
     @property
     def shape(self) -> tuple[int, ...]:

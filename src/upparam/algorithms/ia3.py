@@ -48,7 +48,7 @@ class IA3(Delta):
     scaling: Scaling = BAKED
 
     def __post_init__(self) -> None:
-        if max(self.vector.shape, default=0) != self.vector.numel or (self.bias and self.on_input):
+        if max(self.vector.shape, default=0) != self.vector.numel or not self.vector.numel or (self.bias and self.on_input):
             raise MalformedError("not a vector of outputs or inputs", found=self.vector.shape)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upparam.algorithms.base import Delta, Scaling, Update
+from upparam.algorithms.base import Delta, Scaling, Update, refuse_empty
 from upparam.algorithms.lora import LowRankUpdate
 from upparam.errors import MalformedError
 from upparam.tensors import Tensor
@@ -70,6 +70,7 @@ class LoHa(Delta):
                 "the factors do not fit together", expected="(out, r) and (r, in) twice, or with cores (r, out), (r, in) and (r, r, ...)",
                 found=", ".join(f"{role} {factor.shape}" for role, factor in self.factors().items()),
             )  # fmt: skip
+        refuse_empty(self)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update
+from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update, refuse_empty
 from upparam.algorithms.loha import tucker
 from upparam.errors import MalformedError
 from upparam.tensors import Tensor
@@ -77,6 +77,7 @@ class LoKr(Delta):
                 "the factors do not fit together", expected="w1, or w1_a (a, r) and w1_b (r, b); w2, or w2_a and w2_b of the same r",
                 found=", ".join(f"{role} {factor.shape}" for role, factor in self.factors().items()),
             )  # fmt: skip
+        refuse_empty(self)
 
     @property
     def shape(self) -> tuple[int, ...]:

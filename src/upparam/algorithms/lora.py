@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upparam.algorithms.base import Delta, Scaling, Update
+from upparam.algorithms.base import Delta, Scaling, Update, refuse_empty
 from upparam.errors import MalformedError
 from upparam.tensors import Tensor
 
@@ -63,6 +63,7 @@ class LoRA(Delta):
                 expected=f"mid ({rank}, {rank}, ...)",
                 found=f"mid {self.mid.shape}, down {self.down.shape}",
             )
+        refuse_empty(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,6 +75,14 @@ class LoRA(Delta):
     def rank(self) -> int:
         """The inner dimension of up and down."""
         return self.down.shape[0]
+
+    def with_kernel(self, weight: tuple[int, ...]) -> LoRA:
+        """The same for a weight of this shape: a kernel that is flattened behind `in` gets its axes back."""
+        kernel = weight[2:]
+        if len(self.shape) != 2 or prod(kernel) == 1 or self.shape != (weight[0], prod(weight[1:])):
+            return self
+        up, down = self.up.reshape((*self.up.shape, *(1 for _ in kernel))), self.down.reshape((self.rank, *weight[1:]))
+        return replace(self, up=up, down=down)
 
     def factors(self) -> Mapping[str, Tensor]:
         """`up`, `down` and, if there is one, `mid`."""

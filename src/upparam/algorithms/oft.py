@@ -70,7 +70,12 @@ class DiagOFT(Delta):
 
     def __post_init__(self) -> None:
         shape = self.blocks.shape
-        if len(shape) != 3 or shape[1] != shape[2] or (self.rescale is not None and self.rescale.shape[:1] != (self.rescale.numel,)):
+        if (
+            len(shape) != 3
+            or shape[1] != shape[2]
+            or not self.blocks.numel
+            or (self.rescale is not None and self.rescale.shape[:1] != (self.rescale.numel,))
+        ):
             raise MalformedError(
                 "not square blocks and a factor for each row", expected="blocks (k, s, s), rescale (k * s, 1)",
                 found=f"blocks {shape}, rescale {None if self.rescale is None else self.rescale.shape}",
@@ -172,7 +177,7 @@ class OFT(Delta):
 
     def __post_init__(self) -> None:
         shape = self.skew.shape
-        if len(shape) != 2 or self.size * (self.size - 1) // 2 != shape[1] or (self.shared and shape[0] != 1):
+        if len(shape) != 2 or self.size * (self.size - 1) // 2 != shape[1] or not shape[0] or (self.shared and shape[0] != 1):
             raise MalformedError("not the upper halves of square blocks", expected="(k, b (b - 1) / 2)", found=shape)
 
     @property

@@ -33,7 +33,13 @@ class TLoRA(Delta):
 
     def __post_init__(self) -> None:
         up, down = self.up.shape, self.down.shape
-        fits = len(up) >= 2 and len(down) >= 2 and up[1] == down[0] == self.values.numel and prod(up[2:]) == prod(down[2:]) == 1
+        fits = (
+            all((*up, *down))
+            and len(up) >= 2
+            and len(down) >= 2
+            and up[1] == down[0] == self.values.numel
+            and prod(up[2:]) == prod(down[2:]) == 1
+        )
         if not fits:
             raise MalformedError(
                 "the factors do not fit together", expected="up (out, r), values (1, r), down (r, in)",

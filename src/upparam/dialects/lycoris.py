@@ -16,6 +16,7 @@ from upparam.algorithms.base import Delta, ScaleRule
 from upparam.algorithms.boft import ButterflyOFT
 from upparam.algorithms.full import Full, Norm
 from upparam.algorithms.glora import GLoRA
+from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.oft import DiagOFT
 from upparam.algorithms.tlora import REASON, TLoRA
 from upparam.containers.base import TensorFile
@@ -54,12 +55,13 @@ class LyCORIS(Kohya):
         hits = sum(word != "weight" or f"{module}.on_input" in file.tensors for module, word in found)
         own = sorted({word for _, word in found if word in lycoris_words.OWN})
         stated = file.metadata.get("ss_network_module", "")
-        if not hits or not (own or stated.startswith("lycoris") or any(module.startswith("lycoris_") for module, _ in found)):
+        if not hits:
             return None
         evidence = [f"{hits} of {len(file.tensors)} names are <prefix>_<module>.<word>"]
         evidence += [f"LyCORIS' words {', '.join(own)}"] if own else []
         evidence += [f"metadata ss_network_module = {stated}"] if stated else []
-        return Match(self.name, round(0.975 * hits / len(file.tensors), 3), tuple(evidence))
+        marked = own or stated.startswith("lycoris") or any(module.startswith("lycoris_") for module, _ in found)
+        return Match(self.name, round((0.975 if marked else 0.5) * hits / len(file.tensors), 3), tuple(evidence))
 
     def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
         """The adapter, as `Kohya.read` does, and what the file's version of LyCORIS did otherwise."""
@@ -77,8 +79,10 @@ class LyCORIS(Kohya):
         return adapter
 
     def names(self, adapter: Adapter, options: Mapping[str, Any], told: Parts) -> dict[tuple[str, str], Delta]:
-        """The same, and whole differences of norms as norms: LyCORIS reads those by other words."""
+        """The same, and another dialect's differences of norms as norms: LyCORIS reads those by other words."""
         named = super().names(adapter, options, told)
+        if adapter.dialect == self.name:
+            return named
         norms = {module for (module, parameter), delta in named.items() if parameter == "weight" and len(delta.shape) == 1}
         return {
             (module, parameter): Norm(delta.diff, delta.scaling) if module in norms and isinstance(delta, Full) else delta
@@ -90,8 +94,9 @@ class LyCORIS(Kohya):
         spelled = lycoris_words.spell(delta, parameter)
         own = adapter.dialect == self.name
         alpha = lycoris_words.stored_alpha(delta)
-        if alpha is None and not own and delta.scaling.rule is not ScaleRule.BAKED:
-            alpha = delta.rank  # LyCORIS reads no module without one
+        if alpha is None and not own and not isinstance(delta, (Full, IA3)):
+            # LyCORIS builds none of these modules without one: of an OFT it is the constraint, of two full Kronecker factors anything.
+            alpha = 0.0 if isinstance(delta, (DiagOFT, ButterflyOFT)) else float(delta.rank or 1)
         spelling = adapter.spelling if own else {}
         if "on_input" in spelled and (form := spelling.get(f"on_input {module}", spelling.get("on_input"))):
             dtype, dims = form.split()

@@ -11,8 +11,11 @@ from typing import Any
 
 from upparam import dialects
 from upparam.adapter import Adapter
+from upparam.algorithms.lora import LoRA
 from upparam.atomic import atomic_file, atomic_folder, begin_sync, refuse_existing
+from upparam.bases.base import Base
 from upparam.dialects.base import NamedTensors, Package, ReadOptions
+from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.operations.opening import open_adapter
@@ -98,6 +101,7 @@ def write_adapter(
             file=adapter.files[0] if adapter.files else None, found="; ".join(adapter.conditions), remedy="give them up with --drop conditions",
         )  # fmt: skip
     given = {"base": read.base} if read is not None and read.base is not None else {}
+    adapter = _with_kernels(adapter, base_of(adapter, given))
     package = member.write(adapter, {**given, **(options or {}), "drop": frozenset(drop)})
     proofs: list[str] = []
     if _as_file(package, out):
@@ -125,6 +129,18 @@ def write_adapter(
 def _as_file(package: Package, out: Path) -> bool:
     """Whether a package of one file goes by the name of `out` itself, which has that file's ending."""
     return package.folder and len(package.files) == 1 and bool(out.suffix) and Path(next(iter(package.files))).suffix == out.suffix
+
+
+def _with_kernels(adapter: Adapter, base: Base | None) -> Adapter:
+    """The adapter with the kernels of its LoRAs as the base has them: one made of another algorithm may have flattened them (LoHa, LoKr)."""
+    if base is None or adapter.layout != "reference":
+        return adapter
+    changed = {
+        target: lora for target, delta in adapter.deltas.items()
+        if type(delta) is LoRA and target.rows is None and target.parameter == "weight" and len(delta.shape) == 2
+        and (known := base.by_path.get(target.module)) is not None and (lora := delta.with_kernel(known.canonical)) is not delta
+    }  # fmt: skip
+    return replace(adapter, deltas={**adapter.deltas, **changed}) if changed else adapter
 
 
 def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:
