@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from upparam.containers import open_file
 from upparam.containers.base import TensorFile
-from upparam.dialects.base import read_json
+from upparam.containers.side import read_json
 from upparam.errors import AmbiguousError, MalformedError, UnreadableError
 from upparam.findings import Finding
 from upparam.tensors import DTYPES, FileSource, Tensor

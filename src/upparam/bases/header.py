@@ -155,7 +155,7 @@ def _from_configs(configs: Mapping[str, Any], path: Path) -> Base:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from upparam.dialects.base import read_json
+    from upparam.containers.side import read_json
 
     return read_json(path) or {}
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
+from upparam.containers.side import read_json
 from upparam.dialects import peft_config, peft_shards
-from upparam.dialects.base import Bundle, Match, Package, ReadOptions, read_json
+from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.peft_names import WRAPPER, Sorted, is_checkpoint, part_of, sort
 from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
 from upparam.dialects.peft_write import COMPONENTS, by_component, outside, saved, whole

@@ -16,8 +16,9 @@ from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.containers import member_source
 from upparam.containers.base import TensorFile
+from upparam.containers.side import read_json
 from upparam.dialects import triad_whole
-from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions, read_json
+from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.triad_files import Found, Label, collect, half, keyed, label, unworded
 from upparam.dialects.triad_naming import name_modules
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError

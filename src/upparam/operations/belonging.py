@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upparam.dialects.base import read_json
+from upparam.containers.side import read_json
 from upparam.errors import UpparamError
 from upparam.findings import Finding, error, info, warning
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upparam.containers.base import TensorFile
-from upparam.dialects.base import read_json
+from upparam.containers.side import read_json
 from upparam.errors import UpparamError
 
 
