@@ -18,9 +18,11 @@ from upparam.operations.receipt import Receipt
 from upparam.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from upparam.operations.merge.plan import BlockWeight, Ingredient, Plan
 
-    Scaled = Adapter | str | Path | tuple[Adapter | str | Path, float] | Ingredient
+    Scaled: TypeAlias = Adapter | str | Path | tuple[Adapter | str | Path, float] | Ingredient
     """An adapter (opened, or a path), alone or with a multiplier on top of its own scale."""
 
 
