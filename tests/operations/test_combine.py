@@ -35,10 +35,15 @@ def dense(one: Adapter, name: str = "m") -> NDArray[np.float64]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 5), st.floats(-2, 2), st.sampled_from([np.float16, np.float32])), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(1, 5), st.floats(-2, 2).map(lambda weight: round(weight, 6)), st.sampled_from([np.float16, np.float32])),
+        min_size=1,
+        max_size=4,
+    ),
     st.integers(0, 99),
 )
 def test_the_sum_is_the_sum(members: list[tuple[int, float, Any]], seed: int) -> None:
+    """To one rounding of float32, which holds any multiplier of six decimals; one of 1e-83 would leave its range."""
     items = [(adapter({"m": lora(*factors(seed + n, rank, dtype), alpha=6.0)}), weight) for n, (rank, weight, dtype) in enumerate(members)]
     found = combined(items).adapter
     expected = sum(weight * dense(one) for one, weight in items)
