@@ -363,7 +363,11 @@ def _excluded(fit: Fit, groups: Sequence[Group], index: Index, fitting: set[str]
             for name in map(index.names.__getitem__, entry.bases):
                 if known[name].family == family and known[name].variant_of is None and name not in fitting:
                     theirs.setdefault(name, []).append(entry.shape)
+        if len(theirs) <= best[0]:
+            continue
         others = {name: theirs[name][0] for name in index.names if shape not in theirs.get(name, [shape])}
+        if any(len(its) != len(shape) for its in others.values()):
+            others = {name: its for name, its in others.items() if not any(fits_weight(shape, other) for other in theirs[name])}
         if len(others) > best[0]:
             shown = ", ".join(f"{_by(other)} in {name}" for name, other in list(others.items())[:3])
             best = (len(others), f"{_short(template)} is {_by(shape)}, not {shown}")

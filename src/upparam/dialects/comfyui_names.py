@@ -95,7 +95,8 @@ def _suggested(shapes: Mapping[str, Shape]) -> Iterable[BaseHint]:
                 return ours + name[len(theirs) :]
         return _WRAPPED.sub("", _ENCODER.sub("", name))
 
-    return recognise({bare(name): shape for name, shape in shapes.items()})[:_TRIED]
+    # A norm's vector tells little of a base, and the recogniser knows none.
+    return recognise({bare(name): shape for name, shape in shapes.items() if len(shape) > 1})[:_TRIED]
 
 
 def _explained(base: Base, shapes: Mapping[str, Shape]) -> dict[str, Named]:

@@ -75,7 +75,9 @@ def _suggested(shapes: Mapping[str, Shape], base: Base | None, stated: str | Non
     if base is not None:
         yield BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True), base
         return
-    for hint in (recognise_underscored if underscored else recognise)(shapes, stated=stated)[:_TRIED]:
+    # A norm's vector tells little of a base, and the recogniser knows none.
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1} or shapes
+    for hint in (recognise_underscored if underscored else recognise)(matrices, stated=stated)[:_TRIED]:
         name = inventory.resolve(hint.name)
         if name is not None:
             yield hint, inventory.load(name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upparam import dialects
 from upparam.adapter import Adapter, BaseHint
+from upparam.algorithms.base import ScaleRule
 from upparam.containers import file_source, head_of
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import ReadOptions
@@ -288,8 +289,8 @@ def describe(report: AdapterReport, adapter: Adapter, subject: str) -> None:
             )
         )
     else:
-        absent = report.alphas.get(None, 0)
-        said = "alpha absent: the rule then is alpha = rank" if absent and "alpha/rank" in rules else f"rule {', '.join(rules)}"
+        absent = any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in deltas)
+        said = "alpha absent: the rule then is alpha = rank" if absent else f"rule {', '.join(rules)}"
         report.findings.append(
             info("scale", subject, f"effective scale {', '.join(f'{scale:g}' for scale in report.scales if scale is not None)}", said)
         )
