@@ -78,12 +78,12 @@ def _finite(value: Any) -> Any:
 
 
 def emit_receipt(args: argparse.Namespace, receipt: Receipt) -> int:
-    """Print a receipt (JSON or the line and its findings) and return the exit code."""
+    """Print a receipt (JSON, or its findings and lines) and return the exit code."""
     from upparam.findings import exit_code
     from upparam.report.text import finding_lines, one_line
 
     if args.json or not args.quiet:
-        emit(args, receipt.facts(), lambda: "\n".join(map(one_line, [*finding_lines(receipt.findings), receipt.line()])))
+        emit(args, receipt.facts(), lambda: "\n".join(map(one_line, [*finding_lines(receipt.findings), *receipt.lines()])))
     return exit_code(receipt.findings)
 
 

@@ -25,17 +25,18 @@ class Receipt:
     seconds: float | None = None
     modules: list[dict[str, Any]] = field(default_factory=list)
 
-    def line(self) -> str:
-        """The one-line receipt."""
-        counts = ", ".join(
-            f"{value:,} {name.replace('_', ' ')}" if isinstance(value, int) else f"{name.replace('_', ' ')} {value}"
-            for name, value in self.counts.items()
-        )
-        proofs = "; ".join(self.proofs) or "not verified"
+    def lines(self) -> list[str]:
+        """What was done on the first line, then a line for each proof."""
+        counts = ", ".join(_counted(name, value) for name, value in self.counts.items())
         outputs = (
             " ".join(self.outputs) if len(self.outputs) <= 4 else f"{self.outputs[0]} ... {self.outputs[-1]} ({len(self.outputs)} files)"
         )
-        return f"{self.operation}: {outputs} ({counts}) - {proofs}"
+        return [f"{self.operation}: {outputs} ({counts})", *(f"  - {proof}" for proof in self.proofs or ["not verified"])]
+
+    def line(self) -> str:
+        """The receipt on one line."""
+        head, *proofs = self.lines()
+        return f"{head} - " + "; ".join(proof.removeprefix("  - ") for proof in proofs)
 
     def facts(self) -> dict[str, Any]:
         """The receipt as JSON-ready facts."""
@@ -51,3 +52,11 @@ class Receipt:
         if self.modules:
             facts["modules"] = self.modules
         return facts | {"findings": [finding.facts() for finding in self.findings]}
+
+
+def _counted(name: str, value: object) -> str:
+    """`14 tensors changed`, `1 tensor changed`; values that are no counts after their name."""
+    first, *rest = name.split("_")
+    if not isinstance(value, int):
+        return f"{' '.join([first, *rest])} {value}"
+    return " ".join([f"{value:,}", first.removesuffix("s") if value == 1 else first, *rest])
