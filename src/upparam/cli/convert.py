@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, add_output, add_reading, emit_receipt, reading
+from upparam.cli.common import add_common, add_output, add_reading, emit_receipt, progress_for, reading
+
+if TYPE_CHECKING:
+    from upparam.algorithms.lowrank import RankRule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
     )
+    parser.add_argument(
+        "--bake-scale", action="store_true",
+        help="where the dialect has no place for a scale, multiply it into a factor (exact for powers of two)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lowrank", type=_rank, metavar="R",
+        help="replace what the dialect has no words for (DoRA, LoHa, LoKr, Tucker cores, ...) by plain LoRA of at most this rank; 'auto': "
+        "whatever a relative error of 1%% takes. DoRA and others that depend on the weight need --base PATH",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, metavar="N", help="threads for --lowrank (default: the cores, at most 8)")
     add_output(parser, "file or folder")
     add_reading(parser)
     add_common(parser)
@@ -26,7 +40,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print the receipt."""
-    from upparam.operations.convert import convert
+    if args.lowrank is not None:
+        from upparam.operations.merge import pin_blas
 
-    receipt = convert(args.path, args.out, args.to, read=reading(args), force=args.force, verify=args.verify, drop=args.drop)
+        pin_blas()
+    from upparam.operations.convert import convert
+    from upparam.operations.fitting import Arithmetic
+
+    read = reading(args)
+    how = Arithmetic(args.bake_scale, _rule(args.lowrank), _weights(args), threads=args.threads, progress=progress_for(args))
+    receipt = convert(
+        args.path, args.out, args.to, read=read, force=args.force, verify=args.verify, drop=args.drop, arithmetic=how
+    )  # fmt: skip
     return emit_receipt(args, receipt)
+
+
+def _rank(text: str) -> int | str:
+    """R or `auto`."""
+    if text != "auto" and not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a rank or 'auto', found {text!r}")
+    return text if text == "auto" else int(text)
+
+
+def _rule(rank: int | str | None) -> RankRule | None:
+    from upparam.algorithms.lowrank import RankRule
+    from upparam.operations.lowering import AUTO
+
+    return None if rank is None else AUTO if isinstance(rank, str) else RankRule(rank)
+
+
+def _weights(args: argparse.Namespace) -> Path | None:
+    """The base model, where --base is a path and not a name."""
+    return Path(args.base) if args.base is not None and Path(args.base).exists() else None

@@ -23,7 +23,7 @@ def refuse(dialect: str, problems: Sequence[str | Problem], remedy: str | None =
         return
     found = [problem if isinstance(problem, Problem) else _told(problem) for problem in problems]
     raise RefusedError(
-        f"{len(found)} {'things' if len(found) > 1 else 'thing'} that {dialect} cannot hold", tensor=found[0].subject,
+        f"{len(found)} {'things' if len(found) > 1 else 'thing'} that {dialect} cannot hold",
         found="; ".join(map(str, found[:_SHOWN])) + (" ..." if len(found) > _SHOWN else ""), remedy=remedy or remedies(found), problems=found,
     )  # fmt: skip
 

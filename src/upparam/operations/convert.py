@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from upparam.dialects.base import NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.findings import Finding, warning
+from upparam.operations.fitting import Arithmetic, fitted
 from upparam.operations.opening import open_adapter
-from upparam.operations.proof import prove_same
+from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
+from upparam.operations.spool import Spool
 
 WRITERS: dict[str, str] = {
     "safetensors": "upparam.containers.safetensors:write",
@@ -44,11 +47,17 @@ def convert(
     verify: bool = True,
     drop: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Receipt:
     """Read the adapter at `path` and write it to `out` in dialect `to`. See `write_adapter` for what is raised."""
     refuse_existing(Path(out), force)
     adapter = open_adapter(path, options=read)
-    receipt = write_adapter(adapter, out, to, read=read, force=force, verify=verify, drop=drop, options=options)
+    with Spool(Path(out).absolute().parent) if arithmetic is not None and arithmetic.lowrank is not None else nullcontext() as spool:
+        if arithmetic is not None and spool is not None:
+            arithmetic.keep = spool.keep
+        receipt = write_adapter(
+            adapter, out, to, read=read, force=force, verify=verify, drop=drop, options=options, arithmetic=arithmetic
+        )  # fmt: skip
     receipt.inputs = [str(path)]
     return receipt
 
@@ -63,11 +72,13 @@ def write_adapter(
     verify: bool = True,
     drop: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Receipt:
     """Write `adapter` to `out` (a folder, or a file where the dialect is one file) and prove the result by reading it back.
 
     `drop` names what may be given up: `leftovers`, `conditions`, an ExtraKind value, or a kind that the dialect's own refusal names. `read` holds
-    what the user said when the adapter was read (base, targets); it is used again for the proof. Raises OutputExistsError,
+    what the user said when the adapter was read (base, targets); it is used again for the proof. `arithmetic` says what may be computed to make
+    the adapter fit, and takes note of what was; without it nothing is. Raises OutputExistsError,
     RefusedError when something would be lost, VerificationError (and leaves nothing behind) when what was written reads back otherwise.
     """
     begun = time.monotonic()
@@ -102,8 +113,9 @@ def write_adapter(
         )  # fmt: skip
     given = {"base": read.base} if read is not None and read.base is not None else {}
     adapter = _with_kernels(adapter, base_of(adapter, given))
-    package = member.write(adapter, {**given, **(options or {}), "drop": frozenset(drop)})
-    proofs: list[str] = []
+    how = arithmetic or Arithmetic()
+    adapter, package = fitted(adapter, member, {**given, **(options or {}), "drop": frozenset(drop)}, how)
+    proofs: list[ModuleProof] = []
     if _as_file(package, out):
         package.folder = False
     if package.folder:
@@ -120,10 +132,12 @@ def write_adapter(
             if verify:
                 proofs = _prove(adapter, temporary, dialect, read)
         outputs = [str(out)]
-    counts = {"targets": len(adapter.deltas), "extras": len(adapter.extras), "bytes": size}
+    counts = {"targets": len(adapter.deltas), "extras": len(adapter.extras), "bytes": size, **how.counts()}
     findings = [finding for finding in adapter.findings if finding.severity] + dropped
     title = f"{adapter.found_as or adapter.dialect} to {dialect}"
-    return Receipt(title, list(adapter.files), outputs, counts, proofs, findings, time.monotonic() - begun)
+    told = statements(proofs, adapter) if verify else []
+    modules = [proof.facts() for proof in proofs] + how.facts()
+    return Receipt(title, list(adapter.files), outputs, counts, told, findings, time.monotonic() - begun, modules)
 
 
 def _as_file(package: Package, out: Path) -> bool:
@@ -186,10 +200,10 @@ def write_file(content: NamedTensors | bytes, path: Path) -> int:
     return path.stat().st_size
 
 
-def _prove(adapter: Adapter, written: Path, dialect: str, read: ReadOptions | None) -> list[str]:
+def _prove(adapter: Adapter, written: Path, dialect: str, read: ReadOptions | None) -> list[ModuleProof]:
     try:
         again = open_adapter(written, dialect=dialect, options=read)
     except UsageError:
         # What the user had to say of the input, the output says itself and in its own terms: the alpha of parts that were joined, say.
         again = open_adapter(written, dialect=dialect, options=ReadOptions(base=read.base if read is not None else None))
-    return prove_same(adapter, again)
+    return proved(adapter, again)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from math import isclose, sqrt
+from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta, Update, tiles
@@ -16,15 +18,45 @@ TOLERANCE = 1e-6
 """Relative Frobenius distance of dW above which a re-expressed delta does not count as the same: a few float32 roundings of a factor."""
 
 
+class ModuleProof(NamedTuple):
+    """What was found about one module: `distance` is ||dW - dW'|| / ||dW||, None where factors and scale are the same."""
+
+    module: str
+    distance: float | None
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        same = {"proof": "bit-identical"} if self.distance is None else {"proof": "equal in dW", "distance": self.distance}
+        return {"module": self.module, **same}
+
+
 def prove_same(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list[str]:
-    """Statements of what was checked. Raises VerificationError naming the first target that differs.
+    """Statements of what was checked; see `proved`."""
+    return statements(proved(meant, found, tolerance), meant)
+
+
+def statements(proofs: Sequence[ModuleProof], meant: Adapter) -> list[str]:
+    """What was proved, for people."""
+    told = []
+    gaps = [proof.distance for proof in proofs if proof.distance is not None]
+    if len(gaps) < len(proofs):
+        told.append(f"re-opened: {len(proofs) - len(gaps)} of {len(proofs)} modules bit-identical in factors and equal in scale")
+    if gaps:
+        told.append(f"re-opened: {len(gaps)} modules equal in dW (largest relative distance {max(gaps):.2g})")
+    if meant.extras:
+        told.append(f"{len(meant.extras)} extras bit-identical")
+    return told
+
+
+def proved(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list[ModuleProof]:
+    """What was found about each module. Raises VerificationError naming the first target that differs.
 
     A target passes when every factor has the same bits and the effective scale is equal, or when ||dW - dW'|| <= tolerance * ||dW||.
     Targets of one module that one side holds whole and the other in row slices are compared as whole modules.
     """
     if found.leftovers:
         raise VerificationError(f"{len(found.leftovers)} written tensors read back as unexplained", tensor=next(iter(found.leftovers)))
-    exact, worst = 0, 0.0
+    proofs: list[ModuleProof] = []
     ours, theirs = _by_module(meant), _by_module(found)
     if set(ours) != set(theirs):
         missing = sorted(set(ours) ^ set(theirs))
@@ -41,22 +73,20 @@ def prove_same(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> 
 
     for module, gap in zip(ours, in_threads(gap_of, list(ours), [1] * len(ours), None, silent), strict=True):
         if gap is None:
-            exact += 1
+            proofs.append(ModuleProof(_name(module), None))
             continue
         if not gap <= tolerance:
             raise VerificationError(
                 "dW read back differs", tensor=".".join(module), expected=f"relative distance <= {tolerance:g}", found=f"{gap:.3g}"
             )
-        worst = max(worst, gap)
+        proofs.append(ModuleProof(_name(module), gap))
     _same_extras(meant.extras, found.extras)
-    proofs = []
-    if exact:
-        proofs.append(f"re-opened: {exact} of {len(ours)} modules bit-identical in factors and equal in scale")
-    if exact < len(ours):
-        proofs.append(f"re-opened: {len(ours) - exact} modules equal in dW (largest relative distance {worst:.2g})")
-    if meant.extras:
-        proofs.append(f"{len(meant.extras)} extras bit-identical")
     return proofs
+
+
+def _name(module: tuple[str, str]) -> str:
+    path, parameter = module
+    return path if parameter == "weight" else f"{path}.{parameter}"
 
 
 def same_delta(one: Delta, other: Delta) -> bool:

@@ -87,6 +87,11 @@ class ScaledRows(BaseRows):
         return super().__call__(start, stop) * self.scales(start, stop)
 
 
+def rows_of(work: Work, tensor: Tensor) -> BaseRows:
+    """Rows of a base tensor as its work says it is stored: plain, scaled fp8, or in blocks."""
+    return PackedRows(tensor) if work.packing else BaseRows(tensor) if work.scale is None else ScaledRows(tensor, work.scale)
+
+
 def _block(size: int, count: int) -> int:
     """Elements a block spans when `count` scales cover `size` elements: 128 (DeepSeek's, the last block may be partial), else an equal share.
 
@@ -109,7 +114,7 @@ class Loaded:
         self.work = work
         # deltas on a replaced weight (an embedding saved beside its LoRA) change the saved one
         source = work.replacement if work.replacement is not None and work.pieces else work.tensor
-        self.base = PackedRows(source) if work.packing else BaseRows(source) if work.scale is None else ScaledRows(source, work.scale)
+        self.base = rows_of(work, source)
         self.updates = [piece.delta.load() for piece in work.pieces]
         self.segments: list[tuple[int, int, LowRank | None]] | None = None
         self._chain: Rows | None = None
