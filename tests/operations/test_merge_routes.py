@@ -29,10 +29,11 @@ ROOT = Path(__file__).parents[2]
     start=st.integers(0, 9),
     size=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
     strange=st.booleans(),
+    single=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_all_routes_give_the_same_bytes(
-    dtype: str, rows: int, columns: int, rank: int, start: int, size: float, strange: bool, seed: int
+    dtype: str, rows: int, columns: int, rank: int, start: int, size: float, strange: bool, single: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     kind = NUMPY[dtype]
@@ -43,7 +44,10 @@ def test_all_routes_give_the_same_bytes(
         weight[rng.random((rows, columns)) < 0.3] = -0.0
     up = rng.standard_normal((rows + start, rank)) * size
     up[rng.random(up.shape) < 0.2] = 0
-    factors = LowRank(up, rng.standard_normal((rank, columns)))
+    down = rng.standard_normal((rank, columns))
+    if single:  # as adapters store them
+        up, down = up.astype(np.float32).astype(np.float64), down.astype(np.float32).astype(np.float64)
+    factors = LowRank(up, down)
     results = {}
     for name, route in routes().items():
         tile = weight.copy()
@@ -69,11 +73,26 @@ def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
     route = best_route()
     if route.module is None:
         pytest.skip("the compiled kernel is not built here")
-    good = np.zeros(64, np.float32)
+    stored, good, double = np.zeros(16, np.uint16), np.zeros(64, np.float32), np.zeros(64)
+    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, wide, exact, set
+    whole = (stored, 4, 4, good, double, good, good, 1, good, good, 0, False, True, route.number)
+    assert route.module.merge_tile(*whole) == (0, 0)
+    for place in (0, 3, 4, 5, 6, 8, 9):
+        short = [*whole]
+        short[place] = short[place][:0]
+        with pytest.raises(ValueError, match="too small"):
+            route.module.merge_tile(*short)
+    down, weights = np.zeros((2, 40)), np.ones(2)
+    panels, downs, norms = np.zeros(2 * 64, np.float32), np.zeros((40, 8), np.float32), np.zeros(2, np.float32)
+    whole = (down, 2, 40, 32, True, weights, panels, False, downs, False, norms)
+    route.module.pack(*whole)
+    for place in (0, 5, 6, 8, 10):
+        short = [*whole]
+        short[place] = short[place][:0]
+        with pytest.raises(ValueError, match="too small"):
+            route.module.pack(*short)
     with pytest.raises(ValueError, match="too small"):
-        route.module.merge_tile(np.zeros(8, np.uint16), 4, 4, good, good, 1, good, good, 0, True, np.zeros(64, np.uint32), route.number)
-    with pytest.raises(ValueError, match="too small"):
-        route.module.settle(np.zeros(8, np.uint16), np.array([9], np.uint32), 1, 4, np.zeros(8), np.zeros(32), 8, 0)
+        route.module.pack(*whole[:3], 64, *whole[4:])
 
 
 def test_installing_without_a_compiler_succeeds(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 /* upparam._native.tile: one tile of a stored weight becomes round(W + up @ down) in place, for 16-bit and float32 weights.
  *
- * Every element whose rounding float32 (for float32 weights: float64) sums cannot decide is left as it was and reported; the caller
- * settles those few in float64. So results do not depend on the instruction set, and equal those of the numpy path byte for byte.
+ * Every element whose rounding float32 (for float32 weights: float64) sums cannot decide is summed again in float64, in a fixed order.
+ * So results do not depend on the instruction set, and equal those of the numpy path byte for byte.
  * The instruction set is chosen when the module is loaded. No state; the GIL is released while a tile is worked on.
  */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -18,186 +19,16 @@
 #if !defined(__GNUC__)
 #error "needs the vector extensions of GCC or Clang; without them upparam uses numpy"
 #endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "reads two 16-bit weights as one little-endian word; without it upparam uses numpy"
+#endif
 
 #define CHUNK 16
+#define WIDEST 32 /* columns of a panel */
+#define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
-
-#define ROWS 4
-#define LANES 4
-#define SET portable
-#define NAME(x) JOIN(x, portable)
-#define TARGET
-#define FMA(a, b, c) ((a) * (b) + (c))
-#define FMAD(a, b, c) ((a) * (b) + (c))
-#include "tile_kernels.h"
-#undef ROWS
-#undef LANES
-#undef NAME
-#undef TARGET
-#undef FMA
-#undef FMAD
-#undef LANE_BITS
-#undef NARROW
-
-#ifdef X86
-#define ROWS 6
-#define LANES 8
-#define NAME(x) JOIN(x, avx2)
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define FMA(a, b, c) ((VF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define FMAD(a, b, c) ((VD)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
-#define LANE_BITS(mask) ((uint32_t)_mm256_movemask_ps((__m256)(mask)))
-#define NARROW(codes) __builtin_convertvector(codes, VH)
-#define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
-#define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
-#include "tile_kernels.h"
-#undef ROWS
-#undef LANES
-#undef NAME
-#undef TARGET
-#undef FMA
-#undef FMAD
-#undef LANE_BITS
-#undef NARROW
-#undef HALF_UP
-#undef HALF_DOWN
-
-#define ROWS 6
-#define LANES 16
-#define NAME(x) JOIN(x, avx512)
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-
-/* What block16 does to 32 elements of one row when it is exact, with masks: w += sum where that is certain. Answers which are not. The
- * ends of the interval are taken with their signs: one on each side of zero never round alike. */
-TARGET static inline __attribute__((always_inline)) uint32_t finish_avx512(
-    uint16_t *w, __m512 sum0, __m512 sum1, float row_bound, const float *column_norm, int half, long *changed)
-{
-    const __m512 limit = _mm512_set1_ps(half ? 65472.0f : 3.36e38f), part_of_a = _mm512_set1_ps(1.8e-07f), tiny = _mm512_set1_ps(2e-37f);
-    const __m512 bound = _mm512_set1_ps(row_bound);
-    __m512i old = _mm512_loadu_si512(w), code;
-    __m512 v0, v1;
-    if (half) {
-        v0 = _mm512_cvtph_ps(_mm512_castsi512_si256(old));
-        v1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(old, 1));
-    } else {
-        const __m512i first = _mm512_set_epi16(
-            15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-        v0 = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, first, old));
-        v1 = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, second, old));
-    }
-    v0 = _mm512_add_ps(v0, sum0);
-    v1 = _mm512_add_ps(v1, sum1);
-    __m512 a0 = _mm512_abs_ps(v0), a1 = _mm512_abs_ps(v1);
-    __m512 reach0 = _mm512_fmadd_ps(a0, part_of_a, _mm512_fmadd_ps(_mm512_loadu_ps(column_norm), bound, tiny));
-    __m512 reach1 = _mm512_fmadd_ps(a1, part_of_a, _mm512_fmadd_ps(_mm512_loadu_ps(column_norm + 16), bound, tiny));
-    __m512 low0 = _mm512_sub_ps(v0, reach0), high0 = _mm512_add_ps(v0, reach0);
-    __m512 low1 = _mm512_sub_ps(v1, reach1), high1 = _mm512_add_ps(v1, reach1);
-    __mmask32 doubt = _mm512_kunpackw(_mm512_cmp_ps_mask(a1, limit, _CMP_NLE_UQ), _mm512_cmp_ps_mask(a0, limit, _CMP_NLE_UQ));
-    if (half) {
-        const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        __m512i low = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low0, nearest)), _mm512_cvtps_ph(low1, nearest), 1);
-        code = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(high0, nearest)), _mm512_cvtps_ph(high1, nearest), 1);
-        doubt |= _mm512_cmpneq_epi16_mask(low, code);
-    } else { /* ties lie strictly between the ends, so rounding them away from zero is as good as to even */
-        const __m512i halfway = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xFFFF0000u);
-        const __m512i odd = _mm512_set_epi16(
-            63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-        __m512i up0 = _mm512_add_epi32(_mm512_castps_si512(high0), halfway), up1 = _mm512_add_epi32(_mm512_castps_si512(high1), halfway);
-        __m512i under0 = _mm512_add_epi32(_mm512_castps_si512(low0), halfway), under1 = _mm512_add_epi32(_mm512_castps_si512(low1), halfway);
-        doubt |= _mm512_kunpackw(
-            _mm512_test_epi32_mask(_mm512_xor_si512(up1, under1), upper), _mm512_test_epi32_mask(_mm512_xor_si512(up0, under0), upper));
-        code = _mm512_permutex2var_epi16(up0, odd, up1);
-    }
-    code = _mm512_mask_mov_epi16(code, doubt, old);
-    *changed += __builtin_popcount(_mm512_cmpneq_epi16_mask(code, old));
-    _mm512_storeu_si512(w, code);
-    return doubt;
-}
-#define FINISH(w, sum, bound, norm, half, changed) finish_avx512(w, (__m512)(sum)[0], (__m512)(sum)[1], bound, norm, half, changed)
-#define FMA(a, b, c) ((VF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define FMAD(a, b, c) ((VD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
-#define LANE_BITS(mask) ((uint32_t)_mm512_movepi32_mask((__m512i)(mask)))
-#define NARROW(codes) ((VH)_mm512_cvtepi32_epi16((__m512i)(codes)))
-#define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
-#define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
-#include "tile_kernels.h"
-#undef HALF_UP
-#undef HALF_DOWN
-#undef FINISH
-#endif
-
-typedef long (*tile16_function)(uint16_t *, long, long, const float *, const float *, long, const float *, const float *, int, int, uint32_t *, long *);
-typedef long (*tile32_function)(float *, long, long, const double *, const double *, long, const float *, const float *, int, int, uint32_t *, long *);
-
-typedef struct {
-    const char *name;
-    int lanes;
-    tile16_function tile16;
-    tile32_function tile32;
-} InstructionSet;
-
-static InstructionSet sets[3];
-static int set_count;
-
-static void find_sets(void)
-{
-    set_count = 0;
-#ifdef X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        sets[set_count++] = (InstructionSet){"avx512", 16, tile16_avx512, tile32_avx512};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        sets[set_count++] = (InstructionSet){"avx2", 8, tile16_avx2, tile32_avx2};
-#endif
-    sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable};
-}
-
-/* merge_tile(stored, rows, columns, up, panels, rank, row_bound, column_norm, kind, exact, doubtful, set) -> (doubtful, changed)
- *
- * kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size; `doubtful` (uint32) has room for every element. The
- * answer is how many entries of `doubtful` were filled and how many of the other elements changed. */
-static PyObject *merge_tile(PyObject *module, PyObject *args)
-{
-    (void)module;
-    Py_buffer stored, up, panels, bounds, norms, doubtful;
-    Py_ssize_t rows, columns, rank;
-    int kind, exact, set;
-    PyObject *answer = NULL;
-    if (!PyArg_ParseTuple(
-            args, "w*nny*y*ny*y*iiw*i", &stored, &rows, &columns, &up, &panels, &rank, &bounds, &norms, &kind, &exact, &doubtful, &set))
-        return NULL;
-    if (set < 0 || set >= set_count || kind < 0 || kind > 2 || rows < 0 || columns < 0 || rank < 0) {
-        PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
-        goto done;
-    }
-    Py_ssize_t element = kind == 2 ? 4 : 2, factor = kind == 2 ? 8 : 4;
-    Py_ssize_t width = kind == 2 ? sets[set].lanes : 2 * sets[set].lanes;
-    Py_ssize_t padded = (columns + width - 1) / width * width;
-    if (stored.len < rows * columns * element || up.len < rows * rank * factor || panels.len < padded * rank * factor
-        || bounds.len < rows * 4 || norms.len < padded * 4 || doubtful.len < rows * columns * 4) {
-        PyErr_SetString(PyExc_ValueError, "merge_tile: a buffer is too small");
-        goto done;
-    }
-    long found, changed = 0;
-    Py_BEGIN_ALLOW_THREADS
-    if (kind == 2)
-        found = sets[set].tile32(stored.buf, rows, columns, up.buf, panels.buf, rank, bounds.buf, norms.buf, 0, exact, doubtful.buf, &changed);
-    else
-        found = sets[set].tile16(stored.buf, rows, columns, up.buf, panels.buf, rank, bounds.buf, norms.buf, kind == 1, exact, doubtful.buf, &changed);
-    Py_END_ALLOW_THREADS
-    answer = Py_BuildValue("ll", found, changed);
-done:
-    PyBuffer_Release(&stored);
-    PyBuffer_Release(&up);
-    PyBuffer_Release(&panels);
-    PyBuffer_Release(&bounds);
-    PyBuffer_Release(&norms);
-    PyBuffer_Release(&doubtful);
-    return answer;
-}
 
 /* Rounding of one double to nearest even in a 16-bit type: to odd in float first, which keeps on which side of a tie it lies. */
 static uint16_t rounded16(double value, int half)
@@ -240,71 +71,290 @@ static double stored16(uint16_t code, int half)
     return (double)value;
 }
 
-/* settle(stored, flat, count, columns, up, down, rank, kind) -> (changed, infinite)
+/* One tile: `stored` (rows, columns) of 16-bit or float32 weights, `up` (rows, rank) and `panels` in float (float32 weights: double);
+ * `up64` (rows, rank) in double and `downs`, down as (columns, rank padded to a multiple of 8 with zeros), in float or, where float does
+ * not hold the values (`wide`), in double. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of the true one
+ * (float32 weights: that times 2^-28). */
+typedef struct {
+    void *stored;
+    long rows, columns, rank;
+    const void *up, *panels, *downs;
+    const double *up64;
+    const float *row_bound, *panel_norm;
+    int kind, wide;
+} Tile;
+
+enum { BFLOAT, HALF, SINGLE };
+
+/* Add `sum` to element `at`. NaN in the weight stays as it is. */
+static void add_and_round(const Tile *tile, long at, double sum, long *changed, long *infinite)
+{
+    if (tile->kind == SINGLE) {
+        float *place = (float *)tile->stored + at, before = *place, after = (float)((double)before + sum);
+        if (before != before)
+            return;
+        *changed += memcmp(&before, &after, sizeof before) != 0;
+        *infinite += __builtin_isinf(after) && !__builtin_isinf(before);
+        *place = after;
+        return;
+    }
+    const int half = tile->kind == HALF;
+    uint16_t *place = (uint16_t *)tile->stored + at, before = *place;
+    double value = stored16(before, half);
+    if (value != value)
+        return;
+    uint16_t after = rounded16(value + sum, half), top = half ? 0x7C00u : 0x7F80u;
+    *changed += before != after;
+    *infinite += (after & 0x7FFFu) == top && (before & 0x7FFFu) != top;
+    *place = after;
+}
+
+#define ROWS 4
+#define LANES 4
+#define NAME(x) JOIN(x, portable)
+#define TARGET
+#define FMA(a, b, c) ((a) * (b) + (c))
+#define FMAD(a, b, c) ((a) * (b) + (c))
+#include "tile_kernels.h"
+#undef ROWS
+#undef LANES
+#undef NAME
+#undef TARGET
+#undef FMA
+#undef FMAD
+#undef LANE_BITS
+#undef NARROW
+#undef COUNT
+#undef ANY
+
+#ifdef X86
+#define ROWS 6
+#define LANES 8
+#define NAME(x) JOIN(x, avx2)
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define FMA(a, b, c) ((VF)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FMAD(a, b, c) ((VD)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
+#define LANE_BITS(mask) ((uint32_t)_mm256_movemask_ps((__m256)(mask)))
+#define NARROW(codes) __builtin_convertvector(codes, VH)
+#define COUNT(mask) (__builtin_popcount((unsigned)_mm256_movemask_epi8((__m256i)(mask))) / 2)
+#define ANY(mask) (!_mm256_testz_si256((__m256i)(mask), (__m256i)(mask)))
+#define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
+#define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
+#include "tile_kernels.h"
+#undef ROWS
+#undef LANES
+#undef NAME
+#undef TARGET
+#undef FMA
+#undef FMAD
+#undef LANE_BITS
+#undef NARROW
+#undef COUNT
+#undef ANY
+#undef HALF_UP
+#undef HALF_DOWN
+
+#define ROWS 6
+#define LANES 16
+#define NAME(x) JOIN(x, avx512)
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+
+/* `bfloat_row` of tile_kernels.h with masks. */
+TARGET static inline __attribute__((always_inline)) uint32_t bfloat_row_avx512(uint16_t *w, __m512 sum0, __m512 sum1, float reach, int exact, long *changed)
+{
+    const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000u), sign = _mm512_set1_epi32((int)0x80000000u);
+    __m512i old = _mm512_loadu_si512(w), code;
+    __m512 v0 = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(old, 16)), sum0);
+    __m512 v1 = _mm512_add_ps(_mm512_castsi512_ps(_mm512_and_si512(old, upper)), sum1);
+    __mmask32 doubt = 0;
+    if (exact) {
+        const __m512i bits = _mm512_castps_si512(_mm512_set1_ps(reach)), out = _mm512_set1_epi32(0x8004), in = _mm512_set1_epi32(0x7FFC);
+        __m512 s0 = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v0), sign, bits, 0xEA)); /* (a & b) | c */
+        __m512 s1 = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v1), sign, bits, 0xEA));
+        __m512i far0 = _mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(v0, s0)), out), far1 = _mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(v1, s1)), out);
+        __m512i near0 = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(v0, s0)), in), near1 = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(v1, s1)), in);
+        code = _mm512_ternarylogic_epi32(far1, upper, _mm512_srli_epi32(far0, 16), 0xEA);
+        doubt = _mm512_cmpneq_epi16_mask(code, _mm512_ternarylogic_epi32(near1, upper, _mm512_srli_epi32(near0, 16), 0xEA));
+    } else {
+        const __m512i half = _mm512_set1_epi32(0x7FFF), one = _mm512_set1_epi32(1);
+        __m512i b0 = _mm512_castps_si512(v0), b1 = _mm512_castps_si512(v1);
+        b0 = _mm512_add_epi32(_mm512_add_epi32(b0, half), _mm512_and_si512(_mm512_srli_epi32(b0, 16), one));
+        b1 = _mm512_add_epi32(_mm512_add_epi32(b1, half), _mm512_and_si512(_mm512_srli_epi32(b1, 16), one));
+        code = _mm512_ternarylogic_epi32(b1, upper, _mm512_srli_epi32(b0, 16), 0xEA);
+    }
+    doubt |= _mm512_cmpge_epu16_mask(_mm512_slli_epi16(code, 1), _mm512_set1_epi16((short)(2 * 0x7F7C)));
+    code = _mm512_mask_mov_epi16(code, doubt, old);
+    *changed += __builtin_popcount(_mm512_cmpneq_epi16_mask(code, old));
+    _mm512_storeu_si512(w, code);
+    return doubt;
+}
+
+/* `half_row` of tile_kernels.h with masks; the ends keep their signs. */
+TARGET static inline __attribute__((always_inline)) uint32_t half_row_avx512(uint16_t *w, __m512 sum0, __m512 sum1, float reach, int exact, long *changed)
+{
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m512i sign = _mm512_set1_epi32((int)0x80000000u);
+    __m512i old = _mm512_loadu_si512(w), code;
+    __m512 v0 = _mm512_add_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(old)), sum0);
+    __m512 v1 = _mm512_add_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(old, 1)), sum1);
+    __mmask32 doubt = 0;
+    if (exact) {
+        const __m512i bits = _mm512_castps_si512(_mm512_set1_ps(reach)), four = _mm512_set1_epi32(4);
+        __m512 s0 = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v0), sign, bits, 0xEA));
+        __m512 s1 = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v1), sign, bits, 0xEA));
+        __m512 near0 = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(_mm512_sub_ps(v0, s0)), four));
+        __m512 near1 = _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_castps_si512(_mm512_sub_ps(v1, s1)), four));
+        __m512i near = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(near0, nearest)), _mm512_cvtps_ph(near1, nearest), 1);
+        v0 = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(v0, s0)), four));
+        v1 = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_add_ps(v1, s1)), four));
+        code = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(v0, nearest)), _mm512_cvtps_ph(v1, nearest), 1);
+        doubt = _mm512_cmpneq_epi16_mask(near, code);
+    } else
+        code = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(v0, nearest)), _mm512_cvtps_ph(v1, nearest), 1);
+    doubt |= _mm512_cmpge_epu16_mask(_mm512_slli_epi16(code, 1), _mm512_set1_epi16((short)(2 * 0x7BFE)));
+    code = _mm512_mask_mov_epi16(code, doubt, old);
+    *changed += __builtin_popcount(_mm512_cmpneq_epi16_mask(code, old));
+    _mm512_storeu_si512(w, code);
+    return doubt;
+}
+#define ROW_OF_BFLOAT(w, sum, reach, exact, changed) bfloat_row_avx512(w, (__m512)(sum)[0], (__m512)(sum)[1], reach, exact, changed)
+#define ROW_OF_HALF(w, sum, reach, exact, changed) half_row_avx512(w, (__m512)(sum)[0], (__m512)(sum)[1], reach, exact, changed)
+#define FMA(a, b, c) ((VF)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FMAD(a, b, c) ((VD)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
+#define LANE_BITS(mask) ((uint32_t)_mm512_movepi32_mask((__m512i)(mask)))
+#define NARROW(codes) ((VH)_mm512_cvtepi32_epi16((__m512i)(codes)))
+#define COUNT(mask) __builtin_popcount(_mm512_movepi16_mask((__m512i)(mask)))
+#define ANY(mask) _mm512_movepi16_mask((__m512i)(mask))
+#define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
+#define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
+#include "tile_kernels.h"
+#undef HALF_UP
+#undef HALF_DOWN
+#endif
+
+typedef void (*tile_function)(const Tile *, int, long *, long *);
+
+typedef struct {
+    const char *name;
+    int lanes;
+    tile_function tile16, tile32;
+} InstructionSet;
+
+static InstructionSet sets[3];
+static int set_count;
+
+static void find_sets(void)
+{
+    set_count = 0;
+#ifdef X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        sets[set_count++] = (InstructionSet){"avx512", 16, tile16_avx512, tile32_avx512};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        sets[set_count++] = (InstructionSet){"avx2", 8, tile16_avx2, tile32_avx2};
+#endif
+    sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable};
+}
+
+/* merge_tile(stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, wide, exact, set) -> (changed, infinite)
  *
- * The elements flat[n] of a tile become round(W + sum_k up[row, k] * down[column, k]), summed in float64. The order is fixed, and the
- * numpy path uses the same: eight running sums over k = 0, 8, 16 ...; 1, 9, 17 ... and so on, then ((0 + 4) + (2 + 6)) + ((1 + 5) +
- * (3 + 7)). This file is compiled without contraction, so no product is fused. NaN in the weight stays as it is. */
-static PyObject *settle(PyObject *module, PyObject *args)
+ * The fields of Tile; kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size. The answer is how many elements changed and
+ * how many became infinite. */
+static PyObject *merge_tile(PyObject *module, PyObject *args)
 {
     (void)module;
-    Py_buffer stored, flat, up, down;
-    Py_ssize_t count, columns, rank;
-    int kind;
-    if (!PyArg_ParseTuple(args, "w*y*nny*y*ni", &stored, &flat, &count, &columns, &up, &down, &rank, &kind))
+    Py_buffer stored, up, up64, panels, downs, bounds, norms;
+    Py_ssize_t rows, columns, rank;
+    int kind, wide, exact, set;
+    PyObject *answer = NULL;
+    if (!PyArg_ParseTuple(
+            args, "w*nny*y*y*y*ny*y*ippi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &wide, &exact, &set))
         return NULL;
-    int fits = count >= 0 && columns > 0 && rank >= 0 && rank % 8 == 0 && kind >= 0 && kind <= 2 && flat.len >= count * 4;
-    const uint32_t *places = flat.buf;
-    for (Py_ssize_t n = 0; fits && n < count; n++) {
-        Py_ssize_t at = places[n];
-        fits = (at / columns + 1) * rank * 8 <= up.len && (at % columns + 1) * rank * 8 <= down.len && (at + 1) * (kind == 2 ? 4 : 2) <= stored.len;
+    if (set < 0 || set >= set_count || kind < BFLOAT || kind > SINGLE || rows < 0 || columns < 0 || rank < 0) {
+        PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
+        goto done;
     }
+    Py_ssize_t element = kind == SINGLE ? 4 : 2, factor = kind == SINGLE ? 8 : 4, width = (kind == SINGLE ? 1 : 2) * sets[set].lanes;
+    Py_ssize_t count = (columns + width - 1) / width;
+    if (stored.len < rows * columns * element || up.len < rows * rank * factor || up64.len < rows * rank * 8
+        || panels.len < count * width * rank * factor || downs.len < columns * EIGHTS(rank) * (wide ? 8 : 4) || bounds.len < rows * 4
+        || norms.len < count * 4) {
+        PyErr_SetString(PyExc_ValueError, "merge_tile: a buffer is too small");
+        goto done;
+    }
+    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, downs.buf, up64.buf, bounds.buf, norms.buf, kind, wide};
     long changed = 0, infinite = 0;
+    Py_BEGIN_ALLOW_THREADS
+    (kind == SINGLE ? sets[set].tile32 : sets[set].tile16)(&tile, exact, &changed, &infinite);
+    Py_END_ALLOW_THREADS
+    answer = Py_BuildValue("ll", changed, infinite);
+done:
+    PyBuffer_Release(&stored);
+    PyBuffer_Release(&up);
+    PyBuffer_Release(&up64);
+    PyBuffer_Release(&panels);
+    PyBuffer_Release(&downs);
+    PyBuffer_Release(&bounds);
+    PyBuffer_Release(&norms);
+    return answer;
+}
+
+/* pack(down, rank, columns, width, split, weights, panels, double_panels, downs, double_downs, panel_norm)
+ *
+ * `down` (rank, columns) of doubles as `panels`, (panels, rank, width) of float or double, the last panel padded with zeros, with `split`
+ * the even columns of a panel before the odd ones; and as `downs`, see Tile. panel_norm[p]: the largest sqrt(sum_k weights[k] *
+ * down[k, j]^2) of its columns. */
+static PyObject *pack(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer down, weights, panels, downs, norms;
+    Py_ssize_t rank, columns, width;
+    int split, double_panels, double_downs;
+    if (!PyArg_ParseTuple(
+            args, "y*nnnpy*w*pw*pw*", &down, &rank, &columns, &width, &split, &weights, &panels, &double_panels, &downs, &double_downs, &norms))
+        return NULL;
+    int fits = rank >= 0 && columns >= 0 && width > 0 && width <= WIDEST && down.len >= rank * columns * 8 && weights.len >= rank * 8;
+    Py_ssize_t count = fits ? (columns + width - 1) / width : 0, stride = EIGHTS(rank);
+    fits = fits && panels.len >= count * width * rank * (double_panels ? 8 : 4) && downs.len >= columns * stride * (double_downs ? 8 : 4)
+           && norms.len >= count * 4;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
-        const double *ups = up.buf, *downs = down.buf;
-        uint32_t wide = (uint32_t)columns;
-        for (Py_ssize_t n = 0; n < count; n++) {
-            const double *u = ups + (Py_ssize_t)(places[n] / wide) * rank, *d = downs + (Py_ssize_t)(places[n] % wide) * rank;
-            double s[8] = {0};
-            if (n + 4 < count) {
-                const double *soon = downs + (Py_ssize_t)(places[n + 4] % wide) * rank;
-                for (Py_ssize_t k = 0; k < rank; k += 8)
-                    __builtin_prefetch(soon + k);
-            }
-            for (Py_ssize_t k = 0; k < rank; k += 8)
-                for (int lane = 0; lane < 8; lane++)
-                    s[lane] += u[k + lane] * d[k + lane];
-            double sum = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-            if (kind == 2) {
-                float *place = (float *)stored.buf + places[n], before = *place, after = (float)((double)before + sum);
-                if (before == before) {
-                    changed += memcmp(&before, &after, sizeof before) != 0;
-                    infinite += __builtin_isinf(after) && !__builtin_isinf(before);
-                    *place = after;
+        memset(downs.buf, 0, (size_t)(columns * stride * (double_downs ? 8 : 4)));
+        for (Py_ssize_t p = 0; p < count; p++) {
+            Py_ssize_t first = p * width, wide = columns - first < width ? columns - first : width;
+            double square[WIDEST] = {0}, largest = 0;
+            for (Py_ssize_t k = 0; k < rank; k++) {
+                const double *from = (const double *)down.buf + k * columns + first;
+                double row[WIDEST] = {0}, weight = ((const double *)weights.buf)[k];
+                for (Py_ssize_t c = 0; c < wide; c++) {
+                    row[split ? c / 2 + c % 2 * (width / 2) : c] = from[c];
+                    square[c] += weight * from[c] * from[c];
                 }
-            } else {
-                uint16_t *place = (uint16_t *)stored.buf + places[n], before = *place;
-                double value = stored16(before, kind == 1);
-                if (value == value) {
-                    uint16_t after = rounded16(value + sum, kind == 1), top = kind == 1 ? 0x7C00u : 0x7F80u;
-                    changed += before != after;
-                    infinite += (after & 0x7FFFu) == top && (before & 0x7FFFu) != top;
-                    *place = after;
-                }
+                for (Py_ssize_t c = 0; double_downs && c < wide; c++)
+                    ((double *)downs.buf)[(first + c) * stride + k] = from[c];
+                for (Py_ssize_t c = 0; !double_downs && c < wide; c++)
+                    ((float *)downs.buf)[(first + c) * stride + k] = (float)from[c];
+                if (double_panels)
+                    memcpy((double *)panels.buf + (p * rank + k) * width, row, (size_t)width * sizeof(double));
+                for (Py_ssize_t c = 0; !double_panels && c < width; c++)
+                    ((float *)panels.buf)[(p * rank + k) * width + c] = (float)row[c];
             }
+            for (Py_ssize_t c = 0; c < wide; c++)
+                largest = square[c] > largest ? square[c] : largest;
+            ((float *)norms.buf)[p] = (float)(sqrt(largest) * (1 + 0x1p-16));
         }
         Py_END_ALLOW_THREADS
     }
-    PyBuffer_Release(&stored);
-    PyBuffer_Release(&flat);
-    PyBuffer_Release(&up);
     PyBuffer_Release(&down);
+    PyBuffer_Release(&weights);
+    PyBuffer_Release(&panels);
+    PyBuffer_Release(&downs);
+    PyBuffer_Release(&norms);
     if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "settle: a buffer is too small");
+        PyErr_SetString(PyExc_ValueError, "pack: a buffer is too small");
         return NULL;
     }
-    return Py_BuildValue("ll", changed, infinite);
+    Py_RETURN_NONE;
 }
 
 /* instruction_sets() -> ((name, lanes), ...), the best first. */
@@ -320,7 +370,7 @@ static PyObject *instruction_sets(PyObject *module, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"merge_tile", merge_tile, METH_VARARGS, "Round W + up @ down into a tile in place; see tile.c."},
-    {"settle", settle, METH_VARARGS, "Decide single elements of a tile in float64; see tile.c."},
+    {"pack", pack, METH_VARARGS, "Lay `down` out in panels; see tile.c."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets this processor has a kernel for, best first."},
     {NULL, NULL, 0, NULL},
 };

@@ -10,8 +10,11 @@ Algorithms", section 3.1), and sum|up||down| <= ||up_row|| ||down_column||.
 
 from __future__ import annotations
 
+import math
 import os
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +24,17 @@ from upparam.tensors import DType
 
 TILE_ELEMENTS = 1 << 18
 """Elements of a tile: 1 MiB as float32, so that a tile and its companions stay in the second-level cache."""
+NUMPY_TILE = 1 << 16
+"""Elements of a block that numpy works on in one go: with its companions it stays in the second-level cache."""
+NUMPY_CHUNK = 32
+"""Ranks that numpy sums in one product: short sums have smaller errors, so that fewer elements are uncertain."""
 _UNIT = 2.0**-24
 _TINY = 1e-37
 """Absolute slack for products that underflow float32, and what makes every zero sum doubtful (its sign is decided in float64)."""
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 """Dtypes the compiled kernel knows, by its numbers for them."""
-_WIDTH = 32
-"""Columns per panel are at most this many; column norms are padded to it."""
+_UP = 1 + 2.0**-16
+"""What norms are multiplied by, so that they are never too small."""
 
 
 class Route(NamedTuple):
@@ -70,6 +77,20 @@ def aligned(count: int, dtype: Any) -> NDArray[Any]:
     return room[start : start + size].view(dtype)
 
 
+Form = TypeVar("Form")
+
+
+class Packed(NamedTuple):
+    """The factors as the compiled kernel takes them: `down` in panels, and how far a sum may be from the true one."""
+
+    up: NDArray[Any]
+    panels: NDArray[Any]
+    downs: NDArray[Any]
+    """`down` as (columns, R padded to a multiple of 8), in float64 where float32 does not hold its values."""
+    row_bound: NDArray[np.float32]
+    panel_norm: NDArray[np.float32]
+
+
 class LowRank:
     """up (rows, R) with every scale in it, down (R, columns), for a range of rows of one stored weight; all that a tile needs.
 
@@ -78,23 +99,29 @@ class LowRank:
 
     def __init__(self, up: NDArray[np.float64], down: NDArray[np.float64]) -> None:
         self.up64 = np.ascontiguousarray(up)
-        self.down64 = down
-        # norms rounded upward by the factor, which also covers their own rounding
-        self._row_norm = np.sqrt(np.einsum("ir,ir->i", up, up)) * (1 + 2.0**-16)
-        norms = np.sqrt(np.einsum("rj,rj->j", down, down)) * (1 + 2.0**-16)
-        self.column_norm: NDArray[np.float32] = np.zeros(-(-len(norms) // _WIDTH) * _WIDTH, np.float32)
-        self.column_norm[: len(norms)] = norms
-        self.widest = float(norms.max(initial=0.0))
-        self._kept: dict[str, NDArray[Any]] = {}
+        self.down64 = np.ascontiguousarray(down)
+        self._kept: dict[str, Any] = {}
+        self._lock = threading.RLock()  # some forms are made from others
 
-    def row_bound(self, chunk: int | None = None) -> NDArray[np.float32]:
-        """How far a float32 sum of each row may be from the true one, per unit of column norm.
+    @property
+    def row_bound(self) -> NDArray[np.float64]:
+        """How far a float32 sum of R products may be from the true one, for each row per unit of column norm.
 
-        R products summed one after the other, or in runs of `chunk` whose sums are then added up.
+        Sums of NUMPY_CHUNK products each, in whatever order, that are then added one to the other.
         """
         rank = self.up64.shape[1]
-        depth = rank + 4 if chunk is None else min(rank, chunk) + -(-rank // chunk) + 4
-        return self._keep(f"bound{chunk}", lambda: (self._row_norm * (depth * _UNIT) + _TINY).astype(np.float32))
+        depth = min(rank, NUMPY_CHUNK) + -(-rank // NUMPY_CHUNK) + 4
+        return self._keep("bound", lambda: self._row_norm(np.ones(self.up64.shape[1])) * (depth * _UNIT) + _TINY)
+
+    @property
+    def column_norm(self) -> NDArray[np.float64]:
+        """The norm of each column of down, rounded upward."""
+        return self._keep("norm", lambda: np.sqrt(np.einsum("rj,rj->j", self.down64, self.down64)) * _UP)
+
+    @property
+    def widest(self) -> float:
+        """The largest of the column norms."""
+        return self._keep("widest", lambda: float(self.column_norm.max(initial=0.0)))
 
     @property
     def up(self) -> NDArray[np.float32]:
@@ -106,20 +133,38 @@ class LowRank:
         """down in float32."""
         return self._keep("down", lambda: self.down64.astype(np.float32))
 
-    def panels(self, width: int, dtype: Any) -> NDArray[Any]:
-        """down as (columns / width, R, width), the last panel padded with zeros: what the compiled kernel streams through."""
+    def _row_norm(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """sqrt(sum_k weights[k] up[i, k]^2) of each row, rounded upward by a factor that also covers its own rounding."""
+        norm: NDArray[np.float64] = np.sqrt((self.up64 * self.up64) @ weights) * _UP
+        return norm
 
-        def make() -> NDArray[Any]:
-            rank, columns = self.down64.shape
-            count, whole = -(-columns // width), columns // width
-            panels = aligned(count * rank * width, dtype).reshape(count, rank, width)
-            panels[:whole] = self.down64[:, : whole * width].reshape(rank, whole, width).transpose(1, 0, 2)
-            if whole < count:
-                panels[whole, :, : columns - whole * width] = self.down64[:, whole * width :]
-                panels[whole, :, columns - whole * width :] = 0
-            return panels
+    def packed(self, route: Route, kind: int) -> Packed:
+        """The factors for the compiled kernel.
 
-        return self._keep(f"{width}{dtype}", make)
+        It sums CHUNK ranks at a time and then those sums. The product of rank k takes part in the rest of its chunk's additions and in those
+        of the chunks from its own on; it is rounded itself where the instruction set has no fused multiply-add, and so are the factors that
+        float32 does not hold: weights[k] roundings. So the sum is within u sum_k weights[k] |up_k| |down_k| of the true one (Higham, as
+        above), and that is at most u times the product of the two norms weighted by them.
+        """
+        return self._keep(f"packed {route.name} {kind}", lambda: self._pack(route, kind))
+
+    def _pack(self, route: Route, kind: int) -> Packed:
+        tile, single = route.module, kind == _KINDS["float32"]
+        rank, columns = self.down64.shape
+        same = bool((self.down == self.down64).all())
+        rounded = 1.0 if single else float((not same) + (not (self.up == self.up64).all()) + (route.name == "portable"))
+        ranks, chunk = np.arange(rank), tile.CHUNK
+        starts = ranks // chunk * chunk
+        weights = np.minimum(chunk, rank - starts) - (ranks - starts) + (-(-rank // chunk) - ranks // chunk) + rounded
+        width = route.lanes if single else 2 * route.lanes
+        count = -(-columns // width)
+        panels = aligned(count * rank * width, np.float64 if single else np.float32)
+        downs = np.empty((columns, rank + -rank % 8), np.float32 if same else np.float64)
+        norms = np.empty(count, np.float32)
+        split = kind == _KINDS["bfloat16"]
+        tile.pack(self.down64, rank, columns, width, split, weights, panels, single, downs, not same, norms)
+        bound = self._row_norm(weights) * (_UNIT * (1 + 2 * _UNIT * float(weights.max(initial=0.0)))) + _TINY
+        return Packed(self.up64 if single else self.up, panels, downs, bound.astype(np.float32), norms)
 
     @property
     def ups(self) -> NDArray[np.float64]:
@@ -146,27 +191,31 @@ class LowRank:
         total: NDArray[np.float64] = (pairs[:, 0] + pairs[:, 2]) + (pairs[:, 1] + pairs[:, 3])
         return total
 
-    def _keep(self, name: str, make: Any) -> NDArray[Any]:
-        found: NDArray[Any] | None = self._kept.get(name)
-        if found is None:
-            found = self._kept[name] = make()
+    def _keep(self, name: str, make: Callable[[], Form]) -> Form:
+        """A form of the factors, made once: two threads that both want it do not both make it."""
+        if name not in self._kept:
+            with self._lock:
+                if name not in self._kept:
+                    self._kept[name] = make()
+        found: Form = self._kept[name]
         return found
 
 
 class Scratch:
     """One thread's buffers, made once and used for every tile, and the route its tiles take."""
 
-    def __init__(self, elements: int, route: Route | None = None) -> None:
+    def __init__(self, widest: int, route: Route | None = None) -> None:
+        """`widest`: elements of the longest row."""
         self.route = route or best_route()
-        self.doubtful = np.empty(elements, np.uint32)
         if self.route.module is None:
-            self.weight = np.empty(elements, np.float32)
-            self.delta = np.empty(elements, np.float32)
-            self.low = np.empty(elements, np.uint16)
-            self.work = np.empty(elements, np.uint32)
-            self.odd = np.empty(elements, np.uint32)
-            self.differs = np.empty(elements, np.bool_)
-            self.small = np.empty(elements, np.bool_)
+            elements = max(NUMPY_TILE, widest)
+            self.weight = aligned(elements, np.float32)
+            self.delta = aligned(elements, np.float32)
+            self.part = aligned(elements, np.float32)
+            self.code = aligned(elements, np.uint16)
+            self.other = aligned(elements, np.uint16)
+            self.near = aligned(elements, np.bool_)
+            self.small = aligned(elements, np.bool_)
 
 
 def add_low_rank(
@@ -178,116 +227,174 @@ def add_low_rank(
     """
     if scratch.route.module is not None and dtype.name in _KINDS:
         return _add_compiled(stored, dtype, factors, start, scratch, exact)
-    if scratch.route.module is None and dtype.name in ("bfloat16", "float16"):
+    if scratch.route.module is None and dtype.name in _TIES and stored.size:
         return _add_in_float32(stored, dtype, factors, start, scratch, exact)
     return _add_in_float64(stored, dtype, factors, start)
 
 
 def _add_compiled(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, exact: bool) -> tuple[int, int]:
-    """Through the compiled kernel, which leaves doubtful elements as they were and lists them."""
     route, kind = scratch.route, _KINDS[dtype.name]
     rows, columns = stored.shape
-    up: NDArray[Any]
-    if kind == 2:
-        up, panels = factors.up64, factors.panels(route.lanes, np.float64)
-    else:
-        up, panels = factors.up, factors.panels(2 * route.lanes, np.float32)
-    codes = stored.view(np.uint32 if kind == 2 else np.uint16)
-    found, changed = route.module.merge_tile(
-        codes, rows, columns, up[start : start + rows], panels, up.shape[1], factors.row_bound(route.module.CHUNK)[start : start + rows],
-        factors.column_norm, kind, exact, scratch.doubtful, route.number,
+    form, part = factors.packed(route, kind), slice(start, start + rows)
+    changed: int
+    infinite: int
+    changed, infinite = route.module.merge_tile(
+        stored.view(np.uint32 if kind == _KINDS["float32"] else np.uint16), rows, columns, form.up[part], factors.up64[part], form.panels, form.downs,
+        form.up.shape[1], form.row_bound[part], form.panel_norm, kind, form.downs.dtype == np.float64, exact, route.number,
     )  # fmt: skip
-    if not found:
-        return changed, 0
-    more, infinite = route.module.settle(
-        codes, scratch.doubtful, found, columns, factors.ups[start:], factors.downs, factors.ups.shape[1], kind
-    )
-    return changed + more, infinite
+    return changed, infinite
 
 
 def _add_in_float32(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, exact: bool) -> tuple[int, int]:
-    shape = (rows, _) = stored.shape
-    size = stored.size
-    weight, delta = scratch.weight[:size].reshape(shape), scratch.delta[:size].reshape(shape)
-    low = scratch.low[:size].reshape(shape)
-    differs = scratch.differs[:size].reshape(shape)
-    weight[...] = stored
-    np.matmul(factors.up[start : start + rows], factors.down, out=delta)
-    with np.errstate(over="ignore", invalid="ignore"):
-        np.add(weight, delta, out=weight)
-        widest = max(float(weight.max()), -float(weight.min()))
-        if not exact:
-            _to_half_width(weight, dtype, low, scratch)
+    """Through numpy: in blocks of rows that stay in the cache, what is near a tie being decided once for the whole tile."""
+    changed = infinite = 0
+    kept: list[Near] = []
+    columns = stored.shape[1]
+    step = max(1, NUMPY_TILE // max(1, columns))
+    bound = float(factors.row_bound[start : start + len(stored)].max(initial=0.0)) * factors.widest + _TINY
+    for at in range(0, len(stored), step):
+        block = stored[at : at + step]
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = _block(block, dtype, factors, start + at, scratch, bound)
+        if found is None:
+            more, over = _add_in_float64(block, dtype, factors, start + at)
+            infinite += over
         else:
-            bound = float(factors.row_bound()[start : start + rows].max()) * factors.widest + _TINY
-            if not np.isfinite(bound) or not np.isfinite(widest):
-                return _add_in_float64(stored, dtype, factors, start)
-            _to_half_width(weight, dtype, low, scratch)
-            doubtful = _doubtful(weight, dtype, bound, scratch)
-            if doubtful.size * factors.up64.shape[1] > size // 2:  # so many that whole float64 tiles cost less
-                return _add_in_float64(stored, dtype, factors, start)
-            if doubtful.size:
-                before = stored.reshape(-1)[doubtful]
-                low.reshape(-1)[doubtful] = _settled(before, dtype, factors, start, doubtful, shape[1]).view(np.uint16)
-    infinite = 0 if widest < largest(dtype) else _count_overflow(low.view(dtype.numpy), stored)
-    codes = stored.view(np.uint16)
-    np.not_equal(codes, low, out=differs)
-    codes[...] = low
-    return int(np.count_nonzero(differs)), infinite
+            more, near = found
+            kept.append(near._replace(places=near.places + at * columns))
+        changed += more
+    if kept:
+        near = Near(*(np.concatenate(parts) for parts in zip(*kept, strict=True)))
+        changed += _decide(stored, dtype, factors, start, bound if exact else None, near)
+    return changed, infinite
 
 
-_TIES = {"bfloat16": (0xFFFF, 0.0, 256), "float16": (0x1FFF, 2.0**-14, 64)}
+_ORDINARY = {"bfloat16": 1e36, "float16": 4e9}
+"""Squared norms below which no element of a block is near what its dtype cannot hold."""
+_CERTAIN = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
+"""The bound times the rank, in units of the weights' root mean square, above which float64 throughout costs less."""
+_TIES = {"bfloat16": (16, 0.0, 256), "float16": (13, 2.0**-14, 96)}
 """The bits of a float32 that rounding takes away, the magnitude below which it takes more of them, and how near a tie, in units of the
 last place of float32, a sum must be to be looked at."""
 
 
-def _doubtful(sums: NDArray[np.float32], dtype: DType, bound: float, scratch: Scratch) -> NDArray[np.intp]:
-    """Flat places of the sums that could round otherwise, each being within `bound` + |sum| 2^-22 of the true one.
+class Near(NamedTuple):
+    """Elements near a tie: flat places, their float32 sums and their codes before."""
 
-    Where a sum is so large that this is less than `within` units of its last place (a unit is at least |sum| 2^-24) only sums that near
-    to a tie can. Those and the small ones are looked at one by one, with both ends of the interval.
+    places: NDArray[np.intp]
+    sums: NDArray[np.float32]
+    before: NDArray[np.uint16]
+
+
+def _block(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, bound: float) -> tuple[int, Near] | None:
+    """Round one block in place: elements changed, and those whose rounding is still to be decided.
+
+    None, and nothing changed, where float64 is the way: something is large, infinite or NaN, or too much would be uncertain.
     """
-    bits = sums.view(np.uint32)
-    work = scratch.work[: bits.size].reshape(bits.shape)
-    near, small = (room[: bits.size].reshape(bits.shape) for room in (scratch.differs, scratch.small))
-    dropped, least, within = _TIES[dtype.name]
-    np.bitwise_and(bits, np.uint32(dropped), out=work)
-    work -= np.uint32(dropped // 2 + 1 - within)
-    np.less_equal(work, np.uint32(2 * within), out=near)
-    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=work)
-    np.less(work, np.float32(max(least, bound * 2.0**24 / (within - 8))).view(np.uint32), out=small)
-    near |= small
-    places = np.flatnonzero(near)
-    chosen = sums.reshape(-1)[places]
-    reach = np.abs(chosen) * np.float32(2.0**-22) + np.float32(bound)
-    low, high = (chosen - reach).astype(dtype.numpy), (chosen + reach).astype(dtype.numpy)
-    uncertain: NDArray[np.intp] = places[low.view(np.uint16) != high.view(np.uint16)]
-    return uncertain
-
-
-def _to_half_width(values: NDArray[np.float32], dtype: DType, codes: NDArray[np.uint16], scratch: Scratch) -> None:
-    """float32 rounded to bfloat16 or float16 codes. float16 by integer arithmetic, several times as fast as numpy's own cast."""
+    shape, size = stored.shape, stored.size
+    sums, delta, code, marked = (room[:size].reshape(shape) for room in (scratch.weight, scratch.delta, scratch.code, scratch.near))
+    codes = stored.view(np.uint16)
+    _widened(codes, dtype, sums)
+    up, down = factors.up[start : start + len(stored)], factors.down
+    np.matmul(up[:, :NUMPY_CHUNK], down[:NUMPY_CHUNK], out=delta)
+    for first in range(NUMPY_CHUNK, len(down), NUMPY_CHUNK):
+        delta += np.matmul(up[:, first : first + NUMPY_CHUNK], down[first : first + NUMPY_CHUNK], out=scratch.part[:size].reshape(shape))
+    sums += delta
+    square = float(np.vdot(sums, sums))
+    if not square < _ORDINARY[dtype.name] or not np.isfinite(bound):
+        return None
+    if bound * len(down) > _CERTAIN[dtype.name] * math.sqrt(square / size):
+        return None  # so many would be uncertain that float64 throughout costs less
+    _round_and_mark(sums, dtype, bound, scratch)
+    places = np.flatnonzero(marked)
+    values = sums.reshape(-1)[places]
     if dtype.name == "bfloat16":
-        codes.view(dtype.numpy)[...] = values
+        values = (values.view(np.uint32) - np.uint32(_OFFSET)).view(np.float32)
+    near = Near(places, values, codes.reshape(-1)[places])
+    np.not_equal(codes, code, out=marked)
+    codes[...] = code
+    return int(np.count_nonzero(marked)), near
+
+
+def _widened(codes: NDArray[np.uint16], dtype: DType, values: NDArray[np.float32]) -> None:
+    """16-bit codes as float32. Infinite and NaN float16 come out as 65536 and more."""
+    if dtype.name == "bfloat16":
+        values[...] = codes.view(dtype.numpy)
         return
-    bits = values.view(np.uint32)
-    size = bits.size
-    work = scratch.work[:size].reshape(bits.shape)
-    np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=work)
-    odd_lanes = np.logical_or(work < np.uint32(0x38800000), work >= np.uint32(0x477FE000))  # subnormal or too large in float16
-    odd = scratch.odd[:size].reshape(bits.shape)
-    np.right_shift(work, np.uint32(13), out=odd)
-    np.bitwise_and(odd, np.uint32(1), out=odd)
-    work += odd
-    work += np.uint32((0xFFF - (112 << 23)) % 2**32)
-    work >>= np.uint32(13)
-    np.right_shift(bits, np.uint32(16), out=odd)
-    np.bitwise_and(odd, np.uint32(0x8000), out=odd)
-    work |= odd
-    codes[...] = work
-    rest = np.flatnonzero(odd_lanes)
-    if rest.size:
-        codes.reshape(-1)[rest] = values.reshape(-1)[rest].astype(np.float16).view(np.uint16)
+    bits = values.view(np.int32)
+    np.left_shift(codes.view(np.int16), 13, out=bits, dtype=np.int32)  # the sign runs along the top three bits
+    bits &= np.int32(-0x70002000)
+    values *= np.float32(2.0**112)
+
+
+_OFFSET = (1 << 15) + _TIES["bfloat16"][2]
+"""What is added to the bits of a float32 so that its upper half is the bfloat16 and its lower half small near a tie."""
+
+
+def _round_and_mark(sums: NDArray[np.float32], dtype: DType, bound: float, scratch: Scratch) -> None:
+    """Fill `scratch.code` with the sums rounded and `scratch.near` with where that is not certain; spends `scratch.delta`.
+
+    Each sum is within `bound` + |sum| 2^-22 of the true one. Where it is so large that this is less than `within` units of its last place
+    (a unit is at least |sum| 2^-24) only one that near to a tie can round otherwise than the true one. Those and the small ones are
+    marked; everywhere else ties may be rounded as is cheapest. bfloat16 sums come back with _OFFSET added to their bits.
+    """
+    shape, size = sums.shape, sums.size
+    dropped, least, within = _TIES[dtype.name]
+    bits, work = sums.view(np.uint32), scratch.delta[:size].view(np.uint32).reshape(shape)
+    code, other, near, small = (room[:size].reshape(shape) for room in (scratch.code, scratch.other, scratch.near, scratch.small))
+    smallest = np.float32(max(least, bound * 2.0**24 / (within - 8))).view(np.uint32)
+    if dtype.name == "bfloat16":
+        bits += np.uint32(_OFFSET)
+        np.bitwise_and(bits, np.uint32(0xFFFF), out=work)
+        np.right_shift(bits, np.uint32(16), out=code, casting="unsafe")
+        np.bitwise_and(code, np.uint16(0x7FFF), out=other)
+        np.less_equal(other, np.uint16((int(smallest) + _OFFSET) >> 16), out=small)
+        np.less_equal(work, np.uint32(2 * within), out=near)
+    else:
+        np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=work)
+        np.less(work, smallest, out=small)
+        work += np.uint32(((1 << 12) + within - (112 << 23)) % 2**32)
+        np.right_shift(work, np.uint32(dropped), out=code, casting="unsafe")
+        work &= np.uint32(0x1FFF)
+        np.less_equal(work, np.uint32(2 * within), out=near)
+        np.right_shift(bits, np.uint32(16), out=other, casting="unsafe")
+        other &= np.uint16(0x8000)
+        code |= other
+    near |= small
+
+
+def _decide(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, bound: float | None, near: Near) -> int:
+    """Round what is near a tie, the uncertain in float64 (without a bound: all as float32 has it). Returns how many more now differ."""
+    flat = stored.view(np.uint16).reshape(-1)
+    changed = -int(np.count_nonzero(flat[near.places] != near.before))
+    if bound is None:
+        result = near.sums.astype(dtype.numpy).view(np.uint16)
+    else:
+        result = _certain(stored.shape[1], dtype, factors, start, bound, near)
+    flat[near.places] = result
+    return changed + int(np.count_nonzero(result != near.before))
+
+
+def _certain(columns: int, dtype: DType, factors: LowRank, start: int, bound: float, near: Near) -> NDArray[np.uint16]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        reach = np.abs(near.sums) * np.float32(2.0**-22)
+        low, result = _ends(near.sums, reach + np.float32(bound), dtype)
+        some = np.flatnonzero(low != result)
+        # those once more, with the bounds of their own row and column
+        row, column = np.divmod(near.places[some], columns)
+        own = factors.row_bound[start + row] * factors.column_norm[column] * _UP + _TINY
+        low, high = _ends(near.sums[some], reach[some] + own.astype(np.float32), dtype)
+    result[some] = high
+    uncertain = some[low != high]
+    if uncertain.size:
+        old = near.before[uncertain].view(dtype.numpy)
+        result[uncertain] = _settled(old, dtype, factors, start, near.places[uncertain], columns).view(np.uint16)
+    return result
+
+
+def _ends(values: NDArray[np.float32], reach: NDArray[np.float32], dtype: DType) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Both ends of the interval around each value, rounded."""
+    return (values - reach).astype(dtype.numpy).view(np.uint16), (values + reach).astype(dtype.numpy).view(np.uint16)
 
 
 def _settled(before: NDArray[Any], dtype: DType, factors: LowRank, start: int, flat: NDArray[np.intp], columns: int) -> NDArray[Any]:
@@ -307,16 +414,17 @@ def _add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start:
     rank = factors.up64.shape[1]
     step = max(1, (TILE_ELEMENTS // 4) // max(1, stored.shape[1]))
     for at in range(0, len(stored), step):
-        part = stored[at : at + step]
-        first = start + at
-        true = factors.up64[first : first + len(part)] @ factors.down64
-        true += widen(part)
-        bound = factors.row_bound()[first : first + len(part), None].astype(np.float64) * (2.0**-28 * factors.widest)
-        bound = bound + np.abs(true) * 2.0**-51 + 1e-300 * (rank + 1)
-        doubtful = np.flatnonzero(narrow(true - bound, dtype) != narrow(true + bound, dtype))
-        if doubtful.size:
-            sums = factors.elements(doubtful, first, stored.shape[1])
-            true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + sums
+        with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN of the base
+            part = stored[at : at + step]
+            first = start + at
+            true = factors.up64[first : first + len(part)] @ factors.down64
+            true += widen(part)
+            bound = factors.row_bound[first : first + len(part), None] * (2.0**-28 * factors.widest)
+            bound = bound + np.abs(true) * 2.0**-51 + 1e-300 * (rank + 1)
+            doubtful = np.flatnonzero(narrow(true - bound, dtype) != narrow(true + bound, dtype))
+            if doubtful.size:
+                sums = factors.elements(doubtful, first, stored.shape[1])
+                true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + sums
         more, over = store(part, true, dtype)
         changed, infinite = changed + more, infinite + over
     return changed, infinite
