@@ -25,6 +25,7 @@
 
 #define CHUNK 16
 #define WIDEST 32 /* columns of a panel */
+#define WAITING 8
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
 #define JOIN_(a, b) a##_##b
@@ -85,6 +86,17 @@ typedef struct {
 } Tile;
 
 enum { BFLOAT, HALF, SINGLE };
+
+/* Elements that float sums could not decide, in a ring: their factors are fetched while others are worked on. */
+typedef struct {
+    long row, column;
+} Place;
+
+typedef struct {
+    const Tile *tile;
+    unsigned next;
+    Place place[WAITING];
+} Waiting;
 
 /* Add `sum` to element `at`. NaN in the weight stays as it is. */
 static void add_and_round(const Tile *tile, long at, double sum, long *changed, long *infinite)

@@ -307,6 +307,22 @@ TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, long
     add_and_round(tile, row * tile->columns + column, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])), changed, infinite);
 }
 
+/* Line one uncertain element up, its factors on their way to the cache, and settle the one that has waited longest. */
+TARGET static __attribute__((noinline)) void NAME(wait)(Waiting *waiting, long row, long column, long *changed, long *infinite)
+{
+    const Tile *tile = waiting->tile;
+    const long rank = EIGHTS(tile->rank), size = rank * (tile->wide ? 8 : 4);
+    const char *d = (const char *)tile->downs + column * size, *u = (const char *)(tile->up64 + row * tile->rank);
+    for (long at = 0; at < size; at += 64)
+        __builtin_prefetch(d + at);
+    for (long at = 0; at < tile->rank * 8; at += 64)
+        __builtin_prefetch(u + at);
+    Place *place = &waiting->place[waiting->next++ % WAITING], old = *place;
+    *place = (Place){row, column};
+    if (old.row >= 0)
+        NAME(settle)(tile, old.row, old.column, changed, infinite);
+}
+
 /* Panels are taken in groups that fit the first-level cache beside what they change, so that a row's bytes are met in runs of several
  * cache lines: at a stride of 4 KiB single lines would all fight for one cache set. */
 #define TILE(function, block, element, factor, width)                                                                                   \
@@ -323,6 +339,9 @@ TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, long
         element *w[ROWS];                                                                                                               \
         const factor *u[ROWS];                                                                                                          \
         float reach[ROWS];                                                                                                              \
+        Waiting waiting = {.tile = tile};                                                                                               \
+        for (int n = 0; n < WAITING; n++)                                                                                               \
+            waiting.place[n].row = -1;                                                                                                  \
         for (long first = 0; first < columns; first += group) {                                                                         \
             long last = columns - first < group ? columns : first + group;                                                              \
             for (long i = 0; i < rows; i += ROWS) {                                                                                     \
@@ -360,11 +379,13 @@ TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, long
                             for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {                                                    \
                                 long c = __builtin_ctz(mark);                                                                           \
                                 if (c < wide)                                                                                           \
-                                    NAME(settle)(tile, i + r, j + c, &changed, infinite_out);                                           \
+                                    NAME(wait)(&waiting, i + r, j + c, &changed, infinite_out);                                         \
                             }                                                                                                           \
                 }                                                                                                                       \
             }                                                                                                                           \
         }                                                                                                                               \
+        for (int n = 0; n < WAITING && waiting.place[n].row >= 0; n++)                                                                  \
+            NAME(settle)(tile, waiting.place[n].row, waiting.place[n].column, &changed, infinite_out);                                  \
         *changed_out = changed;                                                                                                         \
     }
 
