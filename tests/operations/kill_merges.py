@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tests.operations.merging import NUMPY, adapter, lora, save
 
-from upparam.operations.merge import merge
-from upparam.operations.merge.inplace import Journal, journal_path, undo
+from upparam.operations.merge import inplace, merge
+from upparam.operations.merge.journal import Journal, journal_path, undo
 
 ROWS, COLUMNS, LAYERS = 1500, 1024, 12
 
@@ -89,7 +89,8 @@ def main() -> None:
             shutil.rmtree(left)
         shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(base, place)
-    for _ in range(kills):
+    for number in range(kills):
+        inplace.REPLACED_SHARE = 2.0 if number % 2 else 0.4  # by ranges, by new files
         kill(lambda: merge(place, change, in_place=True, threads=2))  # type: ignore[arg-type]
         if not journal_path(place).exists():
             counts["untouched"] += 1
@@ -103,6 +104,7 @@ def main() -> None:
             if journal_path(place).exists():
                 undo(place)
         assert digest(place) == old, "the old bytes are not back"
+        assert {path.name for path in place.iterdir()} == {path.name for path in base.iterdir()}
     print(json.dumps({"killed": kill.killed, **counts}))
 
 

@@ -21,9 +21,9 @@ ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("P
 
 
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
-    """30 kills of a merge and 30 of an in-place merge: the old or the new model, never a mixture that undo cannot take back."""
+    """50 kills of a merge and 50 of an in-place merge: the old or the new model, never a mixture that undo cannot take back."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_merges.py")), str(tmp_path), "30"],
+        [sys.executable, str(Path(__file__).with_name("kill_merges.py")), str(tmp_path), "50"],
         capture_output=True,
         text=True,
         env=ENV,
@@ -31,8 +31,8 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert counts["killed"] >= 30, counts
-    assert counts["absent"] >= 5 and counts["absent"] + counts["whole"] == 30, counts
+    assert counts["killed"] >= 50, counts
+    assert counts["absent"] >= 5 and counts["absent"] + counts["whole"] == 50, counts
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from tests.operations.merging import NUMPY, adapter, load, lora, ordered_distanc
 
 from upparam.adapter import Adapter
 from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
-from upparam.operations.merge import merge, stream
-from upparam.operations.merge.inplace import Journal, journal_path, undo
+from upparam.operations.merge import inplace, merge, stream
+from upparam.operations.merge.journal import Journal, journal_path, undo
 from upparam.operations.unmerge import unmerge
 
 RNG = np.random.default_rng(3)
@@ -35,11 +35,21 @@ def model(folder: Path) -> tuple[Path, Adapter]:
     return folder, adapter(deltas)
 
 
+WAYS = {"ranges": 2.0, "new files": 0.0}
+"""From which touched share on a file is written anew: never, always."""
+
+
+@pytest.fixture(params=list(WAYS))
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(inplace, "REPLACED_SHARE", WAYS[request.param])
+    return str(request.param)
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path) -> None:
+def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path, way: str) -> None:
     base, item = model(tmp_path / "base")
     before = digests(base)
     merge(base, item, tmp_path / "out")
@@ -51,22 +61,60 @@ def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path) -
     assert Journal.read(base).state == b"applied "
     with pytest.raises(OutputExistsError, match="undo journal"):
         merge(base, item, in_place=True)
-    assert undo(base).counts["ranges_restored"] == 6
+    counts = undo(base).counts
+    assert (counts["ranges_restored"], counts["files_restored"]) == ((6, 0) if way == "ranges" else (0, 3))
     assert digests(base) == before
     with pytest.raises(UnreadableError, match="no undo journal"):
         undo(base)
 
 
-def test_discard_makes_it_final(tmp_path: Path) -> None:
+def test_only_files_that_mostly_change_are_written_anew(tmp_path: Path) -> None:
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+    first, *others = list(item.deltas)
+    item.deltas = {first: item.deltas[first], **{target: item.deltas[target] for target in others if target.module.startswith("layers.1.")}}
+    places = {path.name: path.stat().st_ino for path in base.glob("*.safetensors")}
+    merge(base, item, in_place=True)
+    now = {path.name: path.stat().st_ino for path in base.glob("*.safetensors")}
+    assert [now[name] == places[name] for name in sorted(places)] == [True, False, True]
+    counts = undo(base).counts
+    assert (counts["ranges_restored"], counts["files_restored"]) == (1, 1)
+    assert digests(base) == before
+
+
+def test_new_files_keep_mode_and_other_names_keep_the_old_content(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"m.weight": np.ones((8, 6), np.float32)})
+    base.chmod(0o640)
+    other = tmp_path / "other-name.safetensors"
+    other.hardlink_to(base)
+    old = base.read_bytes()
+    merge(base, adapter({"m": lora(np.ones((8, 1)), np.ones((1, 6)))}), in_place=True)
+    assert base.stat().st_mode & 0o777 == 0o640
+    assert base.read_bytes() != old and other.read_bytes() == old
+    undo(base)
+    assert base.read_bytes() == old and sorted(path.name for path in tmp_path.iterdir()) == ["b.safetensors", "other-name.safetensors"]
+
+
+def test_a_disk_without_room_for_new_files_gets_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    base, item = model(tmp_path / "base")
+    touched = 6 * 40 * 48 * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=(1 << 20) + touched))
+    merge(base, item, in_place=True)
+    assert undo(base).counts["ranges_restored"] == 6
+
+
+def test_discard_makes_it_final(tmp_path: Path, way: str) -> None:
     base, item = model(tmp_path / "base")
     merge(base, item, in_place=True)
-    after = digests(base)
+    after = {name: digest for name, digest in digests(base).items() if not name.startswith(".")}
     undo(base, discard=True)
-    del after[".upparam-undo"]
     assert digests(base) == after
 
 
-def test_a_failure_half_way_puts_the_old_bytes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_half_way_puts_the_old_bytes_back(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, item = model(tmp_path / "base")
     before = digests(base)
     real, calls = stream.Change.run, []
@@ -83,7 +131,37 @@ def test_a_failure_half_way_puts_the_old_bytes_back(tmp_path: Path, monkeypatch:
     assert digests(base) == before
 
 
-def test_a_damaged_or_unfinished_journal(tmp_path: Path) -> None:
+def test_a_failure_when_all_is_written_puts_the_old_files_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+    monkeypatch.setattr(inplace, "REPLACED_SHARE", 0.0)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("the power went out")
+
+    monkeypatch.setattr(inplace, "summary", fails)
+    with pytest.raises(RuntimeError, match="power"):
+        merge(base, item, in_place=True)
+    assert digests(base) == before
+
+
+def test_a_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+
+    def fails(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", fails)
+    merge(base, item, in_place=True)
+    undo(base)
+    assert digests(base) == before
+
+
+def test_a_damaged_or_unfinished_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inplace, "REPLACED_SHARE", WAYS["ranges"])
     base, item = model(tmp_path / "base")
     merge(base, item, in_place=True)
     path = journal_path(base)

@@ -17,6 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Undo (or discard) and print the receipt."""
-    from upparam.operations.merge.inplace import undo
+    from upparam.operations.merge.journal import undo
 
     return emit_receipt(args, undo(args.base, discard=args.discard))

@@ -1,9 +1,10 @@
-"""Merging into the base's own files, with an undo journal: only touched byte ranges are rewritten.
+"""Merging into the base's own files, with an undo journal: nothing of the old model is lost until the journal is discarded.
 
-Two phases. First the old bytes of every range that will change are copied into a journal beside the base, which is synced and then
-marked complete; the base is still as it was. Then the ranges are rewritten, the weights being read from the journal. A kill in the
-first phase leaves the base untouched, a kill in the second leaves a complete journal: `undo` copies the old bytes back, bit for bit,
-and may itself be killed and run again. After success the journal stays, so the merge can be taken back, until it is discarded.
+Of a file that changes little, only the touched byte ranges are rewritten, after their old bytes have been copied into the journal. A file
+that changes for the most part is written anew beside the old one, which costs one pass over its bytes instead of two, and takes its
+place; the old one is kept under another name. Two phases: first the journal and the new files, synced, and the mark that they are
+complete, while the base is still as it was; then the places are changed and the ranges rewritten, their weights being read from the
+journal. A kill in the first phase leaves the base untouched, a kill in the second leaves a complete journal for `undo`.
 """
 
 from __future__ import annotations
@@ -12,67 +13,52 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
+from upparam.errors import OutputExistsError, RefusedError, UnreadableError
 from upparam.findings import info
+from upparam.operations.merge.journal import (
+    APPLIED,
+    COMPLETE,
+    HEAD,
+    MAGIC,
+    PARTIAL,
+    journal_path,
+    new_path,
+    old_path,
+    set_state,
+    sync_folder,
+    undo,
+)
 from upparam.operations.merge.kernel import TILE_ELEMENTS
 from upparam.operations.merge.loaded import matrix_shape
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples
-from upparam.operations.merge.stream import Change, Copy, Shared, Task, chunks_of, run_tasks, write_all
-from upparam.operations.merge.write import Outcome, append_copy, summary
-from upparam.operations.receipt import Receipt
+from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks, write_all
+from upparam.operations.merge.write import Outcome, allocate, append_changes, append_copy, place, summary, tasks_with_changes
 from upparam.progress import Progress, silent
 from upparam.tensors import FileSource, Tensor
 
-_MAGIC = b"upparam-undo 1\n\0"
-_PARTIAL, _COMPLETE, _APPLIED = b"partial ", b"complete", b"applied "
-"""States, written at byte 16: old bytes still being gathered; gathered and the base perhaps half changed; the merge went through."""
-_HEAD = len(_MAGIC) + 8
-
-
-def journal_path(base: Path) -> Path:
-    """Where the journal of a base lies: hidden, inside a folder or beside a file."""
-    return base / ".upparam-undo" if base.is_dir() else base.with_name(f".{base.name}.upparam-undo")
+REPLACED_SHARE = 0.4
+"""The touched share of a file from which it is written anew: rewriting ranges reads and writes every touched byte twice."""
 
 
 @dataclass
-class Journal:
-    """An undo journal as read: its state, and (file, offset in it, length, offset in the journal) of every range."""
+class _Way:
+    """Which works are done by rewriting ranges and which by new files, and what the tasks of both leave."""
 
-    path: Path
-    state: bytes
-    ranges: list[tuple[Path, int, int, int]]
-    what: list[str]
+    ranges: list[Work]
+    files: dict[Path, list[Work]]
+    exact: bool
+    samples: Samples | None
+    shares: list[Shared] = field(default_factory=list)
 
-    @staticmethod
-    def read(base: Path) -> Journal:
-        """The journal of a base. Raises UnreadableError when there is none, MalformedError when it is damaged."""
-        path = journal_path(base)
-        if not path.is_file():
-            raise UnreadableError("no undo journal lies here", file=base, expected=str(path))
-        source = FileSource(path)
-        if source.size < _HEAD + 8 or source.read(0, len(_MAGIC)) != _MAGIC:
-            return Journal(path, _PARTIAL, [], [])
-        state = source.read(len(_MAGIC), 8)
-        if state == _PARTIAL:
-            return Journal(path, state, [], [])
-        length = int.from_bytes(source.read(_HEAD, 8), "little")
-        try:
-            head = json.loads(source.read(_HEAD + 8, length))
-            root = base if base.is_dir() else base.parent
-            at, ranges = _HEAD + 8 + length, []
-            for name, offset, size in head["ranges"]:
-                ranges.append((root / name, int(offset), int(size), at))
-                at += int(size)
-        except (ValueError, KeyError, TypeError) as problem:
-            raise MalformedError("the undo journal is damaged", file=path, found=str(problem)) from problem
-        if at != source.size or state not in (_COMPLETE, _APPLIED):
-            raise MalformedError("the undo journal is damaged", file=path, expected=f"{at} bytes", found=source.size)
-        return Journal(path, state, ranges, head.get("what", []))
+    @property
+    def size(self) -> int:
+        """Bytes of room needed beside the base."""
+        return sum(work.tensor.nbytes for work in self.ranges) + sum(path.stat().st_size for path in self.files)
 
 
 def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress) -> Outcome:
@@ -92,22 +78,42 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
             file=path,
             remedy=f"'upparam undo {base}' takes that merge back, with --discard it is made final",
         )
-    works = list(plan.works.values())
-    moved = _gather(plan, path, works, threads, sync)
+    way = _choose(plan, exact, Samples.for_works(len(plan.works)) if verify else None)
+    kept = way.size
+    moved = _prepare(plan, path, way, sync=sync, threads=threads, progress=progress)
     try:
-        outcome = _apply(plan, moved, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
-        _set_state(path, _APPLIED)
+        proof = _apply(plan, moved, way, sync=sync, threads=threads, progress=progress)
+        outcome = summary(plan, way.shares)
+        set_state(path, APPLIED)
     except BaseException:
         undo(base)
         raise
+    outcome.bytes = plan.touched_bytes
+    outcome.proofs = [proof] if proof else []
     outcome.findings.append(
-        info(
-            "undo-journal",
-            path.name,
-            f"'upparam undo {base}' takes the merge back; 'upparam undo --discard {base}' frees {path.stat().st_size:,} bytes",
-        )
+        info("undo-journal", path.name, f"'upparam undo {base}' takes the merge back; 'upparam undo --discard {base}' frees {kept:,} bytes")
     )
     return outcome
+
+
+def _choose(plan: Plan, exact: bool, samples: Samples | None) -> _Way:
+    """New files where most of a file changes and there is room for them; Raises UnreadableError when there is none for the ranges either."""
+    by_file: dict[Path, list[Work]] = {}
+    for work in plan.works.values():
+        by_file.setdefault(work.file.path, []).append(work)
+    mostly = {
+        path: works for path, works in by_file.items() if sum(work.tensor.nbytes for work in works) >= REPLACED_SHARE * path.stat().st_size
+    }
+    ways = [
+        _Way([work for path, works in by_file.items() if path not in files for work in works], files, exact, samples)
+        for files in (mostly, {})
+    ]
+    parent = plan.checkpoint.path.parent
+    free = shutil.disk_usage(parent).free
+    for way in ways:
+        if way.size + (1 << 20) <= free:
+            return way
+    raise UnreadableError("not enough room for the undo journal", file=parent, expected=f"{ways[-1].size:,} bytes", found=f"{free:,} free")
 
 
 def _check(plan: Plan) -> None:
@@ -133,139 +139,110 @@ def _check(plan: Plan) -> None:
             )  # fmt: skip
 
 
-def _gather(plan: Plan, path: Path, works: list[Work], threads: int, sync: bool) -> list[Work]:
-    """Phase one: the journal, complete and synced. Returns the works with their tensors read from it."""
+def _prepare(plan: Plan, path: Path, way: _Way, *, sync: bool, threads: int, progress: Progress) -> list[Work]:
+    """Phase one: the journal and the new files, complete and synced. Returns the works of ranges, their tensors read from the journal."""
+    root = plan.checkpoint.path if plan.checkpoint.is_folder else plan.checkpoint.path.parent
     head = {
-        "ranges": [[work.file.relative, _position(work.tensor), work.tensor.nbytes] for work in works],
+        "ranges": [[work.file.relative, place(work.tensor), work.tensor.nbytes] for work in way.ranges],
+        "replaced": [file.relative_to(root).as_posix() for file in way.files],
         "what": [str(item.path) for item in plan.ingredients],
     }
     text = json.dumps(head).encode()
-    start = _HEAD + 8 + len(text)
-    size = start + sum(work.tensor.nbytes for work in works)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise UnreadableError("not enough room for the undo journal", file=path.parent, expected=f"{size:,} bytes", found=f"{free:,} free")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    start = HEAD + 8 + len(text)
+    descriptors: list[int] = []
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size)
-        write_all(fd, memoryview(_MAGIC + _PARTIAL + len(text).to_bytes(8, "little") + text), 0)
+        fd = _create(path, start + sum(work.tensor.nbytes for work in way.ranges), descriptors)
+        write_all(fd, memoryview(MAGIC + PARTIAL + len(text).to_bytes(8, "little") + text), 0)
         tasks: list[Task] = []
         at = start
-        for work in works:
+        for work in way.ranges:
             assert isinstance(work.tensor.source, FileSource)
             append_copy(tasks, work.tensor.source, work.tensor.offset, fd, at, work.tensor.nbytes)
             at += work.tensor.nbytes
-        run_tasks(tasks, threads, 1, silent)
+        for file, works in way.files.items():
+            new = _create(new_path(file), file.stat().st_size, descriptors, like=file)
+            tasks += tasks_with_changes(file, works, new, way.shares, way.samples, way.exact)
+        with Flusher(descriptors if sync else ()):
+            run_tasks(tasks, threads, _widest(plan), progress if way.files else silent)
+        for descriptor in descriptors if sync else ():
+            os.fsync(descriptor)
         if sync:
-            os.fsync(fd)
-        write_all(fd, memoryview(_COMPLETE), len(_MAGIC))
+            for folder in {path.parent, *(file.parent for file in way.files)}:
+                sync_folder(folder)
+        write_all(fd, memoryview(COMPLETE), len(MAGIC))
         if sync:
             os.fsync(fd)
     except BaseException as problem:
-        os.close(fd)
-        path.unlink()
+        for left in (*map(new_path, way.files), path):
+            left.unlink(missing_ok=True)
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UnreadableError(
                 f"the undo journal could not be written: {problem.strerror}; the base is as it was", file=path
             ) from problem
         raise
-    os.close(fd)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
     source = FileSource(path)
     moved = []
     at = start
-    for work in works:
+    for work in way.ranges:
         moved.append(replace(work, tensor=Tensor(work.tensor.dtype, work.tensor.shape, source, at)))
         at += work.tensor.nbytes
     return moved
 
 
-def _position(tensor: Tensor) -> int:
-    assert isinstance(tensor.source, FileSource)
-    return tensor.source.start + tensor.offset
+def _create(path: Path, size: int, descriptors: list[int], like: Path | None = None) -> int:
+    """A new file of that size, owned and permitted as `like` where the system lets us."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+    descriptors.append(fd)
+    allocate(fd, size)
+    if like is not None:
+        shutil.copymode(like, path)
+        owner = like.stat()
+        if hasattr(os, "fchown") and (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
+            with suppress(PermissionError):
+                os.fchown(fd, owner.st_uid, owner.st_gid)
+    return fd
 
 
-def _apply(plan: Plan, moved: list[Work], *, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress) -> Outcome:
-    """Phase two: rewrite the ranges from the journal's old bytes."""
-    samples = Samples.for_works(len(moved)) if verify else None
+def _widest(plan: Plan) -> int:
+    return max(TILE_ELEMENTS, *(matrix_shape(work.tensor.shape)[1] for work in plan.works.values()))
+
+
+def _apply(plan: Plan, moved: list[Work], way: _Way, *, sync: bool, threads: int, progress: Progress) -> str | None:
+    """Phase two: prove the new files and put them in their places, rewrite the ranges from the journal's old bytes and prove them."""
+    new = {work.name: FileSource(new_path(file)) for file, works in way.files.items() for work in works}
+    written = {name: replace(plan.works[name].tensor, source=source, offset=place(plan.works[name].tensor)) for name, source in new.items()}
+    if way.samples is not None and written:  # before the base is touched; the ranges are looked at when they are written
+        check_samples(way.samples, written, way.exact)
+    for file in way.files:
+        _take_place(file)
+    for folder in {file.parent for file in way.files} if sync else ():
+        sync_folder(folder)
     descriptors = {work.file.path: os.open(work.file.path, os.O_RDWR) for work in moved}
     try:
-        shares: list[Shared] = []
         tasks: list[Task] = []
         for work in moved:
-            chunks = chunks_of(work)
-            shared = Shared(work, len(chunks))
-            shares.append(shared)
-            offset = _position(plan.works[work.name].tensor)
-            observe = samples.observe if samples else None
-            tasks += [Change(shared, low, high, descriptors[work.file.path], offset, exact, observe) for low, high in chunks]
-        widest = max(matrix_shape(work.tensor.shape)[1] for work in moved)
-        run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
+            offset = place(plan.works[work.name].tensor)
+            append_changes(tasks, work, descriptors[work.file.path], offset, way.shares, way.samples, way.exact)
+        if tasks:
+            run_tasks(tasks, threads, _widest(plan), progress)
         for fd in descriptors.values() if sync else ():
             os.fsync(fd)
     finally:
         for fd in descriptors.values():
             os.close(fd)
-    outcome = summary(plan, shares)
-    outcome.bytes = plan.touched_bytes
-    if samples is not None:
-        outcome.proofs = [check_samples(samples, {name: work.tensor for name, work in plan.works.items()}, exact)]
-    return outcome
+    if way.samples is None:
+        return None
+    return check_samples(way.samples, {work.name: plan.works[work.name].tensor for work in way.ranges} | written, way.exact)
 
 
-def _set_state(path: Path, state: bytes) -> None:
-    fd = os.open(path, os.O_RDWR)
+def _take_place(file: Path) -> None:
+    """The new file under the old one's name, which stays under another. Where the system has hard links there is a file under the name throughout."""
+    old = old_path(file)
     try:
-        write_all(fd, memoryview(state), len(_MAGIC))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def undo(base: Path | str, *, discard: bool = False) -> Receipt:
-    """Take the last in-place merge back from its journal, or with `discard` make it final; the journal is removed.
-
-    Raises UnreadableError when there is no journal, MalformedError when it is damaged, RefusedError for discarding the journal of a
-    merge that was interrupted.
-    """
-    base = Path(base)
-    journal = Journal.read(base)
-    if discard and journal.state == _COMPLETE:
-        raise RefusedError(
-            "the merge was interrupted and the base may be half changed; its journal is the only copy of the old bytes",
-            file=journal.path, remedy=f"run 'upparam undo {base}' first",
-        )  # fmt: skip
-    restored = 0
-    if not discard:
-        restored = _restore(journal)
-    journal.path.unlink()
-    counts: dict[str, Any] = {"ranges_restored": 0 if discard else len(journal.ranges), "bytes": restored}
-    proof = "the journal is gone and the merge is final" if discard else "every restored range was read back and equals the journal"
-    if not discard and not journal.ranges:
-        proof = "the merge had not changed anything yet"
-    return Receipt("undo", [str(journal.path)], [str(base)], counts, [proof])
-
-
-def _restore(journal: Journal) -> int:
-    source = FileSource(journal.path)
-    descriptors: dict[Path, int] = {}
-    total = 0
-    try:
-        tasks: list[Task] = []
-        for path, offset, size, at in journal.ranges:
-            if path not in descriptors:
-                descriptors[path] = os.open(path, os.O_RDWR)
-            tasks.append(Copy(source, at, descriptors[path], offset, size))
-            total += size
-        run_tasks(tasks, 1, 1, silent)
-        for fd in descriptors.values():
-            os.fsync(fd)
-        for path, offset, size, at in journal.ranges:
-            for start in range(0, size, 1 << 20):
-                count = min(1 << 20, size - start)
-                if os.pread(descriptors[path], count, offset + start) != source.read(at + start, count):
-                    raise UnreadableError("the restored bytes do not read back; the journal is kept", file=path)
-    finally:
-        for fd in descriptors.values():
-            os.close(fd)
-    return total
+        os.link(file, old)
+    except OSError:
+        file.rename(old)
+    new_path(file).replace(file)

@@ -207,9 +207,12 @@ def _write_files(
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
             descriptors.append(fd)
             start = len(file.header(blank))
-            _allocate(fd, file.size(start))
-            make = _tasks_verbatim if file.verbatim else _tasks
-            tasks += make(plan, file, fd, start, shares, samples, exact)
+            allocate(fd, file.size(start))
+            if file.verbatim:
+                works = [work for work in plan.works.values() if work.file is file.source]
+                tasks += tasks_with_changes(file.source.path, works, fd, shares, samples, exact)
+            else:
+                tasks += _tasks(plan, file, fd, start, shares, samples, exact)
         widest = max((max(1, _columns(work)) for work in plan.works.values()), default=1)
         from upparam.operations.merge.kernel import TILE_ELEMENTS
 
@@ -234,7 +237,8 @@ def _columns(work: Work) -> int:
     return matrix_shape(work.tensor.shape)[1]
 
 
-def _allocate(fd: int, size: int) -> None:
+def allocate(fd: int, size: int) -> None:
+    """Give a new file its size, on the disk where the system can."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, max(1, size))
     os.ftruncate(fd, size)
@@ -249,10 +253,7 @@ def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared],
         work = plan.works.get(qualified)
         base = file.added.get(name) or file.source.tensors[name]
         if work is not None:
-            chunks = chunks_of(work)
-            shared = Shared(work, len(chunks))
-            shares.append(shared)
-            tasks += [Change(shared, low, high, fd, at, exact, samples.observe if samples else None) for low, high in chunks]
+            append_changes(tasks, work, fd, at, shares, samples, exact)
         elif tensor.dtype == base.dtype and base.is_contiguous and not base.big_endian and isinstance(base.source, FileSource):
             append_copy(tasks, base.source, base.offset, fd, at, base.nbytes)
         elif tensor.nbytes:
@@ -261,25 +262,32 @@ def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared],
     return tasks
 
 
-def _tasks_verbatim(
-    plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared], samples: Samples | None, exact: bool
-) -> list[Task]:
+def tasks_with_changes(path: Path, works: list[Work], fd: int, shares: list[Shared], samples: Samples | None, exact: bool) -> list[Task]:
     """A file that stays as it is, every byte at its place, but for the tensors that change."""
     tasks: list[Task] = []
-    source = FileSource(file.source.path)
-    at = start
-    for name, tensor in file.tensors.items():
-        work = plan.works.get(file.source.qualified(name))
-        if work is None:
-            continue
-        append_copy(tasks, source, at, fd, at, tensor.offset - at)
-        chunks = chunks_of(work)
-        shared = Shared(work, len(chunks))
-        shares.append(shared)
-        tasks += [Change(shared, low, high, fd, tensor.offset, exact, samples.observe if samples else None) for low, high in chunks]
-        at = tensor.offset + tensor.nbytes
+    source, at = FileSource(path), 0
+    for start, work in sorted(((place(work.tensor), work) for work in works), key=lambda item: item[0]):
+        append_copy(tasks, source, at, fd, at, start - at)
+        append_changes(tasks, work, fd, start, shares, samples, exact)
+        at = start + work.tensor.nbytes
     append_copy(tasks, source, at, fd, at, source.size - at)
     return tasks
+
+
+def place(tensor: Tensor) -> int:
+    """Where in its file a tensor's bytes begin."""
+    assert isinstance(tensor.source, FileSource)
+    return tensor.source.start + tensor.offset
+
+
+def append_changes(
+    tasks: list[Task], work: Work, fd: int, offset: int, shares: list[Shared], samples: Samples | None, exact: bool
+) -> None:  # fmt: skip
+    """Add the tasks that write one changed tensor to `offset`, and the share they count in."""
+    chunks = chunks_of(work)
+    shared = Shared(work, len(chunks))
+    shares.append(shared)
+    tasks += [Change(shared, low, high, fd, offset, exact, samples.observe if samples else None) for low, high in chunks]
 
 
 def append_copy(tasks: list[Task], source: FileSource, start: int, fd: int, offset: int, size: int) -> None:
