@@ -110,8 +110,14 @@ class LowRank:
         Sums of NUMPY_CHUNK products each, in whatever order, that are then added one to the other.
         """
         rank = self.up64.shape[1]
-        depth = min(rank, NUMPY_CHUNK) + -(-rank // NUMPY_CHUNK) + 4
-        return self._keep("bound", lambda: self._row_norm(np.ones(self.up64.shape[1])) * (depth * _UNIT) + _TINY)
+        rounded = (not self._single(self.up, self.up64)) + (not self._single(self.down, self.down64))
+        depth = min(rank, NUMPY_CHUNK) + -(-rank // NUMPY_CHUNK) + rounded
+        return self._keep("bound", lambda: self._row_norm(np.ones(rank)) * (depth * _UNIT * _UP) + _TINY)
+
+    @staticmethod
+    def _single(narrow: NDArray[np.float32], wide: NDArray[np.float64]) -> bool:
+        """True when float32 holds every value."""
+        return bool((narrow == wide).all())
 
     @property
     def column_norm(self) -> NDArray[np.float64]:
@@ -151,8 +157,8 @@ class LowRank:
     def _pack(self, route: Route, kind: int) -> Packed:
         tile, single = route.module, kind == _KINDS["float32"]
         rank, columns = self.down64.shape
-        same = bool((self.down == self.down64).all())
-        rounded = 1.0 if single else float((not same) + (not (self.up == self.up64).all()) + (route.name == "portable"))
+        same = self._single(self.down, self.down64)
+        rounded = 1.0 if single else float((not same) + (not self._single(self.up, self.up64)) + (route.name == "portable"))
         ranks, chunk = np.arange(rank), tile.CHUNK
         starts = ranks // chunk * chunk
         weights = np.minimum(chunk, rank - starts) - (ranks - starts) + (-(-rank // chunk) - ranks // chunk) + rounded
@@ -213,7 +219,7 @@ class Scratch:
             self.delta = aligned(elements, np.float32)
             self.part = aligned(elements, np.float32)
             self.code = aligned(elements, np.uint16)
-            self.other = aligned(elements, np.uint16)
+            self.sign = aligned(elements, np.uint16)
             self.near = aligned(elements, np.bool_)
             self.small = aligned(elements, np.bool_)
 
@@ -227,7 +233,7 @@ def add_low_rank(
     """
     if scratch.route.module is not None and dtype.name in _KINDS:
         return _add_compiled(stored, dtype, factors, start, scratch, exact)
-    if scratch.route.module is None and dtype.name in _TIES and stored.size:
+    if scratch.route.module is None and dtype.name in _DROPPED and stored.size:
         return _add_in_float32(stored, dtype, factors, start, scratch, exact)
     return _add_in_float64(stored, dtype, factors, start)
 
@@ -273,9 +279,6 @@ _ORDINARY = {"bfloat16": 1e36, "float16": 4e9}
 """Squared norms below which no element of a block is near what its dtype cannot hold."""
 _CERTAIN = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 """The bound times the rank, in units of the weights' root mean square, above which float64 throughout costs less."""
-_TIES = {"bfloat16": (16, 0.0, 256), "float16": (13, 2.0**-14, 96)}
-"""The bits of a float32 that rounding takes away, the magnitude below which it takes more of them, and how near a tie, in units of the
-last place of float32, a sum must be to be looked at."""
 
 
 class Near(NamedTuple):
@@ -308,8 +311,6 @@ def _block(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scr
     _round_and_mark(sums, dtype, bound, scratch)
     places = np.flatnonzero(marked)
     values = sums.reshape(-1)[places]
-    if dtype.name == "bfloat16":
-        values = (values.view(np.uint32) - np.uint32(_OFFSET)).view(np.float32)
     near = Near(places, values, codes.reshape(-1)[places])
     np.not_equal(codes, code, out=marked)
     codes[...] = code
@@ -327,40 +328,38 @@ def _widened(codes: NDArray[np.uint16], dtype: DType, values: NDArray[np.float32
     values *= np.float32(2.0**112)
 
 
-_OFFSET = (1 << 15) + _TIES["bfloat16"][2]
-"""What is added to the bits of a float32 so that its upper half is the bfloat16 and its lower half small near a tie."""
+_DROPPED = {"bfloat16": (16, 0), "float16": (13, 112 << 23)}
+"""The bits of a float32 that rounding takes away, and what the exponent's bias is less by."""
 
 
 def _round_and_mark(sums: NDArray[np.float32], dtype: DType, bound: float, scratch: Scratch) -> None:
-    """Fill `scratch.code` with the sums rounded and `scratch.near` with where that is not certain; spends `scratch.delta`.
+    """Fill `scratch.code` with the sums rounded and `scratch.near` with where that is not certain; spends the other float buffers.
 
-    Each sum is within `bound` + |sum| 2^-22 of the true one. Where it is so large that this is less than `within` units of its last place
-    (a unit is at least |sum| 2^-24) only one that near to a tie can round otherwise than the true one. Those and the small ones are
-    marked; everywhere else ties may be rounded as is cheapest. bfloat16 sums come back with _OFFSET added to their bits.
+    As the compiled kernel does it: each true sum is within `bound` of the one here, and an element is certain where both ends of that
+    interval, moved outward by 4 units in the last place of float32 for the rounding of the sum and of the ends, round alike. No tie lies
+    between such ends, so ties may be rounded as is cheapest. An end beyond zero carries a sign bit and never agrees.
     """
     shape, size = sums.shape, sums.size
-    dropped, least, within = _TIES[dtype.name]
-    bits, work = sums.view(np.uint32), scratch.delta[:size].view(np.uint32).reshape(shape)
-    code, other, near, small = (room[:size].reshape(shape) for room in (scratch.code, scratch.other, scratch.near, scratch.small))
-    smallest = np.float32(max(least, bound * 2.0**24 / (within - 8))).view(np.uint32)
-    if dtype.name == "bfloat16":
-        bits += np.uint32(_OFFSET)
-        np.bitwise_and(bits, np.uint32(0xFFFF), out=work)
-        np.right_shift(bits, np.uint32(16), out=code, casting="unsafe")
-        np.bitwise_and(code, np.uint16(0x7FFF), out=other)
-        np.less_equal(other, np.uint16((int(smallest) + _OFFSET) >> 16), out=small)
-        np.less_equal(work, np.uint32(2 * within), out=near)
-    else:
-        np.bitwise_and(bits, np.uint32(0x7FFFFFFF), out=work)
-        np.less(work, smallest, out=small)
-        work += np.uint32(((1 << 12) + within - (112 << 23)) % 2**32)
-        np.right_shift(work, np.uint32(dropped), out=code, casting="unsafe")
-        work &= np.uint32(0x1FFF)
-        np.less_equal(work, np.uint32(2 * within), out=near)
-        np.right_shift(bits, np.uint32(16), out=other, casting="unsafe")
-        other &= np.uint16(0x8000)
-        code |= other
-    near |= small
+    dropped, less = _DROPPED[dtype.name]
+    high, low = (room[:size].reshape(shape) for room in (scratch.delta, scratch.part))
+    code, sign, near = (room[:size].reshape(shape) for room in (scratch.code, scratch.sign, scratch.near))
+    half = 1 << (dropped - 1)
+    np.abs(sums, out=high)
+    np.subtract(high, np.float32(bound), out=low)
+    high += np.float32(bound)
+    bits = high.view(np.uint32)
+    if less:  # below the normal numbers of the type more bits are taken away
+        np.less(bits, np.float32(2.0**-14).view(np.uint32), out=scratch.small[:size].reshape(shape))
+    for end, outward in ((bits, 4), (low.view(np.uint32), -4)):
+        end += np.uint32((half + outward - less) % 2**32)
+        end >>= np.uint32(dropped)
+    np.not_equal(bits, low.view(np.uint32), out=near)
+    if less:
+        near |= scratch.small[:size].reshape(shape)
+    code[...] = bits
+    np.right_shift(sums.view(np.uint32), np.uint32(16), out=sign, casting="unsafe")
+    sign &= np.uint16(0x8000)
+    code |= sign
 
 
 def _decide(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, bound: float | None, near: Near) -> int:
