@@ -15,7 +15,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, routes
+from upparam.operations.merge.factors import LowRank
+from upparam.operations.merge.kernel import Scratch, add_low_rank, routes
 from upparam.operations.merge.rounding import narrow, ordered, widen
 from upparam.tensors import DTYPES
 

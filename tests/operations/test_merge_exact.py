@@ -12,6 +12,7 @@ from tests.operations.merging import NUMPY, adapter, load, lora, round_once, sav
 
 from upparam.errors import RefusedError
 from upparam.operations.merge import kernel, merge, stream
+from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.rounding import narrow, ordered, round_to_odd
 from upparam.tensors import DTYPES
 
@@ -108,6 +109,6 @@ def test_ties_and_cancellations(tmp_path: Path) -> None:
 
 def test_tile_kernel_counts_changes_and_overflow() -> None:
     stored = np.array([[60000.0, 1.0, 0.0]], np.float16)
-    factors = kernel.LowRank(np.array([[1.0]]), np.array([[10000.0, 0.0, 1e-9]]))
+    factors = LowRank(np.array([[1.0]]), np.array([[10000.0, 0.0, 1e-9]]))
     changed, infinite = kernel.add_low_rank(stored, DTYPES["float16"], factors, 0, kernel.Scratch(16))
     assert (changed, infinite) == (1, 1) and np.isinf(stored[0, 0]) and stored[0, 1] == 1 and stored[0, 2] == 0

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.operations.merging import NUMPY, round_once
 
-from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, best_route, routes
+from upparam.operations.merge.factors import LowRank
+from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, routes
 from upparam.tensors import DTYPES
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from upparam.algorithms.base import Update
 from upparam.errors import MalformedError
-from upparam.operations.merge.kernel import LowRank, Scratch, add_low_rank, store
+from upparam.operations.merge.factors import LowRank
+from upparam.operations.merge.in_float64 import store
+from upparam.operations.merge.kernel import Scratch, add_low_rank
 from upparam.operations.merge.packing import decode, encode
 from upparam.operations.merge.plan import Piece, Work
 from upparam.operations.merge.rounding import narrow, widen
