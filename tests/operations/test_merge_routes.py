@@ -70,6 +70,14 @@ def test_the_route_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best_route().name == next(iter(routes()))
 
 
+def test_a_module_built_from_older_source_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    route = best_route()
+    if route.module is None:
+        pytest.skip("the compiled kernel is not built here")
+    monkeypatch.delattr(route.module, "INTERFACE")
+    assert list(routes()) == ["numpy"]
+
+
 def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
     route = best_route()
     if route.module is None:

@@ -24,6 +24,7 @@
 #endif
 
 #define CHUNK 16
+#define INTERFACE 2 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* columns of a panel */
 #define WAITING 8
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
@@ -393,7 +394,7 @@ PyMODINIT_FUNC PyInit_tile(void)
 {
     find_sets();
     PyObject *made = PyModule_Create(&definition);
-    if (made && PyModule_AddIntConstant(made, "CHUNK", CHUNK) < 0)
+    if (made && (PyModule_AddIntConstant(made, "CHUNK", CHUNK) < 0 || PyModule_AddIntConstant(made, "INTERFACE", INTERFACE) < 0))
         Py_CLEAR(made);
     return made;
 }

@@ -21,6 +21,8 @@ from upparam.tensors import DType
 
 TILE_ELEMENTS = 1 << 18
 """Elements of a tile: 1 MiB as float32, so that a tile and its companions stay in the second-level cache."""
+_INTERFACE = 2
+"""What the compiled module must say it speaks; one left over from older source does not."""
 
 
 class Route(NamedTuple):
@@ -43,7 +45,8 @@ def routes() -> dict[str, Route]:
     except ImportError:
         pass
     else:
-        for index, (name, lanes) in enumerate(tile.instruction_sets()):
+        instruction_sets = tile.instruction_sets() if getattr(tile, "INTERFACE", 1) == _INTERFACE else ()
+        for index, (name, lanes) in enumerate(instruction_sets):
             found[name] = Route(name, tile, index, lanes)
     found["numpy"] = _NUMPY
     return found
