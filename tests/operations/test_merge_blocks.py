@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+from tests.operations.merging import adapter, lora, save
 
 from upparam.adapter import Target
 from upparam.bases import inventory
 from upparam.bases.layouts import layout
 from upparam.errors import UsageError
+from upparam.operations.merge import prepare
 from upparam.operations.merge.blocks import IDS, PRESETS, block_of, parse
 
 ATTENTION = "attn1.to_q"
@@ -62,3 +66,10 @@ def test_presets_vectors_ranges_and_globs() -> None:
 def test_what_is_no_block_weight(text: str) -> None:
     with pytest.raises(UsageError, match="block weight"):
         parse([text])
+
+
+def test_weights_that_name_no_block_of_the_adapter_are_said(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"model.layers.0.q.weight": np.ones((4, 6), np.float32)})
+    item = adapter({"model.layers.0.q": lora(np.ones((4, 1), np.float32), np.ones((1, 6), np.float32))})
+    assert [finding.code for finding in prepare(base, item, block_weight=parse(["NONE"])).findings] == ["block-weights"]
+    assert not prepare(base, item, block_weight=parse(["*.q=0.5"])).findings

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from upparam.operations.merge.plan import Plan
-from upparam.report.text import finding_lines, listed, one_line
+from upparam.report.text import counted, finding_lines, listed, one_line
 
 
 def plan_text(plan: Plan) -> str:
     """What would change, what would not, and what it costs."""
-    gib = 1 << 30
-    lines = [f"base: {plan.checkpoint.path} ({len(plan.checkpoint.tensors):,} tensors in {len(plan.checkpoint.files)} files)"]
+    lines = [
+        f"base: {plan.checkpoint.path} ({counted(len(plan.checkpoint.tensors), 'tensor')} in {counted(len(plan.checkpoint.files), 'file')})"
+    ]
     for item in plan.ingredients:
         algorithms = listed(f"{count} {name}" for name, count in item.adapter.algorithms().items())
         lines.append(f"adapter: {item.path} x {item.multiplier:g} ({item.adapter.dialect}: {algorithms or 'no deltas'})")
@@ -25,7 +26,7 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"left out: {len(plan.skipped)} targets ({listed(plan.skipped)})")
     lines += finding_lines(plan.findings)
     lines.append(
-        f"would change {len(plan.works):,} tensors ({plan.touched_bytes / gib:.2f} GiB) and write {plan.written_bytes / gib:.2f} GiB; "
+        f"would change {counted(len(plan.works), 'tensor')} ({plan.touched_bytes:,} bytes) and write {plan.written_bytes:,} bytes; "
         f"about {plan.memory_bytes() >> 20} MiB of memory and {plan.seconds():.1f} s where files copy at 1.5 GB/s"
     )
     return "\n".join(map(one_line, lines))

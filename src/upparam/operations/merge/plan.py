@@ -171,7 +171,9 @@ def make_plan(
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise MismatchError(
-            f"{len(problems)} parts of the adapter do not fit the base",
+            "1 part of the adapter does not fit the base"
+            if len(problems) == 1
+            else f"{len(problems)} parts of the adapter do not fit the base",
             file=checkpoint.path,
             found=shown,
             remedy="choose the base it was made for, or leave these out with --skip",
@@ -195,7 +197,7 @@ def _refuse_unplaceable(adapter: Adapter, drop: Collection[str]) -> None:
         lost += adapter.conditions
     if lost:
         raise RefusedError(
-            f"{len(lost)} parts of the adapter cannot be merged into weights",
+            f"{len(lost)} part{'s' if len(lost) > 1 else ''} of the adapter cannot be merged into weights",
             file=adapter.files[0] if adapter.files else None,
             found=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
             remedy="give them up by kind with --drop (textual-inversion, other, leftovers, conditions)",
@@ -220,6 +222,10 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         else:
             plan.skipped.append(str(target))
     adapter = ingredient.adapter
+    if ingredient.block_weight and adapter.deltas and all(ingredient.block_weight(target) == 1.0 for target in adapter.deltas):
+        plan.findings.append(
+            warning("block-weights", str(ingredient.path or adapter.dialect), "the block weights leave every module as it is: none lies in a block they name")
+        )  # fmt: skip
     deltas = {target: adapter.deltas[target] for target in chosen}
     spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)
     problems += [_missing(plan, target) for target in missing]
