@@ -61,7 +61,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(model: tuple[Path, Path], tmp
     base, adapter = model
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = run(capsys, "merge", base, adapter, "--dry-run", "--skip", "*.v_proj", "--block-weights", "*q_proj=0.25")
-    assert code == 0 and "scale 0.5" in out and "left out: 1 targets" in out and "would change 1 tensors" in out
+    assert code == 0 and "scale 0.5" in out and "left out: 1 target" in out and "would change 1 tensor " in out
     code, out, _ = run(capsys, "merge", base, adapter, "--dry-run", "--json")
     assert code == 0 and json.loads(out)["tensors_touched"] == 2
     assert sorted(tmp_path.rglob("*")) == before

@@ -23,7 +23,7 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"  {name} {work.dtype} {'x'.join(map(str, work.tensor.shape))}: {how}")
     lines += [f"  {name} {tensor.dtype} {'x'.join(map(str, tensor.shape))}: added" for name, tensor in plan.added.items()]
     if plan.skipped:
-        lines.append(f"left out: {len(plan.skipped)} targets ({listed(plan.skipped)})")
+        lines.append(f"left out: {counted(len(plan.skipped), 'target')} ({listed(plan.skipped)})")
     lines += finding_lines(plan.findings)
     lines.append(
         f"would change {counted(len(plan.works), 'tensor')} ({plan.touched_bytes:,} bytes) and write {plan.written_bytes:,} bytes; "
