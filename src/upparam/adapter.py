@@ -107,6 +107,15 @@ class Adapter:
         """How many factors have each dtype."""
         return _count(factor.dtype.name for delta in self.deltas.values() for factor in delta.factors().values())
 
+    def parameters(self) -> int:
+        """How many numbers the factors hold, those that several deltas share counted once."""
+        held: dict[tuple[int, int], int] = {}
+        for delta in self.deltas.values():
+            for factor in delta.factors().values():
+                place = (id(factor.source), factor.offset)
+                held[place] = max(held.get(place, 0), factor.numel)
+        return sum(held.values())
+
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor the adapter holds under a canonical name (`module.role`), leftovers included."""
         found = {f"{target}.{role}": factor for target, delta in self.deltas.items() for role, factor in delta.factors().items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tests.dialects.files import read, same, tensor_file, written
 
@@ -39,6 +39,7 @@ PATHS = st.lists(SEGMENTS, min_size=1, max_size=4).map(".".join)
 def test_patterns_match_as_in_the_library(patterns: dict[str, int], path: str) -> None:
     from peft.utils.other import get_pattern_key
 
+    assume(all(key.count("+") < 3 for key in patterns))  # upparam refuses a more elaborate pattern
     usable = {key: value for key, value in patterns.items() if key != "("}  # where the library fails, upparam passes over
     expected = usable.get(get_pattern_key(usable.keys(), path), 7)
     assert patterned(patterns, path, 7) == expected
@@ -50,6 +51,7 @@ def test_targets_match_as_in_the_library(targets: Any, path: str) -> None:
 
     if isinstance(targets, list) and not targets:
         return
+    assume(isinstance(targets, list) or targets.count("+") < 3)  # upparam refuses a more elaborate pattern
     config = peft.LoraConfig(target_modules=set(targets) if isinstance(targets, list) else targets)
     assert targeted(targets, path) == bool(check_target_module_exists(config, path))
 

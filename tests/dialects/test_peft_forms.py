@@ -20,7 +20,7 @@ from tests.matrix.specimens import specimen  # noqa: E402
 
 from upparam.adapter import ExtraKind  # noqa: E402
 from upparam.dialects import get  # noqa: E402
-from upparam.errors import NotAnAdapterError, RefusedError  # noqa: E402
+from upparam.errors import DeadAdapterError, NotAnAdapterError, RefusedError  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 from upparam.operations.merge import merge  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
@@ -246,8 +246,18 @@ def test_no_tensor_is_lost_in_reading(tmp_path: Path) -> None:
 
 
 def test_factors_of_an_unknown_kind_are_not_called_dead(tmp_path: Path) -> None:
-    folder = save(tmp_path / "a", {f"{Q}.oft_s": torch.ones(4)}, {"peft_type": "OFT"})
+    folder = save(tmp_path / "a", {f"{Q}.lora_E": torch.ones(4, 1), f"{Q}.hada_w1_a": torch.ones(4, 4)}, {})
     with pytest.raises(RefusedError, match="does not know"):
+        open_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "have", "missing"),
+    [("OFT", "oft_s", "oft_r"), ("BOFT", "boft_s", "boft_R"), ("ADALORA", "lora_E", "lora_A and lora_B"), ("VERA", "vera_lambda_b", "vera_lambda_d")],
+)  # fmt: skip
+def test_what_is_missing_is_named(kind: str, have: str, missing: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "a", {f"{Q}.{have}": torch.ones(4, 1)}, {"peft_type": kind})
+    with pytest.raises(DeadAdapterError, match=f"no module has its {missing} "):
         open_adapter(folder)
 
 

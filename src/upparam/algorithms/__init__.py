@@ -13,6 +13,10 @@ ALGORITHMS: dict[str, str] = {
     "diag-oft": "upparam.algorithms.oft:DiagOFT",
     "butterfly-oft": "upparam.algorithms.boft:ButterflyOFT",
     "t-lora": "upparam.algorithms.tlora:TLoRA",
+    "adalora": "upparam.algorithms.adalora:AdaLoRA",
+    "vera": "upparam.algorithms.vera:VeRA",
+    "oft": "upparam.algorithms.oft:OFT",
+    "boft": "upparam.algorithms.boft:BOFT",
     "full": "upparam.algorithms.full:Full",
     "norm": "upparam.algorithms.full:Norm",
 }

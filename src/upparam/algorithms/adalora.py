@@ -57,7 +57,11 @@ class AdaLoRA(Delta):
         return {"up": self.up, "values": self.values, "down": self.down}
 
     def matrices(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(up (out, r), diag(values) @ down (r, in)) in float64."""
+        """(up (out, r), diag(values) @ down (r, in)) in float64; of rank 1 and zero where no singular value is left."""
+        import numpy as np
+
+        if not self.rank:
+            return np.zeros((self.shape[0], 1)), np.zeros((1, self.shape[1]))
         return self.up.doubles(), self.values.doubles().reshape(-1, 1) * self.down.doubles()
 
     def load(self) -> LowRankUpdate:

@@ -167,6 +167,14 @@ class Delta(ABC):
                 return replace(self, **{role: change(factor)})  # type: ignore[type-var]
         raise RefusedError(f"no factor of a {self.algorithm} delta can take over a multiplier")
 
+    def for_weight(self, shape: tuple[int, ...]) -> Delta:
+        """The delta with what only the shape of its weight, (out, in, *kernel), tells filled in. Raises MalformedError where it cannot be."""
+        return self
+
+    def beside(self) -> Mapping[str, Delta]:
+        """What comes with this delta for other parameters of the module (`bias`), wherever the base has them."""
+        return {}
+
     def idle(self, zeros: Collection[str]) -> bool:
         """True when nothing changes because the factors of these roles, and no others, are all zero."""
         return bool(zeros)

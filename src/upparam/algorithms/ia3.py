@@ -36,7 +36,8 @@ class IA3(Delta):
     """vector, of any shape with one axis that is not 1: a number for each output, or with `on_input` for each input channel.
 
     The numbers are l itself (huggingface/peft src/peft/tuners/ia3/layer.py), or with `from_one` what is added to 1 (KohakuBlueleaf/LyCORIS
-    lycoris/modules/ia3.py). PEFT multiplies a module's bias with the outputs, LyCORIS does not; `bias` marks the delta of such a bias.
+    lycoris/modules/ia3.py). PEFT multiplies outputs with the module's bias in them, LyCORIS without: `with_bias` says so of a weight's delta,
+    `bias` marks the delta of the bias itself.
     """
 
     algorithm: ClassVar[str] = "ia3"
@@ -44,11 +45,13 @@ class IA3(Delta):
     vector: Tensor
     on_input: bool = False
     from_one: bool = False
+    with_bias: bool = False
     bias: bool = False
     scaling: Scaling = BAKED
 
     def __post_init__(self) -> None:
-        if max(self.vector.shape, default=0) != self.vector.numel or not self.vector.numel or (self.bias and self.on_input):
+        bias = self.bias or self.with_bias
+        if max(self.vector.shape, default=0) != self.vector.numel or not self.vector.numel or (bias and self.on_input):
             raise MalformedError("not a vector of outputs or inputs", found=self.vector.shape)
 
     @property
@@ -72,6 +75,10 @@ class IA3(Delta):
         """True when 1 + 0 multiplies everything."""
         return self.from_one and bool(zeros)
 
+    def beside(self) -> Mapping[str, Delta]:
+        """The same numbers for the module's bias."""
+        return {"bias": replace(self, with_bias=False, bias=True)} if self.with_bias else {}
+
     def load(self) -> ScaledUpdate:
         """The vector in memory as float64."""
         self.known_scale()
@@ -86,13 +93,9 @@ class IA3(Delta):
         from upparam.algorithms.slicing import same_tensor, stack
 
         for other in others:
-            same = (other.on_input, other.from_one, other.bias, other.vector.dtype) == (
-                self.on_input,
-                self.from_one,
-                self.bias,
-                self.vector.dtype,
-            )
-            if not same or (self.on_input and not same_tensor(self.vector, other.vector)):
+            if replace(other, vector=self.vector) != self or other.vector.dtype != self.vector.dtype:
+                return None
+            if self.on_input and not same_tensor(self.vector, other.vector):
                 return None
         return self if self.on_input else replace(self, vector=self._along(stack([part._flat for part in (self, *others)])))
 

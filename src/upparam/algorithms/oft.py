@@ -8,7 +8,7 @@ from math import isqrt, sqrt
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import BAKED, Delta, DependentUpdate, RowReader, Scaling
-from upparam.errors import MalformedError
+from upparam.errors import MalformedError, RefusedError
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -162,9 +162,10 @@ def turned_rows(rows: NDArray[np.float64], turns: NDArray[np.float64]) -> NDArra
 class OFT(Delta):
     """skew (k, b (b - 1) / 2), the rows of each skew matrix above its diagonal: W' = W @ T^T, T block-diagonal with T_i = (I - Q_i) @ inverse(I + Q_i).
 
-    `neumann` is the number of terms of the series that stands for the inverse (I + 2Q + 2Q^2 + ... + Q^n: PEFT's sign), None for the inverse
-    itself; `eps` the radius of constrained OFT; `shared` when the one block is used for all. A kernel counts as columns.
-    Source: huggingface/peft (0.15 and later) src/peft/tuners/oft/layer.py OFTRotationModule.
+    `neumann` is the number of terms of a series in Q that stands for the turn, as PEFT counts them (see `_series`), None for the turn itself;
+    `doubled` when the series is that of PEFT 0.16 and 0.17, whose last term counts twice as all others do; `eps` the radius of constrained OFT; `shared` when the one block is used for all. A kernel counts as columns. An embedding's
+    outputs are turned instead, W' = W @ T (`embedding`). Not `told`: nothing says which of these it is.
+    Source: huggingface/peft (0.16 and later) src/peft/tuners/oft/layer.py OFTRotationModule.
     """
 
     algorithm: ClassVar[str] = "oft"
@@ -173,6 +174,9 @@ class OFT(Delta):
     neumann: int | None = None
     eps: float | None = None
     shared: bool = False
+    embedding: bool = False
+    doubled: bool = False
+    told: bool = True
     scaling: Scaling = BAKED
 
     def __post_init__(self) -> None:
@@ -187,7 +191,7 @@ class OFT(Delta):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(0, k b), or (0, 0) when one block is shared: the factors do not tell the outputs."""
+        """(0, k b), or (0, 0) when one block is shared: the factors do not tell the rows."""
         return (0, 0 if self.shared else self.skew.shape[0] * self.size)
 
     @property
@@ -198,6 +202,15 @@ class OFT(Delta):
     def factors(self) -> Mapping[str, Tensor]:
         """`skew`."""
         return {"skew": self.skew}
+
+    def known_scale(self) -> float:
+        """1. Raises RefusedError where it is not known how blocks become turns."""
+        if not self.told:
+            raise RefusedError(
+                "how these blocks become turns (exactly or by a series, with or without a limit) is in no tensor and never guessed",
+                remedy="write it into an adapter_config.json beside the file: peft_type, use_cayley_neumann, num_cayley_neumann_terms, coft, eps",
+            )  # fmt: skip
+        return 1.0
 
     def load(self) -> InputTurnUpdate:
         """The turns in memory as float64."""
@@ -212,7 +225,9 @@ class OFT(Delta):
             radius = self.eps / sqrt(len(skew))
             norms = np.linalg.norm(skew, axis=(1, 2))
             skew *= np.where(norms <= radius, 1.0, radius / np.maximum(norms, 1e-300))[:, None, None]
-        turns = cayley(skew) if self.neumann is None else _series(skew, self.neumann)
+        if self.embedding:
+            skew = -skew  # the turn of -Q is the transpose of that of Q
+        turns = cayley(skew) if self.neumann is None else _series(skew, self.neumann, self.doubled)
         return InputTurnUpdate(turns, self.shape)
 
     def cut_rows(self, start: int, stop: int) -> OFT:
@@ -230,8 +245,11 @@ class OFT(Delta):
         return self if all(replace(other, skew=self.skew) == self and same_tensor(self.skew, other.skew) for other in others) else None
 
 
-def _series(skew: NDArray[np.float64], terms: int) -> NDArray[np.float64]:
-    """I + 2 Q + 2 Q^2 + ... + 2 Q^(terms - 2) + Q^(terms - 1); the last power once."""
+def _series(skew: NDArray[np.float64], terms: int, doubled: bool) -> NDArray[np.float64]:
+    """I + 2Q + 2Q^2 + ... + 2Q^(terms - 2) + Q^(terms - 1) as PEFT sums it: of 3 terms it still adds 2Q^2 + Q^3.
+
+    `doubled`: I + 2Q + ... + 2Q^(terms - 1).
+    """
     import numpy as np
 
     total: NDArray[np.float64] = np.broadcast_to(np.eye(skew.shape[1]), skew.shape).copy()
@@ -241,8 +259,9 @@ def _series(skew: NDArray[np.float64], terms: int) -> NDArray[np.float64]:
     if terms > 2:
         power = skew @ skew
         total += 2.0 * power
-        for _ in range(3, terms - 1):
+        for _ in range(3, terms if doubled else terms - 1):
             power = power @ skew
             total += 2.0 * power
-        total += power @ skew
+        if not doubled:
+            total += power @ skew
     return total

@@ -10,25 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
-from upparam.dialects import peft_config, peft_shards
+from upparam.dialects import peft_config, peft_others, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
-from upparam.dialects.peft_names import WRAPPER, Sorted, is_checkpoint, part_of, sort
+from upparam.dialects.peft_kinds import KNOWN_TYPES, METHODS
+from upparam.dialects.peft_names import WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
 from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
 from upparam.dialects.peft_write import COMPONENTS, by_component, outside, saved, whole
 from upparam.dialects.placing import base_of
 from upparam.dialects.refusing import refuse
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError
 
-_PROMPTS = {
-    "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning", "P_TUNING": "p-tuning", "PREFIX_TUNING": "prefix tuning",
-    "ADAPTION_PROMPT": "LLaMA-Adapter prompts", "CPT": "context-aware prompt tuning", "CARTRIDGE": "a cartridge of keys and values",
-}  # fmt: skip
-"""peft types that change no weight: virtual tokens and the like."""
 _BOTTLENECK = re.compile(r"\.adapters\.[^.]+\.adapter_(down|up)\.|\.adapter(_layer)?\.(down|up)(_proj|_sampler|_project)?\.")
 """Bottleneck adapters (adapter-hub/adapters src/adapters/methods/modeling.py): two projections with a non-linearity between them."""
 
@@ -42,7 +38,8 @@ class Peft:
 
     def match(self, file: TensorFile) -> Match | None:
         """By names: `base_model.model.<module>.lora_A.weight` and the like. Factors among base weights (a training checkpoint) count less."""
-        parts = {name: part for name in file.tensors if (part := part_of(name)) is not None}
+        bare = is_adalora(file.tensors)
+        parts = {name: part for name in file.tensors if (part := part_of(name, bare)) is not None}
         if not parts:
             return self._other_kind(file)
         wrapped = sum(part.wrapped for part in parts.values())
@@ -57,12 +54,15 @@ class Peft:
             return Match(self.name, 0.97, tuple(evidence))
         if any(part.module.split(".", 1)[0] in ("diffusion_model", "lora_unet") for part in parts.values()):
             return None
-        return Match(self.name, 0.75, (*evidence, f"without {WRAPPER} in front"))
+        return Match(self.name, 0.95 if bare else 0.75, (*evidence, f"without {WRAPPER} in front"))
 
     def _other_kind(self, file: TensorFile) -> Match | None:
         """What PEFT saves beside low-rank adapters, so that `read` can say what it is."""
         if "prompt_embeddings" in file.tensors:
             return Match(self.name, 0.9, ("a tensor prompt_embeddings: virtual tokens, as PEFT saves them",))
+        told = peft_others.by_names(file.tensors)
+        if told is not None:
+            return Match(self.name, 0.9, (f"names such as {told[1]}, as PEFT's {told[0]} has them",))
         bottleneck = next((name for name in file.tensors if _BOTTLENECK.search(name)), None)
         if bottleneck is not None:
             return Match(self.name, 0.6, (f"bottleneck adapter layers such as {bottleneck}",))
@@ -98,11 +98,7 @@ class Peft:
         take_slices(adapter.metadata)
         found = [(member, take_deltas(adapter, member, options)) for member in members]
         if not any(deltas for _, deltas in found):
-            _refuse_unknown(first)
-            raise DeadAdapterError(
-                "no module has both its lora_A and its lora_B", file=first.file.path, found=", ".join(list(first.file.tensors)[:3]),
-                remedy="look for the other factor where this file came from",
-            )  # fmt: skip
+            _refuse_dead(first, adapter)
         if first.config is not None and first.config.get("fan_in_fan_out") is not None:
             adapter.transposed_base = True if first.config["fan_in_fan_out"] else None
         if first.names.adapter:
@@ -144,14 +140,31 @@ class Peft:
 _HALVES = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
 
 
-def _refuse_unknown(member: Member) -> None:
-    """Raise RefusedError where a module has factors of another kind than plain LoRA's: that is no adapter with a part missing."""
+def _refuse_dead(member: Member, adapter: Adapter) -> NoReturn:
+    """Say why no module has a delta. Raises RefusedError for factors that upparam does not know, else DeadAdapterError."""
+    why = next((finding for finding in adapter.findings if finding.code == "cannot-tell"), None)
+    if why is not None:
+        raise DeadAdapterError(why.message, file=member.file.path, tensor=why.subject)
+    kind = str((member.config or {}).get("peft_type"))
+    methods = [method for method in METHODS if kind in ("None", method.type)]
+    known = {word for method in methods for word in method.roles | method.more}
+    wanted = "both its lora_A and its lora_B"
     for module, roles in member.names.factors.items():
-        if not roles.keys() <= _HALVES:
+        if not roles.keys() <= _HALVES | known:
             raise RefusedError(
                 "upparam does not know how these factors change a weight", file=member.file.path, tensor=module, found=", ".join(roles),
                 remedy="merge the adapter with PEFT (merge_and_unload) and extract a LoRA from the result",
             )  # fmt: skip
+        if not roles.keys() <= _HALVES:
+            missing: list[list[str]] = [
+                sorted(method.roles - roles.keys()) for method in methods if roles.keys() & (method.roles | method.more)
+            ]
+            least = min(missing, key=len, default=["partner"])
+            wanted = f"its {' and '.join(least)}"
+    raise DeadAdapterError(
+        f"no module has {wanted}", file=member.file.path, found=", ".join(list(member.file.tensors)[:3]),
+        remedy="look for the other factor where this file came from",
+    )  # fmt: skip
 
 
 def _config(file: TensorFile) -> dict[str, Any] | None:
@@ -184,24 +197,21 @@ def _member(file: TensorFile, bundle: Bundle) -> Member:
     config = read_json((own if component else bundle.folder) / peft_config.FILE)
     kind = (config or {}).get("peft_type")
     names = sort(
-        file.tensors, peft_config.words(config, "modules_to_save"), None if config is None else config.get("bias") in ("all", "lora_only")
+        file.tensors, peft_config.words(config, "modules_to_save"), None if config is None else config.get("bias") not in (None, "none")
     )  # fmt: skip
-    if str(kind) in _PROMPTS or "prompt_embeddings" in file.tensors:
-        raise NotAnAdapterError(
-            f"{_PROMPTS.get(str(kind), 'prompt tuning')} learns inputs, not changes of weights: it cannot be converted or merged",
-            file=file.path, found=f"peft_type {kind}" if kind else "prompt_embeddings",
-        )  # fmt: skip
+    told = peft_others.by_names(file.tensors) if kind is None else None
+    if told is not None:
+        peft_others.refuse(told[0], file.path, told[1])
+    if "prompt_embeddings" in file.tensors and kind not in peft_others.OTHERS:
+        peft_others.refuse("PROMPT_TUNING", file.path, "prompt_embeddings")
+    if isinstance(kind, str) and kind not in KNOWN_TYPES:
+        peft_others.refuse(kind, file.path, f"peft_type {kind}")
     if not names.factors and any(_BOTTLENECK.search(name) for name in file.tensors):
         raise NotAnAdapterError(
             "bottleneck adapters are layers with a non-linearity inside, not changes of weights: they cannot be converted or merged",
             file=file.path, found=next(name for name in file.tensors if _BOTTLENECK.search(name)),
         )  # fmt: skip
     _refuse_empty(file, names)
-    if not names.factors and isinstance(kind, str):
-        raise NotAnAdapterError(
-            f"upparam does not know PEFT's {kind}", file=file.path, found=", ".join(list(file.tensors)[:3]),
-            remedy="merge it with PEFT (merge_and_unload) and extract a LoRA from the result",
-        )  # fmt: skip
     return Member(file, config, names, component)
 
 

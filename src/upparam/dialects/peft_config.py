@@ -100,14 +100,23 @@ def scaling_of(config: Mapping[str, Any] | None, module: str, rank: int, options
         return UNKNOWN if options.alpha is None or not (rank or r) else Scaling(rule, options.alpha, divisor=divisor)
     alpha = patterned(config.get("alpha_pattern"), module, number(config, key))
     scaling = Scaling(rule, alpha, divisor=divisor) if rank or r else UNKNOWN
+    agreed(scaling, alpha, rank, module, options)
+    return scaling
+
+
+def agreed(scaling: Scaling, alpha: float | None, rank: int, module: str, options: ReadOptions) -> None:
+    """Raise UsageError where the user says another alpha or scale than the config."""
     if options.alpha is not None and options.alpha != alpha:
         raise UsageError(
-            "the config says another alpha", file=FILE, tensor=module, expected=f"{alpha:g}", found=f"--alpha {options.alpha:g}"
+            "the config says another alpha",
+            file=FILE,
+            tensor=module,
+            expected=None if alpha is None else f"{alpha:g}",
+            found=f"--alpha {options.alpha:g}",
         )
     value = scaling.value(rank)
     if options.scale is not None and (value is None or not isclose(value, options.scale, rel_tol=1e-9)):
         raise UsageError("the config says another scale", file=FILE, tensor=module, expected=value, found=f"--scale {options.scale:g}")
-    return scaling
 
 
 def of_parameters(config: Mapping[str, Any] | None, module: str) -> bool:

@@ -14,24 +14,47 @@ from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
+from upparam.algorithms.slicing import RowSlice
 from upparam.bases.base import Module
-from upparam.dialects import peft_config
+from upparam.dialects import peft_adalora, peft_config, peft_turns, peft_vectors
 from upparam.dialects.base import ReadOptions
+from upparam.dialects.peft_method import Given, Method
 from upparam.dialects.peft_names import Sorted
 from upparam.errors import MalformedError, RefusedError, UsageError
 from upparam.tensors import Tensor
 
-PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "expert-lora": "LORA", "loha": "LOHA", "lokr": "LOKR"}
+METHODS: tuple[Method, ...] = (
+    peft_adalora.METHOD, peft_vectors.IA3_METHOD, peft_vectors.VERA_METHOD, peft_turns.OFT_METHOD, peft_turns.EMBEDDED_OFT_METHOD,
+    peft_turns.OLD_OFT_METHOD, peft_turns.BOFT_METHOD,
+)  # fmt: skip
+"""Methods beside LoRA, LoHa and LoKr; the first of several that hold an algorithm writes it."""
+PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "expert-lora": "LORA", "loha": "LOHA", "lokr": "LOKR"} | {
+    algorithm: method.type for method in METHODS for algorithm in method.algorithms
+}  # fmt: skip
 """Algorithm -> PEFT's word for the kind of adapter."""
+KNOWN_TYPES = frozenset(PEFT_TYPES.values())
+"""Values of peft_type that upparam reads."""
 ALPHA_WORD = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 """What the config calls alpha."""
 _LYCORIS: dict[str, type[LoHa] | type[LoKr]] = {"hada_": LoHa, "lokr_": LoKr}
 
 
+def method_of(delta: Delta) -> Method | None:
+    """How PEFT writes a delta of an algorithm beside LoRA, LoHa and LoKr; None for those."""
+    return next((method for method in METHODS if delta.algorithm in method.algorithms), None)
+
+
 def deltas_of(
     module: str, roles: Mapping[str, Tensor], config: Mapping[str, Any] | None, options: ReadOptions, names: Sorted
-) -> dict[Target, Delta]:
-    """The deltas of one module; {} where the factors make none that is known."""
+) -> dict[Target, Delta] | str:
+    """The deltas of one module; {}, or a sentence why, where the factors make none."""
+    said = (config or {}).get("peft_type")
+    for method in METHODS:
+        if said in (None, method.type) and method.roles <= roles.keys() <= method.roles | method.more:
+            found = method.read(Given(module, roles, config, options, names.shared))
+            return found if isinstance(found, str) else {Target(module): found}
+    if said not in (None, "LORA", "LOHA", "LOKR"):
+        return {}
     plain = roles.keys() - {"magnitude"}
     if plain == {"lora_embedding_A", "lora_embedding_B"}:
         down, up = roles["lora_embedding_B"].T, roles["lora_embedding_A"].T
@@ -120,6 +143,9 @@ def spelled(target: Target, delta: Delta, known: Module | None = None) -> dict[s
         return {"lora_A.weight": delta.down, "lora_B.weight": delta.up}
     if target.parameter != "weight":
         raise RefusedError(f"a delta of the {target.parameter}")
+    method = method_of(delta)
+    if method is not None and not isinstance(delta, RowSlice):
+        return method.spell(delta, known)
     if isinstance(delta, (LoHa, LoKr)):
         if known is not None and known.kind in ("Conv1D", "Embedding"):
             raise RefusedError(f"a {delta.algorithm} of a {known.kind}")

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
-from upparam.adapter import Adapter, Extra, ExtraKind
+from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta, ScaleRule
 from upparam.algorithms.lokr import LoKr
 from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_config import conditions, number, of_parameters, patterned, scaling_of, targeted, words
-from upparam.dialects.peft_kinds import ALPHA_WORD, PEFT_TYPES
+from upparam.dialects.peft_kinds import ALPHA_WORD, PEFT_TYPES, deltas_of, method_of
+from upparam.dialects.peft_method import Method, Written
+from upparam.dialects.peft_names import Sorted
 from upparam.errors import RefusedError
+from upparam.tensors import Tensor
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
 """Modules that PEFT saves whole when the vocabulary was resized or they are adapted, without listing them in modules_to_save."""
@@ -52,6 +55,11 @@ class Model:
             )
         return next(iter(types))
 
+    @property
+    def method(self) -> Method | None:
+        """How PEFT holds the deltas where that is another way than LoRA's, LoHa's and LoKr's."""
+        return method_of(next(iter(self.deltas.values())))
+
     def names(self, kind: ExtraKind) -> list[str]:
         """The names of the extras of one kind."""
         return [extra.name for extra in self.extras if extra.kind is kind]
@@ -65,6 +73,8 @@ def for_saving(adapter: Adapter, component: str, model: Model) -> Mapping[str, A
     own = dict(adapter.config) if adapter.dialect == "peft" else {}
     if component and f"config:{component}" in adapter.spelling:
         own = json.loads(adapter.spelling[f"config:{component}"]) or {}
+    if model.method is not None:
+        return own if _still_read(own, model, adapter) else _made(adapter, own, model)
     untouched = adapter.spelling.get("targets") == str(len(adapter.deltas))
     if untouched and (adapter.conditions or not conditions(own)) and _still_true(own, model, adapter.transposed_base):
         return own
@@ -86,6 +96,11 @@ def _still_true(config: Mapping[str, Any], model: Model, transposed: bool | None
             return False
         if scale is None or said is None or not isclose(scale, said, rel_tol=1e-12):
             return False
+    return _rest_true(config, model, transposed)
+
+
+def _rest_true(config: Mapping[str, Any], model: Model, transposed: bool | None) -> bool:
+    """Whether the config says which modules were saved whole, and how the base stores its weights."""
     saved = {name.rsplit(".", 1)[0] for name in model.names(ExtraKind.SAVED_MODULE)}
     listed = words(config, "modules_to_save")
     unlisted = {module for module in saved if not any(module.endswith(word) for word in listed)} - set(model.deltas)
@@ -93,6 +108,32 @@ def _still_true(config: Mapping[str, Any], model: Model, transposed: bool | None
     if any(module.rsplit(".", 1)[-1] not in heads for module in unlisted) or (listed and not saved):
         return False
     return transposed is None or bool(config.get("fan_in_fan_out")) is transposed
+
+
+def _still_read(config: Mapping[str, Any], model: Model, adapter: Adapter) -> bool:
+    """The same for the other methods: whether reading these factors with the config gives these deltas, and it names their modules."""
+    method = model.method
+    if not config or method is None or config.get("peft_type") != model.type or adapter.spelling.get("targets") != str(len(model.deltas)):
+        return False
+    shared = {name.removeprefix("base_model."): tensor for name, tensor in method.shared(model.deltas).items()}
+    for module, delta in model.deltas.items():
+        factors = {word.removesuffix(".weight"): tensor for word, tensor in method.spell(delta, None).items()}
+        again = deltas_of(module, factors, config, ReadOptions(), Sorted(shared=shared))
+        same = not isinstance(again, str) and _alike(again.get(Target(module)), delta)
+        if not same or not targeted(config.get("target_modules"), module):
+            return False
+    return _rest_true(config, model, adapter.transposed_base)
+
+
+def _alike(one: Delta | None, other: Delta) -> bool:
+    """Whether two deltas agree in all but their tensors, and in these by shape."""
+    if type(one) is not type(other) or one is None:
+        return False
+    shapes = [[(role, tensor.shape, tensor.dtype) for role, tensor in delta.factors().items()] for delta in (one, other)]
+    plain = [{name: value for name, value in vars(delta).items() if not isinstance(value, Tensor)} for delta in (one, other)]
+    for values in plain:
+        values.pop("columns", None)
+    return shapes[0] == shapes[1] and plain[0] == plain[1]
 
 
 _KEPT = (
@@ -131,7 +172,11 @@ def _made(adapter: Adapter, old: Mapping[str, Any], model: Model) -> dict[str, A
         "modules_to_save": sorted({path.rsplit(".", 1)[0] for path in saved} - set(names)) or None, "peft_type": kind, "revision": None,
         "target_modules": target_modules([name for name in names if name not in parameters], model.base), "task_type": _task(saved),
     }  # fmt: skip
-    if kind == "LORA":
+    method = model.method
+    if method is not None:
+        written = Written(names, made["target_modules"], old if old.get("peft_type") == kind else {}, model.base)
+        made |= _of_method(method, written, model, adapter)
+    elif kind == "LORA":
         biases = {path.rsplit(".", 1)[0] for path in model.names(ExtraKind.BIAS)}
         rooted = all(delta.scaling.rule is ScaleRule.ALPHA_OVER_SQRT_RANK and delta.scaling.divisor is None for delta in names.values())
         made |= _ranked(names, kind, {module: delta.rank or 0 for module, delta in names.items()}, rooted) | {
@@ -148,6 +193,19 @@ def _made(adapter: Adapter, old: Mapping[str, Any], model: Model) -> dict[str, A
         if kind == "LOKR":
             made |= _lokr_shape([delta for delta in names.values() if isinstance(delta, LoKr)], ranks.values())
     return made | _kept(old, adapter, bool(saved))
+
+
+def _of_method(method: Method, written: Written, model: Model, adapter: Adapter) -> dict[str, Any]:
+    """The settings of one of the other methods: its own, whether biases were trained, and how the base stores its weights."""
+    made = method.settings(written) | {key: written.old[key] for key in method.kept if key in written.old}
+    biases = {path.rsplit(".", 1)[0] for path in model.names(ExtraKind.BIAS)}
+    if method.biases:
+        made["bias"] = "none" if not biases else method.biases if biases <= set(written.deltas) else "all"
+    elif biases:
+        raise RefusedError(f"PEFT trains no biases beside {method.type}", found=sorted(biases)[0])
+    if method.transposes:
+        made["fan_in_fan_out"] = _conv1d(adapter, written.deltas, model.base)
+    return made
 
 
 def _ranked(names: Mapping[str, Delta], kind: str, ranks: Mapping[str, int], rooted: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ FACTORS = {
     "hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b", "hada_t1": "hada_t1", "hada_t2": "hada_t2",
     "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b", "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a",
     "lokr_w2_b": "lokr_w2_b", "lokr_t2": "lokr_t2", "ia3_l": "ia3_l", "vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d",
-    "oft_R": "oft_R", "oft_r": "oft_r", "oft_s": "oft_s", "boft_R": "boft_R", "boft_s": "boft_s",
+    "oft_R": "oft_R", "oft_embedding_R": "oft_embedding_R", "oft_r": "oft_r", "oft_s": "oft_s", "boft_R": "boft_R", "boft_s": "boft_s",
 }  # fmt: skip
 """Words that name a factor, and the role it plays here."""
 
@@ -48,8 +48,13 @@ def unwrapped(name: str) -> str:
     return _WRAPPED.sub("", name)
 
 
-def part_of(name: str) -> Part | None:
-    """The parts of a tensor name, or None when it names no factor."""
+def is_adalora(names: Iterable[str]) -> bool:
+    """True when singular values are among the factors: then lora_A and lora_B are bare parameters, as loralib's are, not layers with a weight."""
+    return any(".lora_E" in name for name in names)
+
+
+def part_of(name: str, bare: bool = False) -> Part | None:
+    """The parts of a tensor name, or None when it names no factor; `bare` when a lora_A without `.weight` is one (see `is_adalora`)."""
     found = _FACTOR.match(name)
     if found is None:
         return None
@@ -57,7 +62,7 @@ def part_of(name: str) -> Part | None:
     bias = bool(rest) and rest[-1] == "bias"
     if rest and rest[-1] in ("weight", "bias"):
         rest.pop()
-    elif found["word"] in ("lora_A", "lora_B"):
+    elif found["word"] in ("lora_A", "lora_B") and not bare:
         return None  # loralib's: PEFT's are layers with a weight
     if len(rest) > 1:
         return None
@@ -98,7 +103,8 @@ def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool
 
     Raises AmbiguousError when the file holds several adapters by name.
     """
-    parts = {name: part for name in tensors if (part := part_of(name)) is not None}
+    bare = is_adalora(tensors)
+    parts = {name: part for name in tensors if (part := part_of(name, bare)) is not None}
     adapters = sorted({part.adapter for part in parts.values()} - {""})
     if len(adapters) > 1:
         raise AmbiguousError("several adapters are in one file", found=", ".join(adapters), remedy="save each by itself with PEFT")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
-from upparam.algorithms.base import Delta
+from upparam.algorithms.base import Delta, fits_weight
+from upparam.algorithms.oft import OFT
 from upparam.algorithms.slicing import unjoin
 from upparam.bases import inventory
 from upparam.bases.base import Base
@@ -55,17 +56,19 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
             raise MalformedError(
                 problem.message, file=member.file.path, tensor=module, expected=problem.expected, found=problem.found, remedy=problem.remedy
             ) from None
-        if made:
+        if not isinstance(made, str) and made:
             found |= made
-        else:
-            adapter.leftovers |= {member.original(module, role): tensor for role, tensor in roles.items()}
-            adapter.findings.append(_why_none(member, module, roles))
+            continue
+        adapter.leftovers |= {member.original(module, role): tensor for role, tensor in roles.items()}
+        told = isinstance(made, str)
+        adapter.findings.append(error("cannot-tell", module, str(made), ", ".join(roles)) if told else _why_none(member, module, roles))
     for module, bias in member.names.biases.items():
         adapter.leftovers[member.original(module, "lora_B.bias")] = bias
         adapter.findings.append(
             warning("lora-bias", module, "a bias of lora_B: the base's bias changes by scale times it, which upparam does not apply")
         )
-    adapter.leftovers |= member.names.shared
+    if not any(delta.algorithm == "vera" for delta in found.values()):
+        adapter.leftovers |= member.names.shared
     adapter.leftovers |= member.names.unknown
     return found
 
@@ -123,6 +126,8 @@ def place(adapter: Adapter, found: Sequence[tuple[Member, Mapping[Target, Delta]
             path = rename(target.module)
             if resolved and base is not None and target.parameter == "weight":
                 known = base.by_path.get(path)
+                if known is not None and target.rows is None and fits_weight(delta.shape, known.canonical):
+                    delta = delta.for_weight(known.canonical)
                 if known is None or (target.rows is None and not alike(known.canonical, delta.shape)):
                     there = [f"there it is {known.canonical}"] if known else []
                     adapter.findings.append(
@@ -192,7 +197,7 @@ def _naming(base: Base, shapes: Mapping[str, tuple[int, ...]], component: str) -
 
 def _fits(weight: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """A delta of a whole weight, or (for parts of a fused one) of rows up to some row."""
-    return alike(weight, shape) or (weight[1:] == shape[1:] and shape[0] <= weight[0])
+    return fits_weight(shape, weight) or (weight[1:] == shape[1:] and shape[0] <= weight[0])
 
 
 def take_extras(adapter: Adapter, member: Member) -> None:
@@ -214,6 +219,15 @@ def explain(adapter: Adapter, member: Member) -> None:
                 "config-missing", subject,
                 f"no {peft_config.FILE} beside it: everything but the scale follows from the tensors (scale {'unknown' if unknown else 'as given'})",
                 *(["'upparam assemble' writes a new one; give --alpha (often 16 or 32, but only who trained it knows)"] if unknown else []),
+            )
+        )  # fmt: skip
+    untold = [target for target, delta in adapter.deltas.items() if isinstance(delta, OFT) and not delta.told]
+    if untold:
+        adapter.findings.append(
+            error(
+                "turns-unknown", subject, f"how the blocks of {len(untold)} targets become turns is in no tensor",
+                'say it in an adapter_config.json beside it, such as {"peft_type": "OFT", "oft_block_size": 32, "use_cayley_neumann": true, '
+                '"num_cayley_neumann_terms": 5, "peft_version": "0.18.0", "coft": false, "block_share": false}',
             )
         )  # fmt: skip
     if names.base:
@@ -251,13 +265,7 @@ def _check_ranks(adapter: Adapter, member: Member) -> None:
     for module, roles in member.names.factors.items():
         down = roles.get("lora_A", roles.get("lora_embedding_A"))
         r = peft_config.patterned(config.get("rank_pattern"), module, peft_config.number(config, "r"))
-        if (
-            down is None
-            or r is None
-            or config.get("enable_lora")
-            or config.get("target_parameters")
-            or config.get("peft_type") == "ADALORA"
-        ):
+        if down is None or r is None or config.get("enable_lora") or config.get("target_parameters") or "lora_E" in roles:
             continue
         if down.shape[0] != r:
             wrong.append(f"{module}: {down.shape[0]}, config {r:g}")

@@ -14,7 +14,7 @@ from upparam.bases.layouts import layout
 from upparam.dialects import peft_config
 from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_experts import nesting_of
-from upparam.dialects.peft_kinds import spelled
+from upparam.dialects.peft_kinds import method_of, spelled
 from upparam.dialects.peft_make import Model, for_saving
 from upparam.dialects.peft_names import TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
@@ -123,6 +123,8 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     if problems:
         return Saved({}, {}, {}, problems)
     try:
+        method = method_of(next(iter(names.values())))
+        tensors |= method.shared(names) if method is not None else {}
         config = for_saving(adapter, component, Model(names, extras, _renamed(base, component, naming)))
     except RefusedError as problem:
         return Saved({}, {}, {}, [because(component or "the adapter", problem)])

@@ -274,7 +274,7 @@ def describe(report: AdapterReport, adapter: Adapter, subject: str) -> None:
     report.alphas = _tally(delta.alpha for delta in deltas)
     report.scales = _tally(delta.scale for delta in deltas)
     report.modules = len({target.module for target in adapter.deltas})
-    report.parameters = sum(factor.numel for delta in deltas for factor in delta.factors().values())
+    report.parameters = adapter.parameters()
     report.extras = _tally(extra.kind.value for extra in adapter.extras)
     report.bases = [adapter.base] if adapter.base is not None else []
     rules = _tally(delta.scaling.rule.value for delta in deltas)

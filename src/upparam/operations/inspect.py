@@ -110,6 +110,8 @@ def module_stats(target: Target, delta: Delta) -> ModuleStats:
 
 def _norms(delta: Delta) -> tuple[float | None, float | None]:
     scale = delta.scale
+    if 0 in delta.shape:
+        return None, None
     matrices = getattr(delta, "matrices", None)
     if matrices is not None and delta.additive:
         values = singular_values(*matrices())
@@ -203,7 +205,7 @@ class Inspection:
                 "algorithms": shown.algorithms(),
                 "ranks": [{"rank": rank, "count": count} for rank, count in shown.ranks().items()],
                 "dtypes": shown.dtypes(),
-                "parameters": sum(factor.numel for delta in shown.deltas.values() for factor in delta.factors().values()),
+                "parameters": shown.parameters(),
                 "frobenius": sum(norm**2 for norm in known) ** 0.5 if known else None,
                 "frobenius_of": len(known),
                 "nonfinite": sum(module.nonfinite for module in self.modules),

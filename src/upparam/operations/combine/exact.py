@@ -41,7 +41,9 @@ def concatenated(place: Place) -> Delta:
         if form is None and (not delta.additive or sum(factor.numel for factor in delta.factors().values()) < prod(delta.shape)):
             raise RefusedError(
                 f"a {delta.algorithm} delta cannot be added to another by concatenation", file=piece.file, tensor=place.name,
-                remedy="give the rank of the result (--rank), or make a LoRA of it with 'upparam resize'",
+                remedy="give the rank of the result (--rank), or make a LoRA of it with 'upparam resize'"
+                if delta.additive
+                else "merge it into its base and make a LoRA of the difference with 'upparam extract'",
             )  # fmt: skip
     return _full(place)
 

@@ -13,7 +13,7 @@ from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.relation import Cut, Form, Pair, Precision, Relation
 from upparam.algorithms.slicing import RowSlice
-from upparam.errors import MalformedError
+from upparam.errors import MalformedError, RefusedError
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
 from upparam.tensors import DTYPES, DType, Tensor, singles
@@ -129,7 +129,7 @@ def compare_deltas(target: str, one: Delta, other: Delta) -> ModuleComparison:
         return replace(found, alike=Alike.BITS, norms=(norm, norm), cosine=one_or_none, distance=0.0, multiplier=one_or_none)
     try:
         numbers = _numbers(found, one, other)
-    except MalformedError as problem:
+    except (MalformedError, RefusedError) as problem:
         numbers = replace(found, reason=problem.message)
     if _same_scale(one, other) and _rounded(one, other):
         return replace(numbers, alike=Alike.ROUNDED, columns=None, rows=None, reason="")

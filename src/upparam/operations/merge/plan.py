@@ -13,7 +13,7 @@ from upparam.algorithms.base import Delta, fits_weight
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint, CheckpointFile
-from upparam.errors import AmbiguousError, MismatchError, RefusedError
+from upparam.errors import AmbiguousError, MalformedError, MismatchError, RefusedError
 from upparam.findings import Finding, warning
 from upparam.operations.merge import matching
 from upparam.operations.merge.packing import PACKINGS
@@ -247,15 +247,37 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
                 file=file.path, tensor=spot.name, expected="one of " + ", ".join((*sorted(MERGEABLE), *PACKINGS)), found=packing or tensor.dtype,
                 remedy="merge into the unquantised base and quantise the result",
             )  # fmt: skip
-        spot.delta.known_scale()
+        try:
+            delta = spot.delta.for_weight(tuple(reversed(shape)) if transposed else shape)
+        except MalformedError as problem:
+            problems.append(f"{spot.targets[0]}: {problem.message} ({problem.found} for {spot.name} {shape})")
+            continue
+        delta.known_scale()
         weights = {chosen[target] for target in spot.targets}
         if len(weights) > 1:
             problems.append(f"{spot.targets[0]}: parts of one {spot.delta.algorithm} delta with different block weights")
             continue
         scale = _scale_of(plan, spot.name, tensor)
         work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor), scale=scale, packing=packing))
-        work.pieces.append(Piece(spot.delta, spot.place, weights.pop(), transposed, index))
+        weight = weights.pop()
+        work.pieces.append(Piece(delta, spot.place, weight, transposed, index))
         _note_tied(plan, spot.name)
+        _place_beside(plan, spot, weight, index, problems)
+
+
+def _place_beside(plan: Plan, spot: matching.Spot, weight: float, index: int, problems: list[str]) -> None:
+    """What a delta brings for other parameters of its module, where the base has them."""
+    for parameter, delta in spot.delta.beside().items():
+        place = spot.place._replace(parameter=parameter)
+        name = f"{place.module}.{parameter}"
+        if name not in plan.checkpoint.tensors:
+            continue
+        file, tensor = plan.checkpoint.tensors[name]
+        if not weight_shape(delta, plan.checkpoint.shapes[name], place.rows, False) or tensor.dtype.name not in MERGEABLE:
+            problems.append(f"{spot.targets[0]}: shape {delta.shape} against {name} {plan.checkpoint.shapes[name]} {tensor.dtype}")
+            continue
+        work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
+        work.pieces.append(Piece(delta, place, weight, False, index))
 
 
 def _scale_of(plan: Plan, name: str, tensor: Tensor) -> Tensor | None:
