@@ -35,6 +35,7 @@ SEGMENTS = st.sampled_from(["q_proj", "v_proj", "layers", "0", "1", "10", "attn"
 PATHS = st.lists(SEGMENTS, min_size=1, max_size=4).map(".".join)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(PATHS | st.sampled_from([r"layers\.1", ".*proj", "[01]", "^0", "("]), st.integers(1, 64), max_size=4), PATHS)
 def test_patterns_match_as_in_the_library(patterns: dict[str, int], path: str) -> None:
     from peft.utils.other import get_pattern_key
@@ -45,6 +46,7 @@ def test_patterns_match_as_in_the_library(patterns: dict[str, int], path: str) -
     assert patterned(patterns, path, 7) == expected
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(PATHS, max_size=4) | PATHS | st.sampled_from([r".*\.(q|v)_proj", "layers.1"]), PATHS)
 def test_targets_match_as_in_the_library(targets: Any, path: str) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -137,9 +137,9 @@ def compare_deltas(target: str, one: Delta, other: Delta) -> ModuleComparison:
 
 
 def _norm(delta: Delta) -> float | None:
-    """||dW||, of the direction where there is a magnitude and without an unknown scale; None where there is none or it is not finite."""
+    """||dW||, of the direction where there is a magnitude and without an unknown scale; None where there is none, or it is not known or finite."""
     delta = delta.direction if isinstance(delta, Decomposed) else delta
-    if not delta.additive:
+    if not delta.additive or 0 in delta.shape:
         return None
     norm = (_unscaled(delta) if delta.scale is None else delta).frobenius()
     return norm if norm < float("inf") else None
