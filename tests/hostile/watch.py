@@ -32,8 +32,8 @@ EVENTS = (
     "shutil.copyfile", "code.__new__", "function.__new__", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.putenv",
     "os.startfile", "os.kill", "sys.setprofile", "sys.settrace",
 )  # fmt: skip
-READERS = ("scan", "identify", "inspect", "verify", "convert")
-"""Commands that every file goes through; files in folders named all-* go through every command."""
+READERS = (0, 1, 2, 4, 5, 9)
+"""Places in `commands` of those that every file goes through (scan, identify, inspect, salvage, verify, convert); files in folders named all-* go through every command."""
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "shutil.rmtree", "shutil.move")  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def everything(path: pathlib.Path, warm: pathlib.Path, problems: list) -> int:
         problems.append((path.name, "open", repr(problem)[:300]))
     runs = commands(str(path), warm)
     assert {words[0] for words in runs} >= set(upparam.cli.COMMANDS) - {"dialects"}, "a command that is not watched"
-    runs = runs if path.parent.name.startswith("all") or path.is_relative_to(warm) else [words for words in runs if words[0] in READERS]
+    runs = runs if path.parent.name.startswith("all") or path.is_relative_to(warm) else [runs[at] for at in READERS]
     for words in runs:
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
