@@ -231,10 +231,11 @@ def main() -> None:
     page = ROOT / "docs" / "security.md"
     text = page.read_text(encoding="utf-8")
     for name, part in parts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = before + start + part + end + after
+        _, found, after = rest.partition(end)
+        assert found, f"docs/security.md has no end mark for {name}"
+        text = before + start + part + "\n" + end + after
     if args.write:
         page.write_text(text, encoding="utf-8")
     else:
