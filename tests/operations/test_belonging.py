@@ -218,3 +218,11 @@ def test_what_lies_there_instead_is_said_before_the_training_leftovers(tmp_path:
     torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(NotAnAdapterError, match="git-lfs pointer"):
         upparam.open(tmp_path)
+
+
+def test_a_file_without_permission_is_unreadable_not_malformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(kohya(), tmp_path / "x.safetensors")
+    real = upparam.containers.os.access
+    monkeypatch.setattr(upparam.containers.os, "access", lambda path, mode: not str(path).endswith("x.safetensors") and real(path, mode))
+    (file,) = identify(tmp_path).files
+    assert (file.kind, file.message) == ("unreadable", "permission denied")

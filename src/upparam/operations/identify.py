@@ -14,7 +14,16 @@ from upparam.algorithms.base import ScaleRule
 from upparam.containers import file_source, head_of
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import ReadOptions
-from upparam.errors import AmbiguousError, DeadAdapterError, NotAnAdapterError, RefusedError, UnreadableError, UpparamError, UsageError
+from upparam.errors import (
+    AmbiguousError,
+    DeadAdapterError,
+    MalformedError,
+    NotAnAdapterError,
+    RefusedError,
+    UnreadableError,
+    UpparamError,
+    UsageError,
+)
 from upparam.findings import Finding, error, exit_code, info, warning
 from upparam.operations.belonging import belonging, broken_links, named_otherwise
 from upparam.operations.explaining import WEIGHTS
@@ -205,6 +214,10 @@ def _file_reports(
 
 
 def _problem_report(path: Path, problem: UpparamError) -> FileReport:
+    if not isinstance(problem, MalformedError):
+        return FileReport(
+            path, "unreadable", problem.message, size=path.stat().st_size, findings=[error("unreadable", path.name, problem.line())]
+        )
     look = _look(path)
     kind = look.kind if look is not None and look.kind not in ("unknown", "text") else "malformed"
     message = look.message if kind != "malformed" and look is not None else problem.message

@@ -347,7 +347,7 @@ def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Sample
             written[qualified] = found
             if qualified not in plan.works and name not in file.added and found.dtype == file.source.tensors[name].dtype:
                 untouched[qualified] = (file.source.tensors[name], found)
-    return [check_samples(samples, written, exact), check_untouched(untouched)]
+    return [check_samples(samples, written, exact), *([check_untouched(untouched)] if untouched else [])]
 
 
 def _carry(checkpoint: Checkpoint, files: list[OutFile], folder: Path) -> None:
