@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import shutil
 import tempfile
 from math import prod
 from pathlib import Path
@@ -22,7 +24,9 @@ _LARGEST = 4096
 
 def _folder() -> Path:
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="upparam-fuzz-", dir=memory if memory.is_dir() else None))
+    folder = tempfile.mkdtemp(prefix="upparam-fuzz-", dir=memory if memory.is_dir() else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 FOLDER = _folder()
