@@ -11,6 +11,9 @@ from upparam.algorithms.base import Delta
 from upparam.findings import Finding
 from upparam.tensors import Tensor
 
+FROM_BASE = "the initial factors were taken out of the base's weights"
+"""Part of a condition that subtracting the initial adapter settles."""
+
 
 class Target(NamedTuple):
     """What a delta changes.

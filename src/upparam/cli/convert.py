@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "whatever a relative error of 1%% takes. DoRA and others that depend on the weight need --base PATH",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="threads for --lowrank (default: the cores, at most 8)")
+    parser.add_argument("--initial", type=Path, metavar="PATH", help="the adapter training began as (PiSSA, OLoRA ...), to be subtracted")
     add_output(parser, "file or folder")
     add_reading(parser)
     add_common(parser)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     read = reading(args)
     how = Arithmetic(args.bake_scale, _rule(args.lowrank), _weights(args), threads=args.threads, progress=progress_for(args))
     receipt = convert(
-        args.path, args.out, args.to, read=read, force=args.force, verify=args.verify, drop=args.drop, arithmetic=how
+        args.path, args.out, args.to, read=read, force=args.force, verify=args.verify, drop=args.drop, arithmetic=how, initial=args.initial
     )  # fmt: skip
     return emit_receipt(args, receipt)
 

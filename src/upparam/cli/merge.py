@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """BASE, ADAPTER[@SCALE]..., -o or --in-place, what to leave out, --dtype, --dry-run."""
     parser.add_argument("base", type=Path, metavar="BASE", help="a weight file or a model folder")
     add_merging(parser)
+    parser.add_argument("--initial", type=Path, metavar="PATH", help="the adapter training began as (PiSSA, OLoRA ...), to be subtracted")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-o", "--out", type=Path, metavar="OUT", help="the merged model to write; it appears whole or not at all")
     where.add_argument("--in-place", action="store_true", help="change BASE itself, with an undo journal beside it (see 'upparam undo')")
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         "skip": args.skip,
         "drop": args.drop,
         "block_weight": block_weight(args.block_weights),
+        "initial": args.initial,
     }
     if args.dry_run:
         plan = prepare(args.base, adapters, **choice)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import isclose, isfinite
 from typing import Any
 
+from upparam.adapter import FROM_BASE
 from upparam.algorithms.base import UNKNOWN, ScaleRule, Scaling
 from upparam.dialects.base import ReadOptions
 from upparam.errors import LimitError, MalformedError, UsageError
@@ -135,8 +136,8 @@ def conditions(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_TAKES_FROM_BASE):
         found.append(
-            f"init_lora_weights is {start}: the initial factors were taken out of the base's weights before training; the change is "
-            "the difference to the initial adapter (PEFT's path_initial_model_for_weight_conversion makes a plain LoRA of it)"
+            f"init_lora_weights is {start}: {FROM_BASE} before training; the change is the difference to the initial adapter, which "
+            "convert and merge take with --initial (PEFT: path_initial_model_for_weight_conversion)"
         )
     if config.get("kasa_config"):
         found.append("KaSA: on loading, PEFT first takes the smallest singular values out of the base's weights")

@@ -20,6 +20,7 @@ from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.operations.fitting import Arithmetic, fitted
+from upparam.operations.initial import open_without
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
@@ -48,17 +49,21 @@ def convert(
     drop: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
     arithmetic: Arithmetic | None = None,
+    initial: Path | str | None = None,
 ) -> Receipt:
-    """Read the adapter at `path` and write it to `out` in dialect `to`. See `write_adapter` for what is raised."""
+    """Read the adapter at `path` and write it to `out` in dialect `to`. See `write_adapter` for what is raised.
+
+    `initial` is the adapter that training began as, to be subtracted (see `upparam.operations.initial`).
+    """
     refuse_existing(Path(out), force)
-    adapter = open_adapter(path, options=read)
+    adapter = open_without(path, initial, read)
     with Spool(Path(out).absolute().parent) if arithmetic is not None and arithmetic.lowrank is not None else nullcontext() as spool:
         if arithmetic is not None and spool is not None:
             arithmetic.keep = spool.keep
         receipt = write_adapter(
             adapter, out, to, read=read, force=force, verify=verify, drop=drop, options=options, arithmetic=arithmetic
         )  # fmt: skip
-    receipt.inputs = [str(path)]
+    receipt.inputs = [str(path)] if initial is None else [str(path), f"less {initial}"]
     return receipt
 
 

@@ -41,6 +41,7 @@ def merge(
     skip: Sequence[str] = (),
     drop: Collection[str] = (),
     block_weight: BlockWeight | None = None,
+    initial: Path | str | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Receipt:
@@ -63,7 +64,7 @@ def merge(
     if out is not None:
         refuse_existing(Path(out), force)
     pin_blas()
-    plan = prepare(base, adapters, dtype=dtype, only=only, skip=skip, drop=drop, block_weight=block_weight)
+    plan = prepare(base, adapters, dtype=dtype, only=only, skip=skip, drop=drop, block_weight=block_weight, initial=initial)
     threads = threads or default_threads()
     if out is None:
         from upparam.operations.merge.inplace import merge_in_place
@@ -104,6 +105,7 @@ def prepare(
     skip: Sequence[str] = (),
     drop: Collection[str] = (),
     block_weight: BlockWeight | None = None,
+    initial: Path | str | None = None,
 ) -> Plan:
     """The plan of a merge, nothing written. Raises what `merge` raises before its first byte."""
     from upparam.operations.merge.plan import make_plan
@@ -114,7 +116,7 @@ def prepare(
     except KeyError:
         raise UsageError("no dtype to merge into", expected="float32, float16, bfloat16, float64 or an fp8 type", found=dtype) from None
     checkpoint = Checkpoint.open(base)
-    ingredients = open_ingredients(checkpoint, adapters, block_weight)
+    ingredients = open_ingredients(checkpoint, adapters, block_weight, initial)
     if not ingredients:
         raise UsageError("no adapter to merge")
     for ingredient in ingredients:
@@ -123,37 +125,49 @@ def prepare(
 
 
 def open_ingredients(
-    base: Checkpoint | Path | str, adapters: Scaled | Sequence[Scaled], block_weight: BlockWeight | None = None
+    base: Checkpoint | Path | str,
+    adapters: Scaled | Sequence[Scaled],
+    block_weight: BlockWeight | None = None,
+    initial: Path | str | None = None,
 ) -> list[Ingredient]:
-    """The adapters opened against the base, each with its multiplier."""
+    """The adapters opened against the base, each with its multiplier.
+
+    `initial` is what the training of the only adapter began as: it is subtracted. Raises UsageError beside others.
+    """
     items: list[Scaled] = list(adapters) if isinstance(adapters, Sequence) and not isinstance(adapters, (str, tuple)) else [adapters]
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    return [_ingredient(item, checkpoint, block_weight) for item in items]
+    if initial is not None and len(items) != 1:
+        raise UsageError(
+            "an initial adapter belongs to one adapter", found=f"{len(items)} adapters", remedy="convert each with --initial first"
+        )
+    return [_ingredient(item, checkpoint, block_weight, initial) for item in items]
 
 
-def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight | None) -> Ingredient:
+def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight | None, initial: Path | str | None) -> Ingredient:
     """The adapter is first opened by itself; only where its names are not simply the base's is the base recognised and asked."""
+    from upparam.operations.initial import open_without, without_initial
     from upparam.operations.merge.matching import place
     from upparam.operations.merge.plan import Ingredient
+    from upparam.operations.opening import open_adapter
 
     source, multiplier = item if isinstance(item, tuple) else (item, 1.0)
     if isinstance(source, Ingredient):
         return source
     if isinstance(source, Adapter):
-        return Ingredient(source, float(multiplier), None, block_weight)
+        less = source if initial is None else without_initial(source, open_adapter(initial))
+        return Ingredient(less, float(multiplier), None, block_weight)
     from upparam.bases.header import base_from_shapes
     from upparam.dialects.base import ReadOptions
-    from upparam.operations.opening import open_adapter
 
     path = Path(source)
     try:
-        adapter = open_adapter(path)
+        adapter = open_without(path, initial)
         if adapter.deltas and not place(adapter.deltas, checkpoint.shapes, None)[1]:
             return Ingredient(adapter, float(multiplier), path, block_weight)
     except UsageError:
         pass  # names that only the base can settle
     base = base_from_shapes(checkpoint.shapes, config=checkpoint.config, name=str(checkpoint.path))
-    return Ingredient(open_adapter(path, options=ReadOptions(base=base)), float(multiplier), path, block_weight, base)
+    return Ingredient(open_without(path, initial, ReadOptions(base=base)), float(multiplier), path, block_weight, base)
 
 
 def _refuse_zero(ingredient: Ingredient) -> None:
