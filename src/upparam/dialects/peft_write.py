@@ -71,10 +71,11 @@ def by_component(deltas: Mapping[Target, Delta], extras: Iterable[Extra]) -> dic
 
 
 def outside(parts: Iterable[str], extras: Iterable[Extra]) -> list[str]:
-    """Saved modules and biases of components in which no module has factors: PEFT saves no folder for those."""
+    """Extras of components in which no module has factors, and those of none where there are several: PEFT saves no folder for them."""
     own = tuple(f"{part}." for part in parts if part)
+    lost = [extra for extra in extras if own and not extra.name.startswith(own)]
     kinds = (ExtraKind.SAVED_MODULE, ExtraKind.BIAS)
-    return [f"{extra.kind.value} {extra.name}" for extra in extras if own and extra.kind in kinds and not extra.name.startswith(own)]
+    return [f"{extra.kind.value} {extra.name}" for extra in lost if extra.kind in kinds or len(own) > 1]
 
 
 @dataclass

@@ -181,6 +181,7 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
             tensor=missing[0],
             found=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
         )
+    _refuse_misfits(one, deltas)
     pieces: dict[str, list[Member]] = {}
     for target, delta in _whole_where_reordered(one, deltas).items():
         foreign, part = one.places[target.module]
@@ -201,6 +202,25 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
         if told is not None and (how := _how_joined(one, foreign, members, found[foreign])):
             told[foreign] = how
     return found
+
+
+def _refuse_misfits(one: LayoutMap, deltas: Mapping[Target, Delta]) -> None:
+    """Raise RefusedError for targets whose weight has another shape in this base. Vocabularies are resized, so their rows say nothing."""
+    misfits = []
+    for target, delta in deltas.items():
+        if target.parameter != "weight":
+            continue
+        whole = one.places[target.module].part.shape
+        wanted = whole if target.rows is None else (target.rows[1] - target.rows[0], *whole[1:])
+        resized = wanted[0] >= _VOCABULARY and delta.shape[1:] == wanted[1:]
+        if not resized and not fits_weight(delta.shape, wanted):
+            misfits.append((target, delta.shape, wanted))
+    if misfits:
+        target, found, wanted = misfits[0]
+        raise RefusedError(
+            f"{len(misfits)} of {len(deltas)} targets have another shape in {one.base.name}: it is not the base of this adapter",
+            tensor=str(target), expected=wanted, found=found, remedy="name the base it was made for with --base",
+        )  # fmt: skip
 
 
 def _unjoined(foreign: str, targets: Sequence[Target], deltas: Mapping[Target, Delta], problem: RefusedError) -> list[Problem]:
