@@ -6,13 +6,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
+from upparam.algorithms.adalora import MARGIN, AdaLoRA
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
-from upparam.algorithms.boft import ButterflyOFT
+from upparam.algorithms.boft import BOFT, ButterflyOFT
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.full import Full, Norm
 from upparam.algorithms.glora import GLoRA
@@ -20,7 +22,8 @@ from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
-from upparam.algorithms.oft import DiagOFT
+from upparam.algorithms.oft import OFT, DiagOFT
+from upparam.algorithms.vera import VeRA
 from upparam.bases import inventory
 from upparam.bases.base import Module
 from upparam.tensors import Tensor
@@ -228,6 +231,55 @@ def butterfly(base: str) -> Adapter:
     return adapter(base, deltas)
 
 
+def adalora(base: str) -> Adapter:
+    """Six singular values to begin with, of some modules fewer left, of one none."""
+    deltas: dict[Target, Delta] = {}
+    for number, target in enumerate(targets(base)):
+        out, into = module(base, target.module).canonical[0], prod(module(base, target.module).canonical[1:])
+        rank = (6, 4, 0)[number % 3]
+        up, core, down = (values(shape, f"{target}{word}") for word, shape in (("B", (out, rank)), ("E", (rank, 1)), ("A", (rank, into))))
+        deltas[target] = AdaLoRA(up, core, down, scaling=Scaling(alpha=3.0, divisor=6 + MARGIN))
+    return adapter(base, deltas)
+
+
+def peft_ia3(base: str) -> Adapter:
+    """PEFT's form: the factor itself, for outputs with their biases, or inputs."""
+    deltas: dict[Target, Delta] = {}
+    for number, target in enumerate(targets(base)):
+        size = module(base, target.module).canonical[number % 2]
+        inputs = number % 2 == 1
+        deltas[target] = IA3(values((1, size) if inputs else (size, 1), f"{target}ia3"), inputs, with_bias=not inputs)
+    return adapter(base, deltas)
+
+
+def vera(base: str) -> Adapter:
+    sizes = {target: module(base, target.module).canonical for target in targets(base)}
+    up = values((max(size[0] for size in sizes.values()), 4), "vera_B")
+    down = values((4, max(size[1] for size in sizes.values())), "vera_A")
+    deltas: dict[Target, Delta] = {
+        target: VeRA(up.rows(0, size[0]), down, values(size[:1], f"{target}b"), values((4,), f"{target}d"), size[1])
+        for target, size in sizes.items()
+    }
+    return adapter(base, deltas)
+
+
+def oft(base: str) -> Adapter:
+    """PEFT's turns of inputs, by its series."""
+    deltas: dict[Target, Delta] = {
+        target: OFT(values((module(base, target.module).canonical[1] // 8, 28), f"{target}R"), neumann=5) for target in targets(base)
+    }
+    return adapter(base, deltas)
+
+
+def boft(base: str) -> Adapter:
+    """PEFT's butterfly of inputs, two factors."""
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out, into = module(base, target.module).canonical[:2]
+        deltas[target] = BOFT(values((2, into // 8, 8, 8), f"{target}R"), values((out, 1), f"{target}s"))
+    return adapter(base, deltas)
+
+
 def full(base: str) -> Adapter:
     """Whole differences of weights and their biases."""
     deltas: dict[Target, Delta] = {}
@@ -264,6 +316,11 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "IA3": (ia3, ("sd1.5", "llama-3-8b")),
     "Diag-OFT": (diag_oft, ("sd1.5", "llama-3-8b")),
     "BOFT": (butterfly, ("sd1.5",)),
+    "AdaLoRA": (adalora, ("sd1.5", "llama-3-8b")),
+    "PEFT's IA3": (peft_ia3, ("sd1.5", "llama-3-8b")),
+    "VeRA": (vera, ("sd1.5", "llama-3-8b")),
+    "PEFT's OFT": (oft, ("sd1.5", "llama-3-8b")),
+    "PEFT's BOFT": (boft, ("sd1.5", "llama-3-8b")),
     "full": (full, tuple(CONV)),
     "norm": (norms, tuple(NORM)),
     "text encoder": (text_encoder, tuple(TEXT)),
