@@ -67,10 +67,13 @@ class LowRank:
 
         Sums of NUMPY_CHUNK products each, in whatever order, that are then added one to the other.
         """
-        rank = self.rank
+        return self._keep("bound", self._row_bound)
+
+    def _row_bound(self) -> NDArray[np.float64]:
         rounded = (not self._single(self.up, self.up64)) + (not self._single(self.down, self.down64))
-        depth = min(rank, NUMPY_CHUNK) + -(-rank // NUMPY_CHUNK) + rounded
-        return self._keep("bound", lambda: self.row_norm * (depth * UNIT * UP) + TINY)
+        depth = min(self.rank, NUMPY_CHUNK) + -(-self.rank // NUMPY_CHUNK) + rounded
+        bound: NDArray[np.float64] = self.row_norm * (depth * UNIT * UP) + TINY
+        return bound
 
     @property
     def rank(self) -> int:
