@@ -39,9 +39,10 @@ def main() -> None:
             start = int(rng.integers(0, 3 * ROWS))
             weight = np.roll(pool[start : start + ROWS] * 0.02, tile, axis=1).astype(DTYPES[dtype].numpy)
             up, down = (
-                rng.standard_normal(shape).astype(np.float32).astype(np.float64) for shape in ((ROWS, args.rank), (args.rank, COLUMNS))
+                (rng.standard_normal(shape) * 0.02).astype(np.float32).astype(np.float64)
+                for shape in ((ROWS, args.rank), (args.rank, COLUMNS))
             )
-            factors = LowRank(up * 0.01, down)  # the scale is part of up
+            factors = LowRank(up * 0.5, down)  # the scale is part of up
             true = narrow(widen(weight) + factors.up64 @ factors.down64, DTYPES[dtype])
             for scratch in scratches.values():  # forms of the factors that are made once a module, not once a tile
                 add_low_rank(weight[:8].copy(), DTYPES[dtype], factors, 0, scratch)

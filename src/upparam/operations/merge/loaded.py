@@ -134,9 +134,9 @@ class Loaded:
         rows, columns = self.base.count, self.base.columns
         laid: list[tuple[int, int, NDArray[np.float64], NDArray[np.float64]]] = []
         for piece, update, (up, down) in zip(self.work.pieces, self.updates, forms, strict=True):
-            up, down = up.astype(np.float64), down.astype(np.float64).reshape(up.shape[1], -1)
-            up = up * (update.scale * piece.multiplier)
-            if not (np.isfinite(up).all() and np.isfinite(down).all()):
+            down = down.astype(np.float64, copy=False).reshape(up.shape[1], -1)
+            up = up * np.float64(update.scale * piece.multiplier)
+            if not (_finite(up) and _finite(down)):
                 raise MalformedError("the factors hold NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
             start, stop = piece.rows or (0, columns if piece.transposed else rows)
             if piece.transposed:
@@ -151,7 +151,12 @@ class Loaded:
             reach = [(up[first - start : last - start], down) for start, stop, up, down in laid if start <= first and last <= stop]
             factors = None
             if reach:
-                factors = LowRank(np.concatenate([up for up, _ in reach], axis=1), np.concatenate([down for _, down in reach]))
+                up, down = (
+                    reach[0]
+                    if len(reach) == 1
+                    else (np.concatenate([up for up, _ in reach], axis=1), np.concatenate([down for _, down in reach]))
+                )
+                factors = LowRank(up, down)
             segments.append((first, last, factors))
         return segments
 
@@ -217,6 +222,12 @@ class Loaded:
                 result += factor * (up[row - start] @ down)
         row_part: NDArray[np.float64] = result[columns]
         return row_part
+
+
+def _finite(values: NDArray[np.float64]) -> bool:
+    """True when no value is NaN or infinite: then their sum is not either, unless it overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 def _changed(before: Rows, piece: Piece, update: Update, count: int) -> Rows:
