@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from upparam.adapter import Adapter
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.dialects import peft_config, peft_others, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
-from upparam.dialects.peft_kinds import KNOWN_TYPES, METHODS
-from upparam.dialects.peft_names import WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
-from upparam.dialects.peft_read import Member, explain, place, take_deltas, take_extras, take_slices
-from upparam.dialects.peft_write import COMPONENTS, by_component, outside, saved, whole
-from upparam.dialects.placing import base_of
-from upparam.dialects.refusing import refuse
+from upparam.dialects.peft_names import COMPONENTS, WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError
+
+if TYPE_CHECKING:
+    from upparam.dialects.peft_read import Member
+
+# Every file is matched against this dialect, and few are of it: what reads and writes is imported when it does.
 
 _BOTTLENECK = re.compile(r"\.adapters\.[^.]+\.adapter_(down|up)\.|\.adapter(_layer)?\.(down|up)(_proj|_sampler|_project)?\.")
 """Bottleneck adapters (adapter-hub/adapters src/adapters/methods/modeling.py): two projections with a non-linearity between them."""
@@ -89,6 +89,8 @@ class Peft:
         Raises DeadAdapterError where no module has both factors or the factors are empty, NotAnAdapterError for prompt tuning and the like, RefusedError for
         factors of a method upparam does not know.
         """
+        from upparam.dialects.peft_read import explain, place, take_deltas, take_extras, take_slices
+
         members = [_member(file, bundle) for file in peft_shards.joined(bundle.files)]
         first = members[0]
         adapter = Adapter(
@@ -117,6 +119,10 @@ class Peft:
 
         Raises RefusedError for what PEFT has no place for.
         """
+        from upparam.dialects.peft_write import by_component, outside, saved, whole
+        from upparam.dialects.placing import base_of
+        from upparam.dialects.refusing import refuse
+
         base = base_of(adapter, options)
         parts = by_component(whole(adapter, base), adapter.extras)
         if not parts:
@@ -142,6 +148,8 @@ _HALVES = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
 
 def _refuse_dead(member: Member, adapter: Adapter) -> NoReturn:
     """Say why no module has a delta. Raises RefusedError for factors that upparam does not know, else DeadAdapterError."""
+    from upparam.dialects.peft_kinds import METHODS
+
     why = next((finding for finding in adapter.findings if finding.code == "cannot-tell"), None)
     if why is not None:
         raise DeadAdapterError(why.message, file=member.file.path, tensor=why.subject)
@@ -192,6 +200,9 @@ def _refuse_empty(file: TensorFile, names: Sorted) -> None:
 
 
 def _member(file: TensorFile, bundle: Bundle) -> Member:
+    from upparam.dialects.peft_kinds import KNOWN_TYPES
+    from upparam.dialects.peft_read import Member
+
     own = file.path.parent
     component = own.name if own != bundle.folder and own.name in COMPONENTS else ""
     config = read_json((own if component else bundle.folder) / peft_config.FILE)

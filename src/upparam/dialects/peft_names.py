@@ -16,6 +16,9 @@ from upparam.tensors import Tensor
 WRAPPER = "base_model.model."
 """What PeftModel puts before every module path of the base."""
 
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+"""Components of a pipeline. PEFT saves each in a folder of its own (huggingface/peft examples/lora_dreambooth/train_dreambooth.py)."""
+
 _WRAPPED = re.compile(r"^(?:[^/.]+/)?(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
 """The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module, in a nested dict (`state_dict/`)."""
 

@@ -16,7 +16,7 @@ from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import method_of, spelled
 from upparam.dialects.peft_make import Model, for_saving
-from upparam.dialects.peft_names import TOKENS, WRAPPER
+from upparam.dialects.peft_names import COMPONENTS, TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
 from upparam.dialects.placing import to_foreign
 from upparam.dialects.refusing import because
@@ -24,8 +24,6 @@ from upparam.errors import Problem, RefusedError
 from upparam.tensors import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
-"""Components of a pipeline. PEFT saves each in a folder of its own (huggingface/peft examples/lora_dreambooth/train_dreambooth.py)."""
 
 _PATHS = ("reference", "peft", "diffusers", "triad")
 """Layouts in which a target is the path of a module, even where no base is known."""
