@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from upparam.containers import head_of, npy, open_all, zips
+from upparam.containers import head_of, npy, open_all, sources, zips
 from upparam.containers.base import LONE, TensorFile
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Severity
@@ -317,8 +317,8 @@ def test_reading_headers_of_a_packed_npz_inflates_no_data(monkeypatch: pytest.Mo
     stream = io.BytesIO()
     np.savez_compressed(stream, **{f"m{index}": np.arange(500_000.0) for index in range(4)})
     taken = []
-    take = zips.InflatedSource._take
-    monkeypatch.setattr(zips.InflatedSource, "_take", lambda self, size: taken.append(size) or take(self, size))
+    take = sources.InflatedSource._take
+    monkeypatch.setattr(sources.InflatedSource, "_take", lambda self, size: taken.append(size) or take(self, size))
     file = read_npz(stream.getvalue())
     assert [tensor.shape for tensor in file.tensors.values()] == [(500_000,)] * 4
     assert sum(taken) == 4 * 128
@@ -336,4 +336,4 @@ def test_the_mlx_adapter_of_the_corpus(corpus: Path) -> None:
     npy.write_npz(stream, file.tensors)
     back = read_npz(stream.getvalue())
     assert all(same_bits(back.tensors[name], tensor) for name, tensor in file.tensors.items())
-    assert isinstance(file.tensors["model.layers.31.self_attn.v_proj.lora_b"].source, zips.SpanSource | FileSource)
+    assert isinstance(file.tensors["model.layers.31.self_attn.v_proj.lora_b"].source, sources.SpanSource | FileSource)

@@ -287,7 +287,7 @@ def test_what_does_not_pair(tmp_path: Path) -> None:
     options = ReadOptions(alpha=4.0)
     good = {"encoder.x.lora_A": torch.zeros(4, 6), "encoder.x.lora_B": torch.zeros(5, 4)}
     with pytest.raises(DeadAdapterError, match="both its lora_A and its lora_B"):
-        open_adapter(saved(tmp_path / "a.pt", {"encoder.x.lora_A": torch.zeros(4, 6)}), options=options)
+        open_adapter(saved(tmp_path / "lone.pt", {"encoder.x.lora_A": torch.zeros(4, 6)}), options=options)
     adapter = open_adapter(
         saved(tmp_path / "b.pt", good | {"encoder.y.lora_B": torch.zeros(5, 4), "lora_ind": torch.zeros(3)}), options=options
     )

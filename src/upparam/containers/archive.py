@@ -16,7 +16,8 @@ from typing import IO, Any
 
 from upparam.containers import tars
 from upparam.containers.base import Head
-from upparam.containers.zips import SpanSource, backing, read_archive
+from upparam.containers.sources import SpanSource, backing
+from upparam.containers.zips import read_archive
 from upparam.errors import LimitError, MalformedError, UnreadableError
 from upparam.findings import Finding, error
 from upparam.limits import MAX_INFLATE_RATIO, MAX_INFLATED, MAX_UNPACKED_IN_MEMORY

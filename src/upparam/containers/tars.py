@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upparam.containers.base import Head
-from upparam.containers.zips import SpanSource
+from upparam.containers.sources import SpanSource
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
 from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_ODDITIES, MAX_TAR_NAME

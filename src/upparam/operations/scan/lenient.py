@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from upparam.containers import npy, tars, zips
+from upparam.containers import npy, sources, tars, zips
 from upparam.containers.base import Head, Opaque
 from upparam.containers.machine import Examination, Use, examine, new_budget
 from upparam.containers.symbols import Trust
@@ -126,7 +126,7 @@ def zip_at_end(head: Head, source: Source, path: Path) -> zips.ZipArchive | None
 
     A zip that lies whole in a member of a tar is that member's own.
     """
-    if isinstance(source, zips.InflatedSource) and source.size > _FAR and source.size > zips.HONEST * source.packed.size:
+    if isinstance(source, sources.InflatedSource) and source.size > _FAR and source.size > sources.HONEST * source.packed.size:
         return None
     end = zips.find_end(source)
     if end is None or source.size < end + 22:
@@ -146,7 +146,7 @@ def _in_a_member(source: Source, path: Path, archive: zips.ZipArchive, end: int)
         members = [member.source for member in tars.read_archive(source, path).members]
     except UpparamError:
         return False
-    spans = [(span.start, span.start + span.size) for span in members if isinstance(span, zips.SpanSource)]
+    spans = [(span.start, span.start + span.size) for span in members if isinstance(span, sources.SpanSource)]
     return any(start < end + 22 <= stop and all(start < one.data_at <= end for one in archive.members) for start, stop in spans)
 
 
