@@ -7,6 +7,7 @@ src/peft/tuners/adalora/{config,model,layer}.py (get_delta_weight, resize_module
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isclose
 from typing import Any
 
@@ -21,18 +22,18 @@ from upparam.tensors import Tensor
 
 def _read(given: Given) -> Delta:
     roles = given.roles
-    return AdaLoRA(roles["lora_B"], roles["lora_E"], roles["lora_A"], _scaling(given))
+    bare = AdaLoRA(roles["lora_B"], roles["lora_E"], roles["lora_A"], UNKNOWN)
+    return replace(bare, scaling=_scaling(given, bare.rank))
 
 
-def _scaling(given: Given) -> Scaling:
+def _scaling(given: Given, rank: int) -> Scaling:
     """alpha / (init_r + 1e-5). A checkpoint that was not saved by PEFT holds init_r as `ranknum`."""
     config, options, module = given.config or {}, given.options, given.module
     begun, alpha = number(config, "init_r"), number(config, "lora_alpha")
     if begun is None and "ranknum" in given.roles:
-        begun = float(given.roles["ranknum"].doubles().reshape(-1)[0])
+        begun = _number(given.roles["ranknum"])
     if begun is None and options.rank is not None:
         begun = float(options.rank)
-    rank = given.roles["lora_A"].shape[0]
     if begun is not None and begun < max(rank, 1):
         raise MalformedError("AdaLoRA began with a lower rank than is left", expected=f">= {rank}", found=f"{begun:g}")
     if alpha is None and options.scale is not None:
@@ -43,6 +44,12 @@ def _scaling(given: Given) -> Scaling:
     scaling = Scaling(ScaleRule.ALPHA_OVER_RANK, stated if stated > 0 else begun, divisor=begun + MARGIN)
     agreed(scaling, stated, rank, module, options)
     return scaling
+
+
+def _number(tensor: Tensor) -> float:
+    if tensor.numel != 1:
+        raise MalformedError("ranknum is not one number", found=tensor.shape)
+    return float(tensor.doubles().reshape(-1)[0])
 
 
 def _spell(delta: AdaLoRA, known: Module | None) -> dict[str, Tensor]:
