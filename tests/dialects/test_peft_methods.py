@@ -342,3 +342,26 @@ def test_no_command_ends_in_a_traceback(name: str, command: str, tmp_path: Path,
     if code:
         assert said.err.startswith("upparam: ") and len(said.err.splitlines()) == 1 and not (tmp_path / "out").exists()
     assert "nan" not in said.out.lower().replace("nan/inf", "").replace("nan or inf", "")
+
+
+def test_a_config_that_would_not_load_is_said_and_made_anew(tmp_path: Path) -> None:
+    """Its rank_pattern is lost, or feedforward_modules names the wrong modules: the tensors tell what is right."""
+    base, wrapped = trained("adalora pruned", tmp_path / "theirs")
+    path = tmp_path / "theirs/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": None}))
+    adapter = open_adapter(tmp_path / "theirs")
+    assert "2 modules have another rank than the config says" in next(f.message for f in adapter.findings if f.code == "rank-differs")
+    adapter.save(tmp_path / "ours")
+    assert torch.equal(outputs(loads(base(), tmp_path / "ours")), outputs(wrapped))
+    base, wrapped = trained("ia3", tmp_path / "vectors")
+    path = tmp_path / "vectors/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"feedforward_modules": ["v_proj"]}))
+    convert(tmp_path / "vectors", tmp_path / "right", "peft")
+    assert torch.equal(outputs(loads(base(), tmp_path / "right")), outputs(wrapped))
+
+
+def test_resized_it_loads_as_a_lora(tmp_path: Path) -> None:
+    base, wrapped = trained("adalora pruned", tmp_path / "theirs")
+    assert main(["resize", str(tmp_path / "theirs"), "--rank", "4", "-o", str(tmp_path / "ours")]) == 0
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert torch.allclose(outputs(loads(base(), tmp_path / "ours")), outputs(wrapped), atol=1e-5)

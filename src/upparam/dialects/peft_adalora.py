@@ -7,6 +7,7 @@ src/peft/tuners/adalora/{config,model,layer}.py (get_delta_weight, resize_module
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import isclose
 from typing import Any
@@ -81,7 +82,18 @@ def _settings(written: Written) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def left(config: Mapping[str, Any], module: str) -> float | None:
+    """How many singular values of a module a config says are left; None where it does not say."""
+    pattern = config.get("rank_pattern")
+    mask = pattern.get(f"{module}.lora_E") if isinstance(pattern, Mapping) else None
+    return sum(value is True for value in mask) if isinstance(mask, list) else number(config, "init_r")
+
+
+def _loads(config: Mapping[str, Any], module: str, delta: AdaLoRA) -> bool:
+    return left(config, module) == delta.rank
+
+
 METHOD = Method(
-    "ADALORA", ("adalora",), frozenset(("lora_A", "lora_B", "lora_E")), _read, _spell, _settings, more=frozenset(("ranknum",)),
+    "ADALORA", ("adalora",), frozenset(("lora_A", "lora_B", "lora_E")), _read, _spell, _settings, more=frozenset(("ranknum",)), loads=_loads,
     kept=("lora_dropout", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"), biases="lora_only",
 )  # fmt: skip

@@ -120,7 +120,7 @@ def _still_read(config: Mapping[str, Any], model: Model, adapter: Adapter) -> bo
         factors = {word.removesuffix(".weight"): tensor for word, tensor in method.spell(delta, None).items()}
         again = deltas_of(module, factors, config, ReadOptions(), Sorted(shared=shared))
         same = not isinstance(again, str) and _alike(again.get(Target(module)), delta)
-        if not same or not targeted(config.get("target_modules"), module):
+        if not same or not method.loads(config, module, delta) or not targeted(config.get("target_modules"), module):
             return False
     return _rest_true(config, model, adapter.transposed_base)
 

@@ -35,6 +35,10 @@ def _nothing_shared(deltas: Mapping[str, Delta]) -> dict[str, Tensor]:
     return {}
 
 
+def _as_it_reads(config: Mapping[str, Any], module: str, delta: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of PEFT.
@@ -42,7 +46,7 @@ class Method:
     `type` is its peft_type, `algorithms` are those it holds, `roles` the factors a module has (and `more` those it may have). `read` gives
     the delta, or a sentence saying why there is none; `spell` gives the factors' words and raises RefusedError for what PEFT has no words
     for; `settings` gives the config's own part and raises RefusedError where none describes these deltas; `shared` gives tensors of the
-    whole adapter under their full names. `kept` are keys of an old config that no tensor tells; `biases` is the word for "biases of the
+    whole adapter under their full names; `loads` tells whether PEFT would make factors of these shapes by a config. `kept` are keys of an old config that no tensor tells; `biases` is the word for "biases of the
     adapter's own modules were trained", '' where the method has no such setting; `transposes` whether its config has fan_in_fan_out.
     """
 
@@ -54,6 +58,7 @@ class Method:
     settings: Callable[[Written], dict[str, Any]]
     more: frozenset[str] = frozenset()
     shared: Callable[[Mapping[str, Delta]], dict[str, Tensor]] = _nothing_shared
+    loads: Callable[[Mapping[str, Any], str, Any], bool] = _as_it_reads
     kept: tuple[str, ...] = ()
     biases: str = ""
     transposes: bool = True

@@ -15,7 +15,7 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.recognise import recognise
 from upparam.containers.base import TensorFile
-from upparam.dialects import peft_config
+from upparam.dialects import peft_adalora, peft_config
 from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_experts import parameter_deltas
 from upparam.dialects.peft_kinds import deltas_of
@@ -263,9 +263,14 @@ def _check_ranks(adapter: Adapter, member: Member) -> None:
     config = member.config or {}
     wrong = []
     for module, roles in member.names.factors.items():
+        if "lora_E" in roles:
+            told, have = peft_adalora.left(config, module), (*roles["lora_E"].shape, 0)[0]
+            if told is not None and have != told:
+                wrong.append(f"{module}: {have}, config {told:g}")
+            continue
         down = roles.get("lora_A", roles.get("lora_embedding_A"))
         r = peft_config.patterned(config.get("rank_pattern"), module, peft_config.number(config, "r"))
-        if down is None or r is None or config.get("enable_lora") or config.get("target_parameters") or "lora_E" in roles:
+        if down is None or r is None or config.get("enable_lora") or config.get("target_parameters"):
             continue
         if down.shape[0] != r:
             wrong.append(f"{module}: {down.shape[0]}, config {r:g}")

@@ -74,7 +74,11 @@ def _exactly(path: str) -> str:
     return path.replace(".", r"\.")
 
 
-IA3_METHOD = Method("IA3", ("ia3",), frozenset(("ia3_l",)), _read_ia3, _spell_ia3, _settings_ia3)
+def _loads_ia3(config: Mapping[str, Any], module: str, delta: IA3) -> bool:
+    return fed_forward(config.get("feedforward_modules"), module) is delta.on_input
+
+
+IA3_METHOD = Method("IA3", ("ia3",), frozenset(("ia3_l",)), _read_ia3, _spell_ia3, _settings_ia3, loads=_loads_ia3)
 
 
 def _read_vera(given: Given) -> Delta | str:
