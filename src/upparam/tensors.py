@@ -170,7 +170,8 @@ class FileSource:
                 self._fd = None
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", None) is not None:
+        # An interpreter that ends takes modules away before objects, and the descriptor goes with the process.
+        if os is not None and getattr(self, "_fd", None) is not None:
             self.close()
 
 
