@@ -311,7 +311,7 @@ class Tensor:
         import numpy as np
 
         self.check()
-        data = np.empty(self.span, np.uint8)
+        data = np.empty(self.span, np.uint8) if self.is_contiguous else np.frombuffer(scratch(self.span), np.uint8)
         if hasattr(self.source, "readinto"):
             self.source.readinto(self.offset, data.data)
         elif self.span:
@@ -321,7 +321,7 @@ class Tensor:
         else:
             assert self.strides is not None
             steps = tuple(stride * self.dtype.itemsize for stride in self.strides)
-            array = np.ndarray(self.shape, self.dtype.numpy, data.data, strides=steps).copy()
+            array = _gathered(np.ndarray(self.shape, self.dtype.numpy, data.data, strides=steps))
         if self.big_endian:
             # Swapped as whole numbers, so that no NaN loses its payload; a complex number is two of them.
             part = self.dtype.itemsize // (2 if self.dtype.name.startswith("complex") else 1)
@@ -431,6 +431,40 @@ class Tensor:
         return Tensor(first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), JoinedSource(parts))
 
 
+_OWN = threading.local()
+
+
+def scratch(size: int) -> memoryview:
+    """Memory of this thread for what is used up before the thread asks again: new memory costs as much as filling it."""
+    if len(getattr(_OWN, "buffer", b"")) < size:
+        _OWN.buffer = bytearray(size)
+    return memoryview(_OWN.buffer)[:size]
+
+
+def _gathered(view: NDArray[Any]) -> NDArray[Any]:
+    """A C-contiguous copy of a strided view.
+
+    The transpose of a wide matrix goes by blocks of its columns, put together before they are turned: its rows lie so far apart that they push each
+    other out of the cache where the distance is a power of two, which makes numpy's own copy seven times slower.
+    """
+    import numpy as np
+
+    if view.ndim != 2 or not view.T.flags.c_contiguous or view.shape[0] < 2 * _TURNED:
+        copy: NDArray[Any] = view.copy()
+        return copy
+    array = np.empty(view.shape, view.dtype)
+    block = np.empty((view.shape[1], _TURNED + 16), view.dtype)[:, :_TURNED]
+    for start in range(0, view.shape[0], _TURNED):
+        part = block[:, : min(_TURNED, view.shape[0] - start)]
+        part[...] = view.T[:, start : start + _TURNED]
+        array[start : start + _TURNED] = part.T
+    return array
+
+
+_TURNED = 256
+"""Columns of a block that is transposed."""
+
+
 def singles(array: NDArray[Any]) -> NDArray[np.float32]:
     """The array as float32, a copy; exact for every float dtype but float64. float16 takes a fifth of the time of numpy's own cast."""
     import numpy as np
@@ -456,7 +490,7 @@ def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
         return (singles(array) if array.dtype == np.float16 else array).astype(np.float64)
 
 
-_FIRST = 1 << 12
+_FIRST, _COMPARED = 1 << 12, 1 << 16
 """Bytes that are compared before the rest is read."""
 
 
@@ -464,8 +498,32 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """True when dtype, shape and every byte agree (NaN payloads and signed zeros included)."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    # Tensors that differ mostly do so from the start; what is not in a file may be computed anew at each read.
-    cheap = all(tensor.is_contiguous and hasattr(tensor.source, "readinto") for tensor in (one, other))
-    if cheap and one.nbytes > _FIRST and one.raw_range(0, _FIRST) != other.raw_range(0, _FIRST):
-        return False
-    return one.raw() == other.raw()
+    # What is not in a file may be computed anew at each read.
+    if one.nbytes <= _FIRST:
+        return one.raw() == other.raw()
+    if not (_lies_as_wanted(one) and _lies_as_wanted(other)):
+        return _same_words(one.read(), other.read())
+    at, size = 0, _FIRST
+    ours, theirs = bytearray(size), bytearray(size)
+    while at < one.nbytes:
+        wanted = min(size, one.nbytes - at)
+        if wanted != len(ours):
+            ours, theirs = bytearray(wanted), bytearray(wanted)
+        one.source.readinto(one.offset + at, memoryview(ours))  # type: ignore[attr-defined]
+        other.source.readinto(other.offset + at, memoryview(theirs))  # type: ignore[attr-defined]
+        if ours != theirs:
+            return False
+        at, size = at + wanted, _COMPARED
+    return True
+
+
+def _same_words(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """True when two arrays of one size have the same bytes; compared by eight where they can be."""
+    import numpy as np
+
+    word = np.uint64 if one.nbytes % 8 == 0 else np.uint8
+    return bool(np.array_equal(one.reshape(-1).view(word), other.reshape(-1).view(word)))
+
+
+def _lies_as_wanted(tensor: Tensor) -> bool:
+    return tensor.is_contiguous and not tensor.big_endian and hasattr(tensor.source, "readinto")

@@ -122,13 +122,6 @@ def test_views_and_byte_order_are_written_straight(tmp_path: Path) -> None:
     assert np.array_equal(theirs["file"], array) and np.array_equal(theirs["cut"], array[1:2])
 
 
-def test_long_tensors_are_written_in_pieces(tmp_path: Path) -> None:
-    (tmp_path / "w").write_bytes(bytes(range(256)) * 4)
-    tensor = Tensor(DTYPES["uint8"], (1024,), FileSource(tmp_path / "w"))
-    pieces = list(ours.chunks(tensor, 100))
-    assert len(pieces) == 11 and b"".join(pieces) == tensor.raw()
-
-
 def test_an_empty_file_of_no_tensors() -> None:
     assert read(write({})).tensors == {} and safetensors.numpy.load(write({})) == {}
 

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="threads for --lowrank (default: the cores, at most 8)")
     parser.add_argument("--initial", type=Path, metavar="PATH", help="the adapter training began as (PiSSA, OLoRA ...), to be subtracted")
+    parser.add_argument(
+        "--no-sync", dest="sync", action="store_false", help="do not wait for the disk (safe against a kill, not a power cut)"
+    )
     add_output(parser, "file or folder")
     add_reading(parser)
     add_common(parser)
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     read = reading(args)
     how = Arithmetic(args.bake_scale, _rule(args.lowrank), _weights(args), threads=args.threads, progress=progress_for(args))
     receipt = convert(
-        args.path, args.out, args.to, read=read, force=args.force, verify=args.verify, drop=args.drop, arithmetic=how, initial=args.initial
+        args.path, args.out, args.to, read=read, force=args.force, verify=args.verify, sync=args.sync, drop=args.drop, arithmetic=how, initial=args.initial
     )  # fmt: skip
     return emit_receipt(args, receipt)
 

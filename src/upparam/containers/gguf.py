@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upparam.containers.base import Head, TensorFile
-from upparam.containers.safetensors import chunks
+from upparam.containers.writing import put
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Finding, info, warning
 from upparam.limits import MAX_DIMS, MAX_GGUF_ARRAY_SHOWN, MAX_GGUF_HEADER, MAX_GGUF_KEYS, MAX_GGUF_NESTING, MAX_TENSORS
@@ -323,10 +323,7 @@ def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         out += _text(key) + struct.pack(f"<I{dims}QIQ", dims, *reversed(tensor.shape), number, at)
         at += _padded(tensor.nbytes)
     stream.write(bytes(out) + bytes(_padded(len(out)) - len(out)))
-    for tensor in tensors.values():
-        for chunk in chunks(tensor):
-            stream.write(chunk)
-        stream.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+    put(stream, list(tensors.values()), _padded)
 
 
 def _fits(key: str, tensor: Tensor) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from upparam.containers.base import LONE, Head, TensorFile
-from upparam.containers.safetensors import chunks
+from upparam.containers.writing import chunks
 from upparam.containers.zips import ZipMember, read_archive
 from upparam.errors import LimitError, MalformedError, RefusedError, UpparamError
 from upparam.findings import Finding, warning

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from upparam.containers.base import LONE, TensorFile
-from upparam.containers.safetensors import chunks
+from upparam.containers.writing import chunks
 from upparam.errors import MalformedError
 from upparam.tensors import DTYPES, DType, Source, Tensor
 

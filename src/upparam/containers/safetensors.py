@@ -8,19 +8,17 @@ huggingface/safetensors README.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upparam.containers.base import Head, TensorFile
+from upparam.containers.writing import put
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Finding, warning
 from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER, MAX_TENSORS
 from upparam.tensors import BY_CODE, Source, Tensor
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
 name = "safetensors"
 title = "safetensors"
@@ -207,40 +205,7 @@ _RANK = {
 
 
 def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file to a binary stream. One tensor is in memory at a time, and the next where it has to be computed."""
+    """Write a safetensors file to a binary stream; to a real file with two threads, of which each has one tensor in memory where it has to be computed."""
     ordered = layout_order(tensors)
     stream.write(header_bytes(ordered, metadata))
-    for chunk in _ahead(list(ordered.values())):
-        stream.write(chunk)
-
-
-def _ahead(tensors: Sequence[Tensor]) -> Iterator[bytes]:
-    """The bytes of the tensors in order; those that do not lie in a file are made by another thread while the one before is written."""
-    if all(_lies_in_a_file(tensor) for tensor in tensors):
-        for tensor in tensors:
-            yield from chunks(tensor)
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        following: Future[bytes] | None = None
-        for tensor, after in zip(tensors, [*tensors[1:], None], strict=True):
-            current = following
-            following = None if after is None or _lies_in_a_file(after) else pool.submit(after.raw)
-            if current is None:
-                yield from chunks(tensor)
-            else:
-                yield current.result()
-
-
-def _lies_in_a_file(tensor: Tensor) -> bool:
-    return tensor.is_contiguous and not tensor.big_endian and hasattr(tensor.source, "fileno")
-
-
-def chunks(tensor: Tensor, size: int = 16 << 20) -> Iterable[bytes]:
-    """The tensor's little-endian bytes, in pieces when they lie contiguously in a file, so that a huge table never fills memory."""
-    if _lies_in_a_file(tensor):
-        for at in range(0, tensor.nbytes, size):
-            yield tensor.source.read(tensor.offset + at, min(size, tensor.nbytes - at))
-    else:
-        yield tensor.raw()
+    put(stream, list(ordered.values()))

@@ -269,8 +269,6 @@ def _reshapes(
     adapter: Adapter, options: Mapping[str, Any], named: Mapping[tuple[str, str], Delta], spelling: Mapping[str, str], bare: bool
 ) -> dict[str, Tensor]:
     """`reshape_weight` for modules wider than in the model the adapter is loaded into (the input of control adapters): ComfyUI pads them."""
-    import numpy as np
-
     base = base_of(adapter, options) if adapter.layout == "reference" else None
     fact = inventory.known().get(base.name) if base is not None else None
     parent = (
@@ -282,6 +280,8 @@ def _reshapes(
         parts = one.to_reference(module) if one is not None else ()
         wider = len(parts) == 1 and len(delta.shape) == 2 and delta.shape[1] > parts[0].shape[1]
         if parameter == "weight" and not bare and (wider or f"reshape {module}" in spelling):
+            import numpy as np
+
             found[f"{module}.reshape_weight"] = Tensor.of(np.array(delta.shape, dtype=np.int64))
     return found
 

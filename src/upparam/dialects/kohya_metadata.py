@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from upparam.adapter import Adapter
 from upparam.bases.base import Base
-from upparam.containers.safetensors import chunks, header_bytes, layout_order
+from upparam.containers.safetensors import header_bytes, layout_order
+from upparam.containers.writing import chunks
 from upparam.tensors import Tensor
 
 _LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000

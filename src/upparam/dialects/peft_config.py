@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import isclose, isfinite
 from typing import Any
 
@@ -158,4 +159,8 @@ def targeted(targets: Any, module: str) -> bool:
     """Whether `target_modules` means this module: a regular expression over the path, or a list of path endings."""
     if isinstance(targets, str):
         return targets == "all-linear" or matches(targets, module, whole=True)
-    return isinstance(targets, Sequence) and any(module == word or module.endswith(f".{word}") for word in targets)
+    if not isinstance(targets, Sequence):
+        return False
+    wanted = {f"{word}" for word in targets}
+    endings = accumulate(reversed(module.split(".")), lambda ending, name: f"{name}.{ending}")
+    return any(ending in wanted for ending in endings)

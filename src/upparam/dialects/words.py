@@ -5,13 +5,14 @@ Sources: kohya-ss/sd-scripts networks/lora.py; KohakuBlueleaf/LyCORIS lycoris/mo
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import DTYPES, DType, MemorySource, Tensor
 
 LORA = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
 WORDS = (*LORA, "alpha", "dora_scale")
@@ -108,11 +109,27 @@ def alpha_for(delta: Delta) -> float | None:
     return delta.known_scale() * (delta.rank or 1)
 
 
+def _packed(value: float, kind: DType) -> bytes | None:
+    """The number's bytes, made without numpy; None for one that is not exact in `kind`, or a kind that is no common float."""
+    code = {"float16": "<e", "float32": "<f", "float64": "<d", "bfloat16": "<f"}.get(kind.name)
+    try:
+        data = b"" if code is None else struct.pack(code, value)
+    except OverflowError:
+        return None
+    if code is None or struct.unpack(code, data)[0] != value or (kind.name == "bfloat16" and data[:2] != b"\0\0"):
+        return None
+    return data[2:] if kind.name == "bfloat16" else data
+
+
 def alpha_tensor(value: float, dtype: DType | None, like: DType, dims: int = 0, *, exact: bool = False) -> Tensor:
     """Alpha as a tensor: of `dtype` where given, else of the factors' dtype when that holds it exactly, else float32 (`exact`: float64)."""
+    kinds = [kind for kind in (dtype, like, DTYPES["float32"], DTYPES["float64"] if exact else None) if kind is not None]
+    for kind in kinds:
+        data = _packed(value, kind)
+        if data is not None:
+            return Tensor(kind, (1,) * dims, MemorySource(data))
     import numpy as np
 
-    kinds = [kind for kind in (dtype, like, DTYPES["float32"], DTYPES["float64"] if exact else None) if kind is not None]
     for kind in kinds:
         array = np.array(value, dtype=np.float64).astype(kind.numpy)
         if float(array) == value:

@@ -46,6 +46,7 @@ def convert(
     read: ReadOptions | None = None,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     drop: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
     arithmetic: Arithmetic | None = None,
@@ -61,7 +62,7 @@ def convert(
         if arithmetic is not None and spool is not None:
             arithmetic.keep = spool.keep
         receipt = write_adapter(
-            adapter, out, to, read=read, force=force, verify=verify, drop=drop, options=options, arithmetic=arithmetic
+            adapter, out, to, read=read, force=force, verify=verify, sync=sync, drop=drop, options=options, arithmetic=arithmetic
         )  # fmt: skip
     receipt.inputs = [str(path)] if initial is None else [str(path), f"less {initial}"]
     return receipt
@@ -75,6 +76,7 @@ def write_adapter(
     read: ReadOptions | None = None,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     drop: Collection[str] = (),
     options: Mapping[str, Any] | None = None,
     arithmetic: Arithmetic | None = None,
@@ -124,16 +126,16 @@ def write_adapter(
     if _as_file(package, out):
         package.folder = False
     if package.folder:
-        with atomic_folder(out, force=force) as temporary:
-            size = write_package(package, temporary)
+        with atomic_folder(out, force=force, sync=sync) as temporary:
+            size = write_package(package, temporary, sync)
             if verify:
                 proofs = _prove(adapter, temporary, dialect, read)
         outputs = [str(out / name) for name in package.files]
     else:
         if len(package.files) != 1:
             raise VerificationError("a single-file dialect made several files", found=", ".join(package.files))
-        with atomic_file(out, force=force) as temporary:
-            size = write_file(next(iter(package.files.values())), temporary)
+        with atomic_file(out, force=force, sync=sync) as temporary:
+            size = write_file(next(iter(package.files.values())), temporary, sync)
             if verify:
                 proofs = _prove(adapter, temporary, dialect, read)
         outputs = [str(out)]
@@ -174,18 +176,18 @@ def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Find
     return replace(adapter, extras=extras, leftovers=leftovers, conditions=conditions), findings
 
 
-def write_package(package: Package, folder: Path) -> int:
+def write_package(package: Package, folder: Path, sync: bool = True) -> int:
     """Write every file of a package below `folder`; returns the bytes written."""
     total = 0
     for name, content in package.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        total += write_file(content, path)
+        total += write_file(content, path, sync)
     return total
 
 
-def write_file(content: NamedTensors | bytes, path: Path) -> int:
-    """Write one file of a package; returns its size."""
+def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> int:
+    """Write one file of a package, and let it begin to reach the disk where `sync` will wait for that; returns its size."""
     if isinstance(content, bytes):
         path.write_bytes(content)
         return len(content)
@@ -201,7 +203,8 @@ def write_file(content: NamedTensors | bytes, path: Path) -> int:
             writer(stream, content.tensors)
         else:
             writer(stream, content.tensors, content.metadata)
-    begin_sync(path)
+    if sync:
+        begin_sync(path)
     return path.stat().st_size
 
 

@@ -103,21 +103,25 @@ class Unclaimed(Sequence[TensorFile]):
         return self._left[index]
 
 
-def candidates(path: Path | str) -> list[Candidate]:
-    """Every adapter candidate at a path, in file order. A file's siblings in its folder are looked at as possible partners."""
+def candidates(path: Path | str, dialect: str | None = None) -> list[Candidate]:
+    """Every adapter candidate at a path, in file order. A file's siblings in its folder are looked at as possible partners.
+
+    Only those of one dialect where one is named.
+    """
     path = Path(path)
     files, _ = tensor_files(path)
-    return group(files, path, files) if path.is_dir() else group(files, path.parent, Siblings(path, files))
+    siblings: Sequence[TensorFile] = files if path.is_dir() else Siblings(path, files)
+    return group(files, path if path.is_dir() else path.parent, siblings, dialect)
 
 
-def group(files: Sequence[TensorFile], folder: Path, siblings: Sequence[TensorFile]) -> list[Candidate]:
-    """Gather files into candidates: each file's best dialect says which of its siblings belong to it."""
+def group(files: Sequence[TensorFile], folder: Path, siblings: Sequence[TensorFile], dialect: str | None = None) -> list[Candidate]:
+    """Gather files into candidates: each file's best dialect (or the one named) says which of its siblings belong to it."""
     found: list[Candidate] = []
     taken: set[Path] = set()
     for file in files:
         if file.path in taken:
             continue
-        matched = dialects.matches(file)
+        matched = dialects.matches(file) if dialect is None else [match for match in (dialects.get(dialect).match(file),) if match]
         if matched:
             members = dialects.get(matched[0].dialect).gather(file, Unclaimed(siblings, taken | {file.path}))
             taken.update(member.path for member in members)
@@ -144,9 +148,7 @@ def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadO
     and what the containers raise for files that break their format.
     """
     path = Path(path)
-    found = [candidate for candidate in candidates(path) if other(candidate.bundle.main) is None]
-    if dialect is not None:
-        found = [candidate for candidate in found if any(match.dialect == dialect for match in candidate.matches)]
+    found = [candidate for candidate in candidates(path, dialect) if other(candidate.bundle.main) is None]
     if not found:
         explain_nothing(path, dialect, *tensor_files(path))
     if len(found) > 1:

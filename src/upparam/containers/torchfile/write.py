@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from typing import IO, Any
 
-from upparam.containers.safetensors import chunks
+from upparam.containers.writing import chunks
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor, contiguous_strides
 
@@ -133,11 +133,11 @@ class _Zip:
         self.at = 0
         self.entries: list[bytes] = []
 
-    def put(self, data: bytes) -> None:
+    def put(self, data: bytes | memoryview) -> None:
         self.stream.write(data)
         self.at += len(data)
 
-    def add(self, name: str, parts: Iterable[bytes], size: int = 0) -> None:
+    def add(self, name: str, parts: Iterable[bytes | memoryview], size: int = 0) -> None:
         """A member; `size` decides whether its fields need 64 bits."""
         raw, header, wide = name.encode(), self.at, size >= _FULL32
         extra = struct.pack("<HHQQ", 1, 16, 0, 0) if wide else b""

@@ -1,0 +1,80 @@
+"""Tensors into a stream: bytes that lie in a file go through a small buffer, and two threads fill a real file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from io import BufferedWriter
+from typing import Any
+
+from upparam.tensors import Tensor, scratch
+
+
+def put(stream: Any, tensors: Sequence[Tensor], padded: Callable[[int], int] = int) -> None:
+    """The bytes of the tensors one after the other from where the stream is, zeros behind each up to the size that `padded` makes of its own."""
+    if isinstance(stream, BufferedWriter) and sum(tensor.nbytes for tensor in tensors) > _GROUP:
+        _put_side_by_side(stream, tensors, padded)
+        return
+    for tensor in tensors:
+        for chunk in chunks(tensor):
+            stream.write(chunk)
+        stream.write(bytes(padded(tensor.nbytes) - tensor.nbytes))
+
+
+_GROUP = 4 << 20
+"""Bytes that a thread takes at a time, where tensors are smaller."""
+
+
+def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded: Callable[[int], int]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    start = at = stream.tell()
+    groups: list[list[tuple[int, Tensor]]] = [[]]
+    for tensor in tensors:
+        if at - start > _GROUP:
+            groups.append([])
+            start = at
+        groups[-1].append((at, tensor))
+        at += padded(tensor.nbytes)
+    stream.flush()
+    descriptor = stream.fileno()
+    os.ftruncate(descriptor, at)
+
+    def work(group: Sequence[tuple[int, Tensor]]) -> None:
+        for offset, tensor in group:
+            for chunk in chunks(tensor):
+                offset += write_at(descriptor, chunk, offset)
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(work, group) for group in groups]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    stream.seek(at)
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:
+    """All of `data` at `offset`; returns its size."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+    return len(data)
+
+
+def chunks(tensor: Tensor, size: int = 1 << 20) -> Iterable[bytes | memoryview]:
+    """The tensor's little-endian bytes, in pieces when they lie contiguously in a file, so that a huge table never fills memory.
+
+    Each piece is to be used before the next is asked for: they share a buffer, which stays in the cache.
+    """
+    readinto = getattr(tensor.source, "readinto", None)
+    if readinto is None or not tensor.is_contiguous or tensor.big_endian:
+        yield tensor.read().reshape(-1).view("u1").data if tensor.numel else b""
+        return
+    buffer = scratch(size)
+    for at in range(0, tensor.nbytes, size):
+        part = buffer[: min(size, tensor.nbytes - at)]
+        readinto(tensor.offset + at, part)
+        yield part

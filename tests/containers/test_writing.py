@@ -1,0 +1,99 @@
+"""Tensors into files: two threads write what one would, views are turned right, and what fails leaves its own error."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upparam.containers import gguf
+from upparam.containers import safetensors as ours
+from upparam.containers.writing import chunks, put
+from upparam.errors import MalformedError
+from upparam.tensors import DTYPES, FileSource, MemorySource, Tensor, same_bits
+
+
+def test_long_tensors_are_written_in_pieces(tmp_path: Path) -> None:
+    (tmp_path / "w").write_bytes(bytes(range(256)) * 4)
+    tensor = Tensor(DTYPES["uint8"], (1024,), FileSource(tmp_path / "w"))
+    pieces = [bytes(piece) for piece in chunks(tensor, 100)]
+    assert len(pieces) == 11 and b"".join(pieces) == tensor.raw()
+
+
+def mixed(folder: Path) -> dict[str, Tensor]:
+    """More than one thread's share: from a file, transposed, byte-swapped, computed, stacked, tiny and empty."""
+    random = np.random.default_rng(3)
+    wide = random.integers(0, 1 << 16, (96, 4096), np.uint16)
+    (folder / "w").write_bytes(wide.tobytes() * 8)
+    source = FileSource(folder / "w")
+    whole = Tensor(DTYPES["float16"], (8 * 96, 4096), source)
+    parts = {f"part {number}": whole.rows(96 * number, 96 * (number + 1)) for number in range(8)}
+    turned = {f"turned {name}": part.T for name, part in parts.items()}
+    floats = random.standard_normal((300, 700)).astype(np.float32)
+    return {
+        **parts, **turned, "whole": whole,
+        "big endian": Tensor(DTYPES["float32"], floats.shape, MemorySource(floats.astype(">f4").tobytes()), big_endian=True),
+        "computed": Tensor.computed(DTYPES["float32"], floats.T.shape, lambda: floats.T.copy()),
+        "stacked": Tensor.stack([parts["part 3"], parts["part 1"]]),
+        "one": Tensor.of(np.array(3.0, np.float16)),
+        "none": Tensor.of(np.zeros((0, 4), np.float32)),
+    }  # fmt: skip
+
+
+def test_two_threads_write_what_one_would(tmp_path: Path) -> None:
+    tensors = mixed(tmp_path)
+    alone = io.BytesIO()
+    ours.write(alone, tensors, {"format": "pt"})
+    with (tmp_path / "out").open("xb") as stream:
+        ours.write(stream, tensors, {"format": "pt"})
+        stream.write(b"behind")
+    assert (tmp_path / "out").read_bytes() == alone.getvalue() + b"behind"
+    theirs = safetensors.numpy.load(alone.getvalue())
+    assert all(theirs[name].tobytes() == tensor.read().tobytes() for name, tensor in tensors.items())
+
+
+def test_gguf_pads_alike_on_both_ways(tmp_path: Path) -> None:
+    tensors = {name.replace(" ", "_"): tensor for name, tensor in mixed(tmp_path).items() if tensor.numel and tensor.shape}
+    metadata = {"general.architecture": "llama"}
+    alone = io.BytesIO()
+    gguf.write(alone, tensors, metadata)
+    with (tmp_path / "out").open("xb") as stream:
+        gguf.write(stream, tensors, metadata)
+    assert (tmp_path / "out").read_bytes() == alone.getvalue()
+
+
+def test_what_fails_in_a_thread_is_raised(tmp_path: Path) -> None:
+    def fail() -> np.ndarray:
+        raise MalformedError("no such values")
+
+    tensors = [*mixed(tmp_path).values(), Tensor.computed(DTYPES["float32"], (4, 4), fail)]
+    with (tmp_path / "out").open("xb") as stream, pytest.raises(MalformedError, match="no such values"):
+        put(stream, tensors)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(500, 1100), st.sampled_from(["uint8", "float16", "float32", "float64"]))
+def test_a_wide_matrix_is_turned(rows: int, columns: int, dtype: str) -> None:
+    values = np.random.default_rng(rows * columns).integers(0, 250, (rows, columns)).astype(DTYPES[dtype].numpy)
+    turned = Tensor.of(values).T.read()
+    assert turned.flags.c_contiguous and np.array_equal(turned, values.T)
+
+
+def test_a_bit_at_either_end_is_seen(tmp_path: Path) -> None:
+    size = (1 << 16) * 3 + 5
+    data = bytearray(np.random.default_rng(0).bytes(size))
+    (tmp_path / "one").write_bytes(data)
+    one = Tensor(DTYPES["uint8"], (size,), FileSource(tmp_path / "one"))
+    for number, place in enumerate((None, 0, 4095, 4096, 1 << 16, size - 1)):
+        changed = bytearray(data)
+        if place is not None:
+            changed[place] ^= 1
+        (tmp_path / f"other {number}").write_bytes(changed)
+        other = Tensor(DTYPES["uint8"], (size,), FileSource(tmp_path / f"other {number}"))
+        assert same_bits(one, other) is (place is None)
+        assert same_bits(one, Tensor.of(other.read())) is (place is None)
