@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors import safe_open
 from tests.matrix.specimens import CONV, dora, embedding, locon, loha, lokr, plain, rslora, saved_head, token
 from tests.matrix.test_matrix import identical
 from tests.operations.merging import save as save_safetensors
 
 from upparam.adapter import Adapter
+from upparam.bases import inventory
 from upparam.containers.torchfile.write import write as write_torch
 from upparam.dialects.base import ReadOptions
 from upparam.dialects.triad_files import label
@@ -134,6 +137,40 @@ def test_seed_archives_in_two_files(tmp_path: Path) -> None:
     torch_file(tmp_path / "lora_te_down.pt", {"down-param.bin": DOWN})
     holds(open_adapter(tmp_path / "lora_unet_up.pt"))
     assert [len(report.files) for report in identify(tmp_path).adapters] == [2, 2]
+
+
+@pytest.mark.parametrize("key", ["up-param.bin", "down-param.bin"])
+def test_seed_archives_that_use_one_key_for_both_are_told_apart_by_their_names(tmp_path: Path, key: str) -> None:
+    torch_file(tmp_path / "lora_unet_up.pt", {key: {"x.y": UP}})
+    torch_file(tmp_path / "lora_unet_down.pt", {key: {"x.y": DOWN}})
+    holds(open_adapter(tmp_path), name="x.y")
+
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+
+def unet_archives(folder: Path, names: Sequence[str]) -> None:
+    random = np.random.default_rng(0)
+    for role, shape in (("up", (320, 4)), ("down", (4, 320))):
+        modules = {f"{ATTENTION}.{name}": random.standard_normal(shape).astype(np.float32) for name in names}
+        torch_file(folder / f"lora_unet_{role}.pt", {f"{role}-param.bin": modules})
+
+
+def test_a_name_without_its_component_is_the_bases(tmp_path: Path) -> None:
+    unet_archives(tmp_path / "seed", ["to_q", "to_out.0"])
+    adapter = open_adapter(tmp_path / "seed", options=ReadOptions(base=inventory.load("sd1.5")))
+    assert [target.module for target in adapter.deltas] == [f"unet.{ATTENTION}.to_q", f"unet.{ATTENTION}.to_out.0"]
+    convert(tmp_path / "seed", tmp_path / "kohya.safetensors", "kohya", read=ReadOptions(base=inventory.load("sd1.5")))
+    back = open_adapter(tmp_path / "kohya.safetensors")
+    identical(adapter, back)
+
+
+def test_a_lone_target_goes_to_peft_under_the_name_it_was_given(tmp_path: Path) -> None:
+    torch_file(tmp_path / "seed" / "up-param.bin", np.ones((320, 4), np.float32))
+    torch_file(tmp_path / "seed" / "down-param.bin", np.ones((4, 320), np.float32))
+    convert(tmp_path / "seed", tmp_path / "peft", "peft", read=ReadOptions(targets=(f"{ATTENTION}.to_q",)))
+    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "np") as file:
+        assert set(file.keys()) == {f"base_model.model.{ATTENTION}.to_q.lora_{half}.weight" for half in "AB"}
 
 
 @pytest.mark.parametrize("turn", ["both", "up", "down"])

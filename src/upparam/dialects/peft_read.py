@@ -21,6 +21,7 @@ from upparam.dialects.peft_experts import parameter_deltas
 from upparam.dialects.peft_kinds import deltas_of
 from upparam.dialects.peft_names import TOKENS, WRAPPER, Sorted
 from upparam.dialects.placing import alike
+from upparam.dialects.prefixes import Naming, change, contested
 from upparam.errors import MalformedError
 from upparam.findings import Finding, error, info, warning
 from upparam.tensors import Tensor
@@ -80,23 +81,6 @@ def _why_none(member: Member, module: str, roles: Mapping[str, Tensor]) -> Findi
     return error("orphan", module, "factors that make no delta", ", ".join(roles))
 
 
-@dataclass(frozen=True)
-class Naming:
-    """How PEFT's paths become the base's: `strip` off the front, `add` in its place. `kept` are paths that have no such front and stay."""
-
-    strip: str = ""
-    add: str = ""
-    kept: tuple[str, ...] = ()
-
-    def __call__(self, path: str) -> str:
-        """The base's path."""
-        return self.add + path[len(self.strip) :] if path.startswith(self.strip) else path
-
-    def back(self, path: str) -> str:
-        """PEFT's path."""
-        return self.strip + path[len(self.add) :] if path.startswith(self.add) and path not in self.kept else path
-
-
 def naming_of(adapter: Adapter, component: str = "") -> Naming | None:
     """How an adapter read from PEFT was named there; None for one from elsewhere or of no known base."""
     said = adapter.spelling.get(f"names:{component}")
@@ -110,8 +94,8 @@ def place(adapter: Adapter, found: Sequence[tuple[Member, Mapping[Target, Delta]
     """Name the base and put each delta under its reference target; names that no base explains stay as they are."""
     shapes = {member.component: _shapes(deltas) for member, deltas in found}
     base = _find_base(adapter, shapes, found[0][0].config or {}, options.base)
-    namings = {component: None if base is None else _naming(base, own, component) for component, own in shapes.items()}
-    resolved = base is not None and all(namings.values()) and not _contested(adapter, shapes, namings)
+    namings = {component: None if base is None else change(base, own, component) for component, own in shapes.items()}
+    resolved = base is not None and all(namings.values()) and not contested(adapter.base, shapes, namings)
     adapter.layout = "reference" if resolved else "peft"
     for member, deltas in found:
         naming = namings[member.component] if resolved else None
@@ -137,15 +121,6 @@ def place(adapter: Adapter, found: Sequence[tuple[Member, Mapping[Target, Delta]
                 adapter.deltas[target._replace(module=path, rows=rows or target.rows)] = piece
 
 
-def _contested(adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], namings: Mapping[str, Naming | None]) -> bool:
-    """True when bases that fit just as well would give the modules other names (bert. or roberta. in front of the same layers)."""
-    hint = adapter.base
-    if hint is None or hint.stated or all(naming == Naming() for naming in namings.values()):
-        return False
-    others = [inventory.load(name) for other in hint.lookalikes if (name := inventory.resolve(other)) is not None]
-    return any(_naming(other, own, component) not in (None, namings[component]) for other in others for component, own in shapes.items())
-
-
 def _shapes(deltas: Mapping[Target, Delta]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for target, delta in deltas.items():
@@ -169,35 +144,6 @@ def _find_base(
     adapter.base = hints[0] if hints else (BaseHint(stated, 0.9, ("base_model_name_or_path",), True) if stated else None)
     name = inventory.resolve(adapter.base.name) if adapter.base is not None else None
     return None if name is None else inventory.load(name)
-
-
-def _naming(base: Base, shapes: Mapping[str, tuple[int, ...]], component: str) -> Naming | None:
-    """The change of prefix under which most of these modules are the base's, with their shapes; None when half of them are not."""
-    if not shapes:
-        return None
-    inside = f"{component}." if component else ""
-    probe = max(shapes, key=lambda path: path.count("."))
-    options = [Naming(add=inside)]
-    words = probe.split(".")
-    for cut in range(min(4, len(words) - 1)):
-        tail = ".".join(words[cut:])
-        strip = probe[: len(probe) - len(tail)]
-        ends = (path for path in base.by_path if path.startswith(inside) and (path == tail or path.endswith("." + tail)))
-        options += [Naming(strip, path[: len(path) - len(tail)]) for path in ends]
-    best, count = None, 0
-    for option in dict.fromkeys(options):
-        hits = sum(
-            path.startswith(option.strip) and (found := base.by_path.get(option(path))) is not None and _fits(found.canonical, shape)
-            for path, shape in shapes.items()
-        )
-        if hits > count:
-            best, count = option, hits
-    return best if count * 2 >= len(shapes) else None
-
-
-def _fits(weight: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """A delta of a whole weight, or (for parts of a fused one) of rows up to some row."""
-    return fits_weight(shape, weight) or (weight[1:] == shape[1:] and shape[0] <= weight[0])
 
 
 def take_extras(adapter: Adapter, member: Member) -> None:

@@ -17,8 +17,9 @@ from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import method_of, spelled
 from upparam.dialects.peft_make import Model, for_saving
 from upparam.dialects.peft_names import COMPONENTS, TOKENS, WRAPPER
-from upparam.dialects.peft_read import SLICES_KEY, Naming, Slices, naming_of
+from upparam.dialects.peft_read import SLICES_KEY, Slices, naming_of
 from upparam.dialects.placing import to_foreign
+from upparam.dialects.prefixes import Naming
 from upparam.dialects.refusing import because
 from upparam.errors import Problem, RefusedError
 from upparam.tensors import Tensor

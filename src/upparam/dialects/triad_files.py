@@ -104,11 +104,12 @@ def unworded(found: Found) -> Found:
 
 
 def collect(files: Sequence[TensorFile]) -> Found:
-    """Every factor in these files. A key's own role comes before that of its file's name."""
+    """Every factor in these files. A key's own role comes before that of its file's name, unless the keys of all files say the same one."""
     found = Found()
+    misnamed = _named_alike(files)
     for file in files:
-        keys = keyed(file)
         named = label(file.name)
+        keys = {key: named if misnamed and named is not None else told for key, told in keyed(file).items()}
         for name, tensor in file.tensors.items():
             top = next((key for key in keys if name == key or name.startswith(key + "/")), None)
             told = keys[top] if top is not None else named
@@ -125,6 +126,14 @@ def collect(files: Sequence[TensorFile]) -> Found:
                     found.headerless[key, told.role] = file
         found.values |= _scalars(file.structure, keys)
     return found
+
+
+def _named_alike(files: Sequence[TensorFile]) -> bool:
+    """True for an up and a down file, by their names, whose keys both say up-param (or both down-param): a writer used one key for both."""
+    if len(files) != 2 or {told.role for file in files if (told := label(file.name))} != {"up", "down"}:
+        return False
+    said = [{told.role for told in keyed(file).values()} & {"up", "down"} for file in files]
+    return said[0] == said[1] and len(said[0]) == 1
 
 
 def _key(inner: str, number: int | None, structure: Any) -> str | int | None:

@@ -13,6 +13,7 @@ from upparam.bases.base import Base, Module
 from upparam.bases.recognise import recognise
 from upparam.dialects.base import Bundle, ReadOptions
 from upparam.dialects.placing import alike
+from upparam.dialects.prefixes import change, contested
 from upparam.errors import AmbiguousError, MismatchError, UsageError
 from upparam.findings import info, warning
 
@@ -59,7 +60,10 @@ def name_modules(
 
 
 def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions) -> None:
-    """Modules by name; the base is the user's, or recognised. Raises MismatchError when the user's base has no such module."""
+    """Modules by name; the base is the user's, or recognised, and tells what a name leaves out in front (`unet.`).
+
+    Raises MismatchError when the user's base has no such module.
+    """
     shapes = {name: delta.shape for name, delta in named.items()}
     base = options.base
     if base is not None:
@@ -69,6 +73,9 @@ def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions)
         adapter.base = hints[0] if hints else None
         known = inventory.resolve(adapter.base.name) if adapter.base is not None else None
         base = inventory.load(known) if known is not None else None
+    naming = None if base is None else change(base, shapes)
+    if naming is not None and not contested(adapter.base, {"": shapes}, {"": naming}):
+        named = {naming(name): delta for name, delta in named.items()}
     wrong = []
     for name, delta in named.items():
         module = base.by_path.get(name) if base is not None else None
