@@ -51,7 +51,13 @@ def names() -> list[str]:
 
 def matches(file: TensorFile) -> list[Match]:
     """Every dialect that recognises the file, best first. Plugins are asked only where none of ours is sure."""
-    found = [match for name in DIALECTS if (match := get(name).match(file)) is not None]
+    found: list[Match] = []
+    for name in DIALECTS:
+        match = get(name).match(file)
+        if match is not None:
+            found.append(match)
+            if match.alone:
+                break
     if not any(match.confidence >= 0.9 for match in found):
         for point in installed("upparam.dialects"):
             match = get(point.name).match(file)

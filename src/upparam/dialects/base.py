@@ -36,11 +36,15 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Match:
-    """How well a file fits a dialect: `confidence` 0..1 (1: only this dialect writes such names) and the facts it rests on."""
+    """How well a file fits a dialect: `confidence` 0..1 (1: only this dialect writes such names) and the facts it rests on.
+
+    `alone` when every name bears a mark of this dialect that no other has: then none after it in the table is asked.
+    """
 
     dialect: str
     confidence: float
     evidence: tuple[str, ...]
+    alone: bool = False
 
 
 @dataclass(frozen=True)

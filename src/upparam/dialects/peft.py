@@ -51,7 +51,9 @@ class Peft:
             return Match(self.name, 0.9 if wrapped else 0.7, tuple(evidence))
         if wrapped == len(parts):
             evidence.append(f"all under {WRAPPER}")
-            return Match(self.name, 0.97, tuple(evidence))
+            # One half alone may be a triad's file.
+            halves = {part.role for part in parts.values()} >= {"lora_A", "lora_B"}
+            return Match(self.name, 0.97, tuple(evidence), alone=halves and all(name.startswith(WRAPPER) for name in rest))
         if any(part.module.split(".", 1)[0] in ("diffusion_model", "lora_unet") for part in parts.values()):
             return None
         return Match(self.name, 0.95 if bare else 0.75, (*evidence, f"without {WRAPPER} in front"))
