@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import BAKED, Delta, DependentUpdate, RowReader, Scaling
-from upparam.algorithms.oft import cayley, limited, turned_rows
+from upparam.algorithms.oft import OutputTurn, cayley, limited, turned_rows
 from upparam.errors import MalformedError
 from upparam.tensors import Tensor
 
@@ -53,7 +53,7 @@ class ButterflyUpdate(DependentUpdate):
 
 
 @dataclass(frozen=True)
-class ButterflyOFT(Delta):
+class ButterflyOFT(OutputTurn):
     """blocks (m, k, b, b), rescale (out, 1, ..): stage i turns rows that lie 2^i b / 2 apart by R = (I + Q) @ inverse(I - Q), Q = blocks - blocks^T.
 
     Q is scaled down where its norm over all stages exceeds `constraint` * out (0: no limit; the files store it as alpha).
@@ -61,7 +61,6 @@ class ButterflyOFT(Delta):
     """
 
     algorithm: ClassVar[str] = "butterfly-oft"
-    additive: ClassVar[bool] = False
     blocks: Tensor
     rescale: Tensor | None = None
     constraint: float = 0.0
@@ -70,28 +69,8 @@ class ButterflyOFT(Delta):
     def __post_init__(self) -> None:
         shape = self.blocks.shape
         fits = len(shape) == 4 and all(shape) and shape[2] == shape[3] and shape[2] % 2 == 0 and shape[1] % 2 ** (shape[0] - 1) == 0
-        if not fits or (self.rescale is not None and self.rescale.shape[:1] != (self.rescale.numel,)):
-            raise MalformedError(
-                "not the stages of a butterfly and a factor for each row", expected="blocks (m, k, b, b) with k a multiple of 2^(m - 1), rescale (k b, 1)",
-                found=f"blocks {shape}, rescale {None if self.rescale is None else self.rescale.shape}",
-            )  # fmt: skip
-        if self.rescale is not None and self.rescale.numel != self.shape[0]:
-            raise MalformedError("rescale has not one factor for each row", expected=self.shape[0], found=self.rescale.shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(k b, 0): the factors do not tell the inputs."""
-        kernel = () if self.rescale is None else (0,) * (len(self.rescale.shape) - 2)
-        return (self.blocks.shape[1] * self.blocks.shape[2], 0, *kernel)
-
-    @property
-    def rank(self) -> None:
-        """None."""
-        return None
-
-    def factors(self) -> Mapping[str, Tensor]:
-        """`blocks` and, if there is one, `rescale`."""
-        return {"blocks": self.blocks} | ({"rescale": self.rescale} if self.rescale is not None else {})
+        expected = "blocks (m, k, b, b) with k a multiple of 2^(m - 1), rescale (k b, 1)"
+        self.check(fits, "the stages of a butterfly", expected)
 
     def idle(self, zeros: Collection[str]) -> bool:
         """True when there are no turns; factors for rows change the weight by themselves."""

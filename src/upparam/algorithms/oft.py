@@ -51,34 +51,19 @@ class OutputTurnUpdate(DependentUpdate):
         return turned
 
 
-@dataclass(frozen=True)
-class DiagOFT(Delta):
-    """blocks (k, s, s), rescale (out, 1, ..): W' = rescale * R^T @ W, block by block, R = (I + Q) @ inverse(I - Q), Q = blocks - blocks^T.
+class OutputTurn(Delta):
+    """What LyCORIS' turns of the outputs share: blocks (.., k, s, s) that cover the rows, and perhaps a factor for each row."""
 
-    Q is scaled down where its norm over all blocks exceeds `constraint` * out (0: no limit; the files store it as alpha).
-    With `made` the blocks are R itself, row factors included, as LyCORIS 2.0 saved it.
-    Source: KohakuBlueleaf/LyCORIS lycoris/functional/diag_oft.py and modules/diag_oft.py (which multiplies the constraint by out).
-    """
-
-    algorithm: ClassVar[str] = "diag-oft"
     additive: ClassVar[bool] = False
     blocks: Tensor
-    rescale: Tensor | None = None
-    constraint: float = 0.0
-    made: bool = False
-    scaling: Scaling = BAKED
+    rescale: Tensor | None
 
-    def __post_init__(self) -> None:
-        shape = self.blocks.shape
-        if (
-            len(shape) != 3
-            or shape[1] != shape[2]
-            or not self.blocks.numel
-            or (self.rescale is not None and self.rescale.shape[:1] != (self.rescale.numel,))
-        ):
+    def check(self, fits: bool, what: str, expected: str) -> None:
+        """Raise MalformedError unless the blocks fit and `rescale` is one factor for each row."""
+        if not fits or (self.rescale is not None and self.rescale.shape[:1] != (self.rescale.numel,)):
             raise MalformedError(
-                "not square blocks and a factor for each row", expected="blocks (k, s, s), rescale (k * s, 1)",
-                found=f"blocks {shape}, rescale {None if self.rescale is None else self.rescale.shape}",
+                f"not {what} and a factor for each row", expected=expected,
+                found=f"blocks {self.blocks.shape}, rescale {None if self.rescale is None else self.rescale.shape}",
             )  # fmt: skip
         if self.rescale is not None and self.rescale.numel != self.shape[0]:
             raise MalformedError("rescale has not one factor for each row", expected=self.shape[0], found=self.rescale.shape)
@@ -87,7 +72,7 @@ class DiagOFT(Delta):
     def shape(self) -> tuple[int, ...]:
         """(k s, 0): the factors do not tell the inputs."""
         kernel = () if self.rescale is None else (0,) * (len(self.rescale.shape) - 2)
-        return (self.blocks.shape[0] * self.blocks.shape[1], 0, *kernel)
+        return (self.blocks.shape[-3] * self.blocks.shape[-2], 0, *kernel)
 
     @property
     def rank(self) -> None:
@@ -97,6 +82,28 @@ class DiagOFT(Delta):
     def factors(self) -> Mapping[str, Tensor]:
         """`blocks` and, if there is one, `rescale`."""
         return {"blocks": self.blocks} | ({"rescale": self.rescale} if self.rescale is not None else {})
+
+
+@dataclass(frozen=True)
+class DiagOFT(OutputTurn):
+    """blocks (k, s, s), rescale (out, 1, ..): W' = rescale * R^T @ W, block by block, R = (I + Q) @ inverse(I - Q), Q = blocks - blocks^T.
+
+    Q is scaled down where its norm over all blocks exceeds `constraint` * out (0: no limit; the files store it as alpha).
+    With `made` the blocks are R itself, row factors included, as LyCORIS 2.0 saved it.
+    Source: KohakuBlueleaf/LyCORIS lycoris/functional/diag_oft.py and modules/diag_oft.py (which multiplies the constraint by out).
+    """
+
+    algorithm: ClassVar[str] = "diag-oft"
+    blocks: Tensor
+    rescale: Tensor | None = None
+    constraint: float = 0.0
+    made: bool = False
+    scaling: Scaling = BAKED
+
+    def __post_init__(self) -> None:
+        shape = self.blocks.shape
+        fits = len(shape) == 3 and shape[1] == shape[2] and self.blocks.numel > 0
+        self.check(fits, "square blocks", "blocks (k, s, s), rescale (k * s, 1)")
 
     def idle(self, zeros: Collection[str]) -> bool:
         """True when there are no turns; factors for rows change the weight by themselves."""
