@@ -9,22 +9,15 @@ also interleaves the factors, re-opens what it wrote and proves it. `--method ti
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from pathlib import Path
 
-from merge import UPPARAM, Run, generate, remove, timed
+from merge import UPPARAM, Run, asked, generate, remove, timed
 
 COUNT, RANK = 10, 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
-    args = parser.parse_args()
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = asked(__doc__)
     files = [
         generate(f"sdxl_lora(path, rank={RANK}, seed={number})", args.scratch / f"{number}.safetensors", "workbench_inputs")
         for number in range(COUNT)

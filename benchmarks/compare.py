@@ -9,7 +9,6 @@ numpy and takes their cosine, nothing else; it is extrapolated by the number of 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merge import UPPARAM, Run, generate, timed
+from merge import UPPARAM, Run, asked, generate, timed
 
 from upparam.containers import open_file
 from upparam.containers.safetensors import write
@@ -65,12 +64,7 @@ def apart_from_this(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
-    args = parser.parse_args()
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = asked(__doc__)
     call = f"sdxl_lora(path, rank=128, most={MODULES}, seed="
     one = generate(f"{call}0)", args.scratch / "one.safetensors", "workbench_inputs")
     apart = generate(f"{call}1)", args.scratch / "apart.safetensors", "workbench_inputs")

@@ -9,12 +9,11 @@ process to its exit, interpreter and imports included; CPU is user and system ti
 
 from __future__ import annotations
 
-import argparse
 import compileall
 import shutil
 from pathlib import Path
 
-from merge import UPPARAM, Run, generate, remove, timed
+from merge import UPPARAM, Run, asked, generate, remove, timed
 
 import upparam
 
@@ -22,12 +21,7 @@ CASES = {"kohya SDXL, r=96": ("sdxl", ("peft", "diffusers", "comfyui")), "PEFT L
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
-    args = parser.parse_args()
-    args.scratch.mkdir(parents=True, exist_ok=True)
+    args = asked(__doc__)
     compileall.compile_dir(str(Path(upparam.__file__).parent), quiet=1)
     inputs = {
         "sdxl": generate("sdxl_lora(path, rank=96)", args.scratch / "sdxl.safetensors", "workbench_inputs"),

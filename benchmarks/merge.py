@@ -52,6 +52,17 @@ def timed(command: list[str], **extra: str) -> Run:
     return Run(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss / 1024)
 
 
+def asked(doc: str | None) -> argparse.Namespace:
+    """The arguments of a benchmark that makes its inputs in a scratch folder, which exists then: scratch, rounds, clean."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
+    args = parser.parse_args()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    return args
+
+
 def generate(call: str, path: Path, module: str = "merge_inputs") -> Path:
     """Make an input in a process of its own: a child's peak memory as the system counts it starts at its parent's."""
     if not path.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_output, add_reading, emit_receipt, reading
+from upparam.cli.common import add_common, add_drop, add_output, add_reading, emit_receipt, reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", type=Path, metavar="PATH", help="factors and what belongs to them, an adapter without its config, or a training checkpoint"
     )
     parser.add_argument("--to", default="peft", metavar="DIALECT", help="the dialect to write (default: peft)")
-    parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
-    )
+    add_drop(parser)
     add_output(parser, "file or folder")
     add_reading(parser)
     add_common(parser)

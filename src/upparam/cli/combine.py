@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from upparam.cli.common import add_common, add_output, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_output, add_threads, emit_receipt, progress_for
 from upparam.cli.merge import block_weight, scaled
 from upparam.cli.resize import add_rank_rule
 
@@ -27,14 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "file or folder")
     parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: that of the first adapter)")
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
-    parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    add_drop(parser)
+    add_threads(parser)
     add_common(parser)
 
 

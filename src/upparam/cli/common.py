@@ -30,6 +30,19 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
 
 
+def add_drop(parser: argparse.ArgumentParser) -> None:
+    """--drop, for what a dialect cannot hold."""
+    parser.add_argument(
+        "--drop", action="append", default=[], metavar="KIND",
+        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
+    )  # fmt: skip
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """--threads."""
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """What only the user may know about an adapter: --base, --target, --alpha, --scale, --rank."""
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")

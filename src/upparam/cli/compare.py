@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_reading, emit, progress_for, reading
+from upparam.cli.common import add_common, add_reading, add_threads, emit, progress_for, reading
 
 DESCRIPTION = (
     "Say what the second is to the first, and on what that rests. Adapters are compared through their factors, in whatever dialects they are: "
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a verdict that makes the exit code 0 (repeat; default: bit-equal and equal)",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="show every module, not only those furthest apart")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    add_threads(parser)
     add_reading(parser)
     add_common(parser)
 

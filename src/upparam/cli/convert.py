@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, add_output, add_reading, emit_receipt, progress_for, reading
+from upparam.cli.common import add_common, add_drop, add_output, add_reading, emit_receipt, progress_for, reading
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
@@ -16,13 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """PATH, --to, -o, what only the user knows, --drop, --json."""
     parser.add_argument("path", type=Path, metavar="PATH", help="an adapter file or folder")
     parser.add_argument("--to", required=True, metavar="DIALECT", help="the dialect to write; 'upparam dialects' lists them")
-    parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
-    )
+    add_drop(parser)
     parser.add_argument(
         "--bake-scale", action="store_true",
         help="where the dialect has no place for a scale, multiply it into a factor (exact for powers of two)",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from upparam.cli.common import add_common, emit, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_threads, emit, emit_receipt, progress_for
 
 DESCRIPTION = (
     "Change something about an adapter and nothing else: metadata, dtype, alpha and scale, modules out or renamed. It is written in its own "
@@ -46,11 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
-    parser.add_argument(
-        "--drop", action="append", default=[], metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    add_drop(parser)
+    add_threads(parser)
     add_common(parser)
 
 

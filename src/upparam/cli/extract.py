@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_output, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_output, add_threads, emit_receipt, progress_for
 from upparam.cli.resize import add_rank_rule
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drop", action="append", default=[], metavar="KIND",
         help="give up what the dialect cannot hold, by the name the refusal gives: bias, saved-module, other (repeat)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    add_threads(parser)
     add_output(parser, "file or folder")
     add_common(parser)
 

@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, emit, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_threads, emit, emit_receipt, progress_for
 
 if TYPE_CHECKING:
     from upparam.operations.merge.plan import BlockWeight
@@ -49,7 +49,7 @@ def add_merging(parser: argparse.ArgumentParser) -> None:
         "--block-weights", action="append", default=[], metavar="WEIGHTS",
         help="multipliers by block: a preset (INALL, OUTD ...), 12/17/20/26/61 numbers, IN05-OUT05=0.3, or GLOB=0.5 over modules (repeat)",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    add_threads(parser)
     parser.add_argument(
         "--no-exact", dest="exact", action="store_false", help="skip the float64 check of near-ties (1 element in 100,000 then 1 ulp off)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_output, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_output, add_threads, emit_receipt, progress_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: the adapter's own)")
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
     parser.add_argument("--scale", type=float, help="the effective multiplier, where the files do not store it")
-    parser.add_argument(
-        "--drop", action="append", default=[], metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    add_drop(parser)
+    add_threads(parser)
     add_common(parser)
 
 
