@@ -25,6 +25,8 @@ FLOORS = [
 """Lowest first, as in docs/architecture.md."""
 UPWARD = {("adapter", "operations")}
 """What points upward on purpose: `Adapter.save`."""
+TORCH = {"on_device.py"}
+"""Where torch may be imported, inside functions: merging on a device."""
 
 
 def floor(name: str) -> int:
@@ -71,6 +73,9 @@ def test_imports_point_downward() -> None:
 @pytest.mark.parametrize("name", ["torch", "pickle", "eval", "exec"])
 def test_what_does_not_occur_in_the_source(name: str) -> None:
     for path in ROOT.rglob("*.py"):
+        if name == "torch" and path.name in TORCH:
+            assert not any(isinstance(node, ast.Import) and node.names[0].name == name for node in ast.parse(path.read_text()).body)
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 words = (

@@ -51,6 +51,9 @@ def add_merging(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_threads(parser)
     parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="where to compute: cpu, cuda or cuda:N (needs torch; the same bytes)"
+    )
+    parser.add_argument(
         "--no-exact", dest="exact", action="store_false", help="skip the float64 check of near-ties (1 element in 100,000 then 1 ulp off)"
     )
 
@@ -101,6 +104,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("nowhere to write", remedy="give -o OUT, --in-place or --dry-run")
     receipt = merge(
         args.base, adapters, args.out, in_place=args.in_place, force=args.force, verify=args.verify, sync=args.sync, exact=args.exact,
-        threads=args.threads, progress=progress_for(args), **choice,
+        threads=args.threads, device=args.device, progress=progress_for(args), **choice,
     )  # fmt: skip
     return emit_receipt(args, receipt)

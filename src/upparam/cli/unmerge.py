@@ -25,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
     pin_blas()
     receipt = unmerge(
         args.merged, [scaled(text) for text in args.adapters], args.out, force=args.force, verify=args.verify, exact=args.exact,
-        only=args.only, skip=args.skip, drop=args.drop, block_weight=block_weight(args.block_weights), threads=args.threads, progress=progress_for(args),
+        only=args.only, skip=args.skip, drop=args.drop, block_weight=block_weight(args.block_weights), threads=args.threads, device=args.device, progress=progress_for(args),
     )  # fmt: skip
     return emit_receipt(args, receipt)

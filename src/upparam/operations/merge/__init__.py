@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import Adapter
 from upparam.atomic import refuse_existing
 from upparam.checkpoint import Checkpoint
 from upparam.errors import RefusedError, UsageError
-from upparam.findings import warning
+from upparam.findings import info, warning
 from upparam.operations.receipt import Receipt
 from upparam.progress import Progress, silent
 
@@ -43,6 +43,7 @@ def merge(
     block_weight: BlockWeight | None = None,
     initial: Path | str | None = None,
     threads: int | None = None,
+    device: Any = "cpu",
     progress: Progress = silent,
 ) -> Receipt:
     """Write `base` with `adapters` merged in to `out`: every element is round(W + sum of multiplier * scale * dW), rounded once.
@@ -51,7 +52,8 @@ def merge(
     carried. `dtype` ('float16', 'bf16', ...) converts all float weights; `only` and `skip` are globs over target module paths; `drop`
     names kinds of extras that may be left out; `block_weight` gives each target another multiplier. `exact=False` leaves out the
     float64 check of near-ties (about 1 element in 10^5 is then off by one unit in the last place).
-    `sync=False` does not wait until the disk has everything (see `upparam.atomic`).
+    `sync=False` does not wait until the disk has everything (see `upparam.atomic`). `device` is 'cpu', 'cuda' or 'cuda:N' (through torch,
+    with the same bytes; see `on_device`), or a `torch.device`.
 
     With `in_place` and no `out` the base's own files are changed, with an undo journal beside them (see `inplace`).
 
@@ -64,7 +66,13 @@ def merge(
     if out is not None:
         refuse_existing(Path(out), force)
     pin_blas()
+    where = None
+    if device != "cpu":
+        from upparam.operations.merge.on_device import open_device
+
+        where = open_device(device)
     plan = prepare(base, adapters, dtype=dtype, only=only, skip=skip, drop=drop, block_weight=block_weight, initial=initial)
+    plan.device = where
     threads = threads or default_threads()
     if out is None:
         from upparam.operations.merge.inplace import merge_in_place
@@ -76,6 +84,10 @@ def merge(
         outcome = write(plan, Path(out), force=force, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
     place = str(base if out is None else out)
     findings = [finding for item in plan.ingredients for finding in item.adapter.findings if finding.severity]
+    if where is not None:
+        total = sum(work.tensor.numel for work in plan.works.values())
+        said = f"{where.elements:,} of {total:,} elements of changed tensors were computed on {where.name}, the others on the processor"
+        findings.append(info("device", place, said))
     if not exact:
         findings.append(warning("not-exact", place, "near-ties were not checked: about 1 element in 100,000 may be off by one ulp"))
     return Receipt(

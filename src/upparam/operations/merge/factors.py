@@ -67,7 +67,7 @@ class LowRank:
 
         Sums of NUMPY_CHUNK products each, in whatever order, that are then added one to the other.
         """
-        return self._keep("bound", self._row_bound)
+        return self.kept("bound", self._row_bound)
 
     def _row_bound(self) -> NDArray[np.float64]:
         rounded = (not self._single(self.up, self.up64)) + (not self._single(self.down, self.down64))
@@ -83,7 +83,7 @@ class LowRank:
     @property
     def row_norm(self) -> NDArray[np.float64]:
         """The norm of each row of up, rounded upward."""
-        return self._keep("row", lambda: self._weighted(np.ones(self.rank)))
+        return self.kept("row", lambda: self._weighted(np.ones(self.rank)))
 
     @staticmethod
     def _single(narrow: NDArray[np.float32], wide: NDArray[np.float64]) -> bool:
@@ -93,22 +93,22 @@ class LowRank:
     @property
     def column_norm(self) -> NDArray[np.float64]:
         """The norm of each column of down, rounded upward."""
-        return self._keep("norm", lambda: np.sqrt(np.einsum("rj,rj->j", self.down64, self.down64)) * UP)
+        return self.kept("norm", lambda: np.sqrt(np.einsum("rj,rj->j", self.down64, self.down64)) * UP)
 
     @property
     def widest(self) -> float:
         """The largest of the column norms."""
-        return self._keep("widest", lambda: float(self.column_norm.max(initial=0.0)))
+        return self.kept("widest", lambda: float(self.column_norm.max(initial=0.0)))
 
     @property
     def up(self) -> NDArray[np.float32]:
         """up in float32."""
-        return self._keep("up", lambda: self.up64.astype(np.float32))
+        return self.kept("up", lambda: self.up64.astype(np.float32))
 
     @property
     def down(self) -> NDArray[np.float32]:
         """down in float32."""
-        return self._keep("down", lambda: self.down64.astype(np.float32))
+        return self.kept("down", lambda: self.down64.astype(np.float32))
 
     def _weighted(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """sqrt(sum_k weights[k] up[i, k]^2) of each row, rounded upward by a factor that also covers its own rounding."""
@@ -123,7 +123,7 @@ class LowRank:
         float32 does not hold: weights[k] roundings. So the sum is within u sum_k weights[k] |up_k| |down_k| of the true one (Higham, as
         above), and that is at most u times the product of the two norms weighted by them.
         """
-        return self._keep(f"packed {route.name} {kind}", lambda: self._pack(route, kind))
+        return self.kept(f"packed {route.name} {kind}", lambda: self._pack(route, kind))
 
     def _pack(self, route: Route, kind: int) -> Packed:
         tile, single = route.module, kind == KINDS["float32"]
@@ -146,12 +146,12 @@ class LowRank:
     @property
     def ups(self) -> NDArray[np.float64]:
         """up with its ranks padded to a multiple of 8, for `elements`."""
-        return self._keep("ups", lambda: np.pad(self.up64, ((0, 0), (0, -self.rank % 8))))
+        return self.kept("ups", lambda: np.pad(self.up64, ((0, 0), (0, -self.rank % 8))))
 
     @property
     def downs(self) -> NDArray[np.float64]:
         """down as (columns, R), its ranks padded to a multiple of 8, for `elements`."""
-        return self._keep("downs", lambda: np.ascontiguousarray(np.pad(self.down64, ((0, -len(self.down64) % 8), (0, 0))).T))
+        return self.kept("downs", lambda: np.ascontiguousarray(np.pad(self.down64, ((0, -len(self.down64) % 8), (0, 0))).T))
 
     def elements(self, flat: NDArray[np.intp], start: int, columns: int) -> NDArray[np.float64]:
         """up @ down in float64 at the places `flat` of a tile that begins at row `start`.
@@ -168,7 +168,7 @@ class LowRank:
         total: NDArray[np.float64] = (pairs[:, 0] + pairs[:, 2]) + (pairs[:, 1] + pairs[:, 3])
         return total
 
-    def _keep(self, name: str, make: Callable[[], Form]) -> Form:
+    def kept(self, name: str, make: Callable[[], Form]) -> Form:
         """A form of the factors, made once: two threads that both want it do not both make it."""
         if name not in self._kept:
             with self._lock:

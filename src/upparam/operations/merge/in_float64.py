@@ -29,6 +29,7 @@ def settled(before: NDArray[Any], dtype: DType, factors: LowRank, start: int, fl
 def add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int) -> tuple[int, int]:
     """The same through float64 sums. What their own error leaves open is summed again in the fixed order, so that every route agrees."""
     changed = infinite = 0
+    code = np.dtype(f"u{dtype.itemsize}")
     step = max(1, _BLOCK // max(1, stored.shape[1]))
     for at in range(0, len(stored), step):
         with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN of the base
@@ -39,7 +40,8 @@ def add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start: 
             # R products in whatever order, each rounded at most R + 1 times, with a unit of 2^-53; and the rounding of the last sum
             bound = factors.row_norm[first : first + len(part), None] * ((factors.rank + 2) * 2.0**-52 * factors.widest)
             bound = bound + np.abs(true) * 2.0**-51 + 1e-300 * (factors.rank + 1)
-            doubtful = np.flatnonzero(narrow(true - bound, dtype) != narrow(true + bound, dtype))
+            low, high = narrow(true - bound, dtype), narrow(true + bound, dtype)
+            doubtful = np.flatnonzero(low.view(code) != high.view(code))  # their codes: of a zero also the sign is open
             if doubtful.size:
                 sums = factors.elements(doubtful, first, stored.shape[1])
                 true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + sums
@@ -56,7 +58,7 @@ def store(stored: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> tupl
         if dtype.name in NO_INFINITY:
             infinite = int(np.count_nonzero(np.abs(true) > largest(dtype)))
         else:
-            infinite = _count_overflow(rounded, stored)
+            infinite = overflows(rounded, stored)
     code = np.dtype(f"u{dtype.itemsize}")
     changed = int(np.count_nonzero(stored.view(code) != rounded.view(code)))
     stored[...] = rounded
@@ -72,6 +74,7 @@ def _rounded(before: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> N
     return result
 
 
-def _count_overflow(now: NDArray[Any], before: NDArray[Any]) -> int:
+def overflows(now: NDArray[Any], before: NDArray[Any]) -> int:
+    """How many elements that were finite are not any more."""
     with np.errstate(invalid="ignore"):
         return int(np.count_nonzero(~np.isfinite(now) & np.isfinite(before)))

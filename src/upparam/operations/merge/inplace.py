@@ -163,7 +163,7 @@ def _prepare(plan: Plan, path: Path, way: _Way, *, sync: bool, threads: int, pro
             new = _create(new_path(file), file.stat().st_size, descriptors, like=file)
             tasks += tasks_with_changes(file, works, new, way.shares, way.samples, way.exact)
         with Flusher(descriptors if sync else ()):
-            run_tasks(tasks, threads, _widest(plan), progress if way.files else silent)
+            run_tasks(tasks, threads, _widest(plan), progress if way.files else silent, plan.device)
         for descriptor in descriptors if sync else ():
             os.fsync(descriptor)
         if sync:
@@ -227,7 +227,7 @@ def _apply(plan: Plan, moved: list[Work], way: _Way, *, sync: bool, threads: int
             offset = place(plan.works[work.name].tensor)
             append_changes(tasks, work, descriptors[work.file.path], offset, way.shares, way.samples, way.exact)
         if tasks:
-            run_tasks(tasks, threads, _widest(plan), progress)
+            run_tasks(tasks, threads, _widest(plan), progress, plan.device)
         for fd in descriptors.values() if sync else ():
             os.fsync(fd)
     finally:

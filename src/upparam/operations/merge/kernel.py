@@ -9,7 +9,7 @@ The bounds are those of `factors`.
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,13 +58,35 @@ def best_route() -> Route:
     return found.get(os.environ.get("UPPARAM_KERNEL", "")) or next(iter(found.values()))
 
 
+class Lane(Protocol):
+    """One thread's way to a device: tiles of KINDS go there instead of through the kernel here (see `on_device`)."""
+
+    raw: Any
+    """Memory of the host that tiles are read into: a writable buffer of bytes."""
+    elements: int
+    """Elements of a tile worth sending."""
+
+    def add_low_rank(self, stored: NDArray[Any], dtype: DType, factors: LowRank, start: int) -> tuple[int, int]:
+        """What `add_low_rank` of this module does, with the same bytes as its result."""
+        ...
+
+
+class Device(Protocol):
+    """Where tiles are computed instead of on the processor."""
+
+    def lane(self, widest: int) -> Lane:
+        """A new lane for the thread that asks, for rows of up to `widest` elements."""
+        ...
+
+
 class Scratch:
     """The route a thread's tiles take, and the buffers it needs, made once and used for every tile."""
 
-    def __init__(self, widest: int, route: Route | None = None) -> None:
+    def __init__(self, widest: int, route: Route | None = None, lane: Lane | None = None) -> None:
         """`widest`: elements of the longest row."""
         self.route = route or best_route()
-        self.buffers = Buffers(widest) if self.route.module is None else None
+        self.lane = lane
+        self.buffers = Buffers(widest) if self.route.module is None and lane is None else None
 
 
 def add_low_rank(
@@ -74,6 +96,8 @@ def add_low_rank(
 
     Returns (elements whose bits changed, elements that became infinite). `exact=False` leaves out the float64 check of near-ties.
     """
+    if scratch.lane is not None and dtype.name in KINDS and stored.size:
+        return scratch.lane.add_low_rank(stored, dtype, factors, start)
     if scratch.route.module is not None and dtype.name in KINDS:
         return _add_compiled(stored, dtype, factors, start, scratch, exact)
     if scratch.buffers is not None and dtype.name in DROPPED and stored.size:

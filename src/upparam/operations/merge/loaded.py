@@ -180,6 +180,11 @@ class Loaded:
                 result[low - start : high - start] += factors.up64[low - first : high - first] @ factors.down64
         return result
 
+    @property
+    def through_kernel(self) -> bool:
+        """True when tiles are sums W + up @ down that stay in their dtype: what the kernel, or a device, computes."""
+        return self.segments is not None and not self.work.packing and self.work.dtype == self.base.tensor.dtype
+
     def change(self, stored: NDArray[Any], start: int, scratch: Scratch, exact: bool) -> tuple[NDArray[Any], int, int]:
         """Rows from `start` as stored in the base -> (the same rows as they are to be written, elements changed, elements now infinite).
 

@@ -16,6 +16,7 @@ from upparam.checkpoint import Checkpoint, CheckpointFile
 from upparam.errors import AmbiguousError, MalformedError, MismatchError, RefusedError
 from upparam.findings import Finding, warning
 from upparam.operations.merge import matching
+from upparam.operations.merge.kernel import Device
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import DType, Tensor
@@ -83,6 +84,8 @@ class Plan:
     dtype: DType | None
     findings: list[Finding]
     skipped: list[str]
+    device: Device | None = None
+    """Where tiles are computed; None for the processor."""
 
     def out_dtype(self, tensor: Tensor) -> DType:
         """The dtype a base tensor is written in: its own, or the one asked for when it is a float."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from upparam.operations.merge.kernel import TILE_ELEMENTS, Scratch
+from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.plan import Work
 from upparam.operations.merge.rounding import narrow, widen
@@ -26,9 +26,12 @@ TASK_BYTES = 32 << 20
 class Buffers:
     """One thread's memory: raw bytes for reading and copying, and the kernel's tiles."""
 
-    def __init__(self, elements: int) -> None:
-        self.raw = mmap.mmap(-1, max(COPY_CHUNK, elements * 8))  # whole pages: aligned for copies and for the kernel
-        self.scratch = Scratch(elements)
+    def __init__(self, elements: int, device: Device | None = None) -> None:
+        lane = None if device is None else device.lane(elements)
+        self.tile = TILE_ELEMENTS if lane is None else lane.elements
+        # whole pages: aligned for copies and for the kernel
+        self.raw = mmap.mmap(-1, max(COPY_CHUNK, elements * 8)) if lane is None else lane.raw
+        self.scratch = Scratch(elements, lane=lane)
 
 
 class Task(Protocol):
@@ -153,7 +156,7 @@ class Change:
 def tiles(loaded: Loaded, start: int, stop: int, buffers: Buffers) -> Iterator[tuple[int, Any]]:
     """Tiles of the base's rows [start, stop), each (first row, stored elements in the thread's buffer)."""
     base = loaded.base
-    step = max(1, TILE_ELEMENTS // max(1, base.columns))
+    step = max(1, (buffers.tile if loaded.through_kernel else TILE_ELEMENTS) // max(1, base.columns))
     view = memoryview(buffers.raw)
     for at in range(start, stop, step):
         count = min(step, stop - at)
@@ -205,8 +208,8 @@ class Flusher:
         self._thread.join()
 
 
-def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Progress) -> None:
-    """Work tasks off in order on `threads` threads. The first exception stops all and is raised; so does a KeyboardInterrupt."""
+def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Progress, device: Device | None = None) -> None:
+    """Work tasks off in order on `threads` threads, tiles through `device` where one is given. The first exception stops all and is raised; so does a KeyboardInterrupt."""
     queue = iter(tasks)
     lock = threading.Lock()
     total = sum(task.size for task in tasks)
@@ -214,7 +217,7 @@ def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Prog
 
     def work() -> None:
         try:
-            buffers = Buffers(elements)
+            buffers = Buffers(elements, device)
             while not state["stop"]:
                 with lock:
                     task = next(queue, None)

@@ -217,7 +217,7 @@ def _write_files(
         from upparam.operations.merge.kernel import TILE_ELEMENTS
 
         with Flusher(descriptors if sync else ()):
-            run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress)
+            run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress, plan.device)
         text = note(plan, hashes.found)
         for file, fd in zip(files, descriptors, strict=True):
             write_all(fd, memoryview(file.header(text)), 0)
