@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.errors import AmbiguousError, MalformedError, UnreadableError
 from upparam.findings import Finding
+from upparam.records import dataclass, field
 from upparam.tensors import DTYPES, FileSource, Tensor
 
 INDEX_SUFFIX = ".index.json"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +17,7 @@ from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.errors import MalformedError
+from upparam.records import dataclass, field, fields, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ sqrt(rank eps) |up| |down|, some 1e-8 of the norms in float64, which `Relation.f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 from upparam.errors import MalformedError
+from upparam.records import dataclass, field
 
 if TYPE_CHECKING:
     import numpy as np

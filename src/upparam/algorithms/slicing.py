@@ -6,7 +6,6 @@ Nothing is computed when the parts share their down factor: `up` is cut and stac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isclose
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from upparam.algorithms.base import BAKED, Delta, FactorChange, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import Problem, RefusedError
+from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor, same_bits
 
 if TYPE_CHECKING:

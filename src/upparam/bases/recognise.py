@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
 from upparam.adapter import BaseHint
 from upparam.algorithms.base import fits_weight
 from upparam.bases import inventory
+from upparam.records import dataclass, field
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from operator import length_hint
 from typing import Any
 
@@ -38,6 +37,7 @@ from upparam.limits import (
     MAX_PICKLE_OBJECTS,
     MAX_PICKLE_OPCODES,
 )
+from upparam.records import dataclass, field
 from upparam.tensors import DType, MemorySource, Source, Tensor
 
 KEPT_BYTES = 256

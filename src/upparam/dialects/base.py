@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from upparam.adapter import Adapter
 from upparam.bases.base import Base
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
+from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from upparam.algorithms.base import Delta
@@ -19,6 +18,7 @@ from upparam.algorithms.tlora import TLoRA
 from upparam.dialects import lycoris_words, words
 from upparam.dialects.lycoris_words import COMFYUI_FORMS, OWN, words_in
 from upparam.errors import RefusedError
+from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 
 from upparam.adapter import Adapter, BaseHint
@@ -17,6 +16,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.dialects.placing import Resolved, alike
 from upparam.errors import UsageError
 from upparam.findings import warning
+from upparam.records import replace
 
 ARCHITECTURE = "general.architecture"
 _HUB = re.compile(r"https?://huggingface\.co/")

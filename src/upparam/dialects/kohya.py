@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
@@ -21,6 +20,7 @@ from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, Shape, base_of,
 from upparam.dialects.refusing import because, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import Finding, error, warning
+from upparam.records import replace
 from upparam.tensors import DTYPES, Tensor
 
 MODULE = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")

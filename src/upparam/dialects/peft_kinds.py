@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +20,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_method import Given, Method
 from upparam.dialects.peft_names import Sorted
 from upparam.errors import MalformedError, RefusedError, UsageError
+from upparam.records import fields, replace
 from upparam.tensors import Tensor
 
 METHODS: tuple[Method, ...] = (

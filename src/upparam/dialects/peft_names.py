@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from upparam.errors import AmbiguousError
+from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 WRAPPER = "base_model.model."

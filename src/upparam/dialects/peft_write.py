@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
@@ -22,6 +21,7 @@ from upparam.dialects.placing import to_foreign
 from upparam.dialects.prefixes import Naming
 from upparam.dialects.refusing import because
 from upparam.errors import Problem, RefusedError
+from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 WEIGHTS = "adapter_model.safetensors"

@@ -6,7 +6,6 @@ Shared by the dialects that write a module's name and a word of `comfyui_words` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
@@ -18,6 +17,7 @@ from upparam.dialects.placing import Parts, to_targets
 from upparam.dialects.words import alpha_tensor
 from upparam.errors import MalformedError
 from upparam.findings import error, warning
+from upparam.records import dataclass
 from upparam.tensors import DTYPES, Tensor
 
 Named = tuple[LayoutMap, str]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from upparam.containers.base import LONE, TensorFile
+from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 _ROLES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
 from upparam.operations.lowering import Weight
+from upparam.records import replace
 
 if TYPE_CHECKING:
     import numpy as np

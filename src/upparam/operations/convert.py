@@ -6,7 +6,6 @@ import importlib
 import time
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Spool
+from upparam.records import replace
 
 WRITERS: dict[str, str] = {
     "safetensors": "upparam.containers.safetensors:write",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from upparam.operations.lowering import Lowered, lower, lowerable
 from upparam.operations.spool import Keep
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
+from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 _ROUNDS = 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule, difference
 from upparam.errors import RefusedError
 from upparam.operations.spool import Keep
+from upparam.records import dataclass
 from upparam.tensors import DType, doubles
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
 from upparam.operations.combine.pieces import Piece, Place
+from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Tensor, doubles
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
@@ -12,6 +11,7 @@ from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge.plan import BlockWeight
 from upparam.operations.recast import multiplied
 from upparam.operations.resize import Job, jobs_of
+from upparam.records import dataclass, replace
 from upparam.tensors import DTYPES, same_bits
 
 Weighted = tuple[Adapter, float]

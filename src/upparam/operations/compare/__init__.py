@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 from upparam.adapter import Adapter
@@ -16,6 +15,7 @@ from upparam.operations.compare.verdict import ACCEPTED, Comparison, Verdict
 from upparam.operations.merge import pin_blas
 from upparam.operations.opening import candidates, open_adapter
 from upparam.progress import Progress, silent
+from upparam.records import replace
 
 
 def compare(

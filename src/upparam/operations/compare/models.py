@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +17,7 @@ from upparam.operations.extract.difference import PLAIN, Difference, Workspace, 
 from upparam.operations.extract.pairing import pair
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
+from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

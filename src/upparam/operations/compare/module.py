@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from enum import Enum
 from math import degrees, isclose, prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from upparam.algorithms.slicing import RowSlice
 from upparam.errors import MalformedError, RefusedError
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
+from upparam.records import dataclass, fields, replace
 from upparam.tensors import DTYPES, DType, Tensor, singles
 
 if TYPE_CHECKING:

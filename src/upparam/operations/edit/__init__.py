@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
+from upparam.records import replace
 
 
 def edit(

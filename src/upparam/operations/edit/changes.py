@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import isfinite, sqrt
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.dialects import restated
 from upparam.errors import RefusedError, UsageError
 from upparam.operations.recast import multiplied, recast
+from upparam.records import dataclass, field, replace
 from upparam.tensors import DTYPES, DType, Tensor
 
 CONFIG = "config."

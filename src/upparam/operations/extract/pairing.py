@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from upparam.bases.layouts import Order, available, layout
 from upparam.checkpoint import Checkpoint
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge.matching import by_component, renaming
+from upparam.records import dataclass
 from upparam.tensors import Tensor
 
 _PARAMETERS = ("weight", "bias")

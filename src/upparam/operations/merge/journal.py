@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from upparam.errors import MalformedError, RefusedError, UnreadableError
 from upparam.operations.merge.stream import Copy, Task, run_tasks, write_all
 from upparam.operations.receipt import Receipt
 from upparam.progress import silent
+from upparam.records import dataclass, field
 from upparam.tensors import FileSource
 
 MAGIC = b"upparam-undo 1\n\0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from upparam.operations.merge import matching
 from upparam.operations.merge.kernel import Device
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.rounding import MERGEABLE
+from upparam.records import dataclass, field, replace
 from upparam.tensors import DType, Tensor
 
 BlockWeight = Callable[[Target], float]
