@@ -76,7 +76,7 @@ def main() -> None:
     kill = Killer(time.monotonic() - begun)
     new = digest(root / "whole")
     assert old != new
-    counts = {"absent": 0, "whole": 0, "untouched": 0, "partial": 0, "complete": 0, "applied": 0}
+    counts = {"absent": 0, "whole": 0, "untouched": 0, "partial": 0, "complete": 0, "applied": 0, "undone": 0}
     for _ in range(kills):
         kill(lambda: merge(base, change, out, threads=2))  # type: ignore[arg-type]
         if out.exists():
@@ -99,10 +99,17 @@ def main() -> None:
             counts[state] += 1
             if state == "applied":
                 assert digest(place) == new
-            if state == "complete" and kill.chooser.random() < 0.5:
+            if state in ("complete", "applied") and kill.chooser.random() < 0.5:
                 kill(lambda: undo(place), 0.05)  # an undo that is killed too
             if journal_path(place).exists():
                 undo(place)
+        for _ in range(2 if number % 5 == 0 else 0):  # of a merge that went through, an undo that is killed
+            if not journal_path(place).exists():
+                merge(place, change, in_place=True, threads=2)  # type: ignore[arg-type]
+            kill(lambda: undo(place), 0.05)
+            counts["undone"] += 1
+        if journal_path(place).exists():
+            undo(place)
         assert digest(place) == old, "the old bytes are not back"
         assert {path.name for path in place.iterdir()} == {path.name for path in base.iterdir()}
     print(json.dumps({"killed": kill.killed, **counts}))

@@ -19,7 +19,6 @@ from pathlib import Path
 from upparam.errors import OutputExistsError, RefusedError, UnreadableError
 from upparam.findings import info
 from upparam.operations.merge.journal import (
-    APPLIED,
     COMPLETE,
     HEAD,
     MAGIC,
@@ -27,7 +26,7 @@ from upparam.operations.merge.journal import (
     journal_path,
     new_path,
     old_path,
-    set_state,
+    set_applied,
     sync_folder,
     undo,
 )
@@ -84,7 +83,8 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
     try:
         proof = _apply(plan, moved, way, sync=sync, threads=threads, progress=progress)
         outcome = summary(plan, way.shares)
-        set_state(path, APPLIED)
+        root = base if plan.checkpoint.is_folder else base.parent
+        set_applied(path, root, _touched(plan), sync)
     except BaseException:
         undo(base)
         raise
@@ -145,6 +145,7 @@ def _prepare(plan: Plan, path: Path, way: _Way, *, sync: bool, threads: int, pro
     head = {
         "ranges": [[work.file.relative, place(work.tensor), work.tensor.nbytes] for work in way.ranges],
         "replaced": [file.relative_to(root).as_posix() for file in way.files],
+        "sizes": {work.file.relative: work.file.path.stat().st_size for work in way.ranges},
         "what": [str(item.path) for item in plan.ingredients],
     }
     text = json.dumps(head).encode()
@@ -236,6 +237,14 @@ def _apply(plan: Plan, moved: list[Work], way: _Way, *, sync: bool, threads: int
     if way.samples is None:
         return None
     return check_samples(way.samples, {work.name: plan.works[work.name].tensor for work in way.ranges} | written, way.exact)
+
+
+def _touched(plan: Plan) -> dict[Path, list[tuple[int, int]]]:
+    """Where each file was written: offset and size of every changed tensor."""
+    touched: dict[Path, list[tuple[int, int]]] = {}
+    for work in plan.works.values():
+        touched.setdefault(work.file.path, []).append((place(work.tensor), work.tensor.nbytes))
+    return touched
 
 
 def _take_place(file: Path) -> None:
