@@ -240,7 +240,7 @@ def test_dora_with_a_norm_for_each_input_is_named_by_its_parts() -> None:
     again = read("comfyui", content.tensors, base=TINY)
     assert not again.leftovers and all(same_delta(delta, again.deltas[target]) for target, delta in adapter.deltas.items())
     same(written("comfyui", again, base=TINY).tensors, content.tensors)
-    with pytest.raises(RefusedError, match="dora deltas of parts cannot be joined"):
+    with pytest.raises(RefusedError, match="DoRA deltas of parts cannot be joined"):
         written("comfyui", adapter, base=replace(TINY, family=""))
 
 
@@ -485,7 +485,7 @@ def test_deltas_of_other_parameters_are_refused() -> None:
         target = Target("transformer.transformer_blocks.0.attn.to_out.0", parameter=parameter)
         with pytest.raises(RefusedError) as caught:
             written("comfyui", Adapter({target: lora}, "test", base=BaseHint("tiny", 1.0, stated=True)), base=TINY)
-        assert f"a lora delta of the {parameter}" in str(caught.value.found)
+        assert f"a LoRA delta of the {parameter}" in str(caught.value.found)
 
 
 def test_orphans_are_left_over_and_dead_files_are_called_so() -> None:

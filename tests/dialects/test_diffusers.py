@@ -193,7 +193,7 @@ def adapter_of(module: str, **more: Any) -> Adapter:
     [
         (adapter_of("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"), "T5"),
         (adapter_of("model.layers.0.self_attn.q_proj"), "component"),
-        (adapter_of("unet.conv_in", embedding=True), "lora delta"),
+        (adapter_of("unet.conv_in", embedding=True), "LoRA delta of an embedding"),
         (Adapter({Target("unet.x", parameter="bias"): adapter_of("unet.x").deltas[Target("unet.x")]}, "test"), "bias"),
     ],
 )

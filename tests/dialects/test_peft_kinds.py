@@ -195,7 +195,7 @@ def test_lycoris_kinds_are_refused_where_the_library_has_no_layer_for_them(modul
     adapter = Adapter(
         {Target(module): LoHa(random(out, 1), random(1, into), random(out, 1), random(1, into))}, "specimen", layout="reference"
     )
-    with pytest.raises(RefusedError, match="a loha of a"):
+    with pytest.raises(RefusedError, match="a LoHa of a"):
         get("peft").write(adapter, {"base": base})
 
 

@@ -115,7 +115,7 @@ def test_outputs_turned_as_peft_0_13_did(tmp_path: Path) -> None:
         weight = weights(base)[f"{Q.format(number)}.weight"].double()
         expected = torch.block_diag(*cayley(tensor.double())).T @ weight
         assert torch.allclose(ours[f"{Q.format(number)}.weight"].double(), expected, rtol=0, atol=1e-7)
-    with pytest.raises(RefusedError, match="a diag-oft delta"):
+    with pytest.raises(RefusedError, match="a Diag-OFT delta"):
         convert(folder, tmp_path / "ours", "peft")
     convert(folder, tmp_path / "copy", "triad")
 

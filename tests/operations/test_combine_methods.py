@@ -249,7 +249,7 @@ def test_what_depends_on_the_weight_stands_alone() -> None:
     with pytest.raises(RefusedError, match="cannot be weakened"):
         combined([(adapter({"m": dora}), 0.5)])
     for method in ("concat", "svd", "orthogonal", "linear"):
-        with pytest.raises(RefusedError, match="dora"):
+        with pytest.raises(RefusedError, match="a DoRA delta"):
             combined([(adapter({"m": dora}), 1.0), (other, 1.0)], method=method)
 
 

@@ -21,3 +21,16 @@ ALGORITHMS: dict[str, str] = {
     "norm": "upparam.algorithms.full:Norm",
 }
 """Algorithm name to the class whose deltas carry it; each is a dataclass of Tensors, a `scaling` and plain values."""
+
+TITLES: dict[str, str] = {
+    "lora": "LoRA", "expert-lora": "LoRA of stacked experts", "dora": "DoRA", "loha": "LoHa", "doha": "DoHa", "lokr": "LoKr", "dokr": "DoKr",
+    "glora": "GLoRA", "ia3": "IA3", "diag-oft": "Diag-OFT", "butterfly-oft": "LyCORIS BOFT", "t-lora": "T-LoRA", "adalora": "AdaLoRA", "vera": "VeRA",
+    "oft": "OFT", "boft": "BOFT", "full": "full", "norm": "norm",
+}  # fmt: skip
+"""Algorithm name to what its authors call it."""
+
+
+def called(algorithm: str) -> str:
+    """What a person would call one: its title after the article, `an AdaLoRA`, `a LoKr`."""
+    title = TITLES.get(algorithm, algorithm)
+    return f"{'an' if title[0].lower() in 'aeio' else 'a'} {title}"

@@ -8,6 +8,7 @@ from enum import Enum
 from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from upparam.algorithms import called
 from upparam.errors import MalformedError, Problem, RefusedError
 from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
@@ -165,7 +166,7 @@ class Delta(ABC):
             factor = getattr(self, role)
             if factor is not None:
                 return replace(self, **{role: change(factor)})  # type: ignore[type-var]
-        raise RefusedError(f"no factor of a {self.algorithm} delta can take over a multiplier")
+        raise RefusedError(f"no factor of {called(self.algorithm)} delta can take over a multiplier")
 
     def for_weight(self, shape: tuple[int, ...]) -> Delta:
         """The delta with what only the shape of its weight, (out, in, *kernel), tells filled in. Raises MalformedError where it cannot be."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
+from upparam.algorithms import TITLES, called
 from upparam.algorithms.base import BAKED, Delta, FactorChange, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import Problem, RefusedError
@@ -77,7 +78,7 @@ class RowSlice(Delta):
         """Factors in memory. Raises RefusedError when the rows alone do not say how the weight changes."""
         if not self.whole.additive:
             raise RefusedError(
-                f"a {self.whole.algorithm} over a fused weight cannot be applied to a part of it alone",
+                f"{called(self.whole.algorithm)} over a fused weight cannot be applied to a part of it alone",
                 remedy="merge into a base that holds the fused weight",
             )
         return _RowsUpdate(self.whole.load(), self.start, self.stop)
@@ -111,7 +112,7 @@ def join(parts: Sequence[Delta | int]) -> Delta:
     if len(deltas) == len(parts) and len({type(part) for part in deltas}) == 1:
         joined = getattr(deltas[0], "join_rows", lambda *_: None)(deltas[1:])
     if joined is None:
-        kinds = ", ".join(sorted({part.algorithm for part in deltas}))
+        kinds = ", ".join(sorted({TITLES.get(part.algorithm, part.algorithm) for part in deltas}))
         raise RefusedError(
             f"{kinds} deltas of parts cannot be joined into one of the fused weight",
             found="some parts are not changed" if len(deltas) < len(parts) else None,
@@ -172,7 +173,7 @@ def reorder(delta: Delta, rows: Sequence[int] | NDArray[Any]) -> Delta:
     own: Delta | None = getattr(delta, "take_rows", lambda *_: None)(rows)
     if own is None:
         raise RefusedError(
-            f"the rows of a {delta.algorithm} delta cannot be rearranged without computing it",
+            f"the rows of {called(delta.algorithm)} delta cannot be rearranged without computing it",
             remedy="approximate by plain LoRA with --lowrank",
         )
     return own
@@ -221,12 +222,12 @@ def _rejoined(slices: Sequence[RowSlice], parts: Sequence[Delta | int]) -> Delta
     for part in parts:
         if not isinstance(part, RowSlice) or part.whole is not whole or part.start != at:
             raise RefusedError(
-                f"parts of a {whole.algorithm} over a fused weight cannot be written apart from each other",
+                f"parts of {called(whole.algorithm)} over a fused weight cannot be written apart from each other",
                 remedy="approximate by plain LoRA with --lowrank",
             )
         at = part.stop
     if at != whole.shape[0]:
-        raise RefusedError(f"only a part of a {whole.algorithm} over a fused weight is here", expected=whole.shape[0], found=at)
+        raise RefusedError(f"only a part of {called(whole.algorithm)} over a fused weight is here", expected=whole.shape[0], found=at)
     return whole
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import BAKED, Delta
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory, traversal
@@ -251,7 +252,7 @@ def _what(target: Target, delta: Delta) -> str:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
     if type(delta) is not LoRA:
-        return f"a {delta.algorithm} delta"
+        return f"{called(delta.algorithm)} delta"
     return "a Tucker core" if delta.mid is not None else "an embedding" if delta.embedding else "a part of a fused weight"
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.algorithms.boft import ButterflyOFT
 from upparam.algorithms.full import Full
@@ -121,10 +122,12 @@ def _sizes(tensor: Tensor) -> list[float]:
 
 def spell(delta: Delta, pair: str, parameter: str = "weight") -> dict[str, Tensor]:
     """The words of a delta, without alpha. Raises RefusedError where ComfyUI has none, or would apply something else."""
-    if isinstance(delta, (IA3, TLoRA)) or getattr(delta, "made", False) or getattr(delta, "bm", None) is not None:
-        raise RefusedError(f"a {delta.algorithm} delta of this form has no form in this dialect")
+    if isinstance(delta, (IA3, TLoRA)):
+        raise RefusedError(f"{called(delta.algorithm)} delta has no form in this dialect")
+    if getattr(delta, "made", False) or getattr(delta, "bm", None) is not None:
+        raise RefusedError(f"ComfyUI would not apply {called(delta.algorithm)} delta of this form")
     if type(delta) is DiagOFT and delta.rescale is not None:
-        raise RefusedError("ComfyUI reads the row factors (rescale) of a diag-oft delta and does not apply them")
+        raise RefusedError("ComfyUI reads the row factors (rescale) of a Diag-OFT delta and does not apply them")
     found = lycoris_words.spell(delta, parameter)
     named = PAIRS[pair if _CANONICAL["mid"] not in found or PAIRS[pair].mid else "kohya"]._asdict()
     # In the order down, up, as every writer puts them.

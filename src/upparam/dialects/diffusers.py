@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
@@ -379,7 +380,7 @@ def unloadable(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
     if type(delta) is not LoRA or delta.embedding:
-        return f"a {delta.algorithm} delta"
+        return f"{called(delta.algorithm)} delta" + (" of an embedding" if getattr(delta, "embedding", False) else "")
     if delta.mid is not None:
         return "a Tucker core"
     if ".SelfAttention." in target.module or ".DenseReluDense." in target.module:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import stack
@@ -247,7 +248,7 @@ def _unloadable(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
     if type(delta) is not LoRA:
-        return f"a {delta.algorithm} delta"
+        return f"{called(delta.algorithm)} delta"
     if delta.mid is not None:
         return "a Tucker core"
     if len(delta.shape) != 2:

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from upparam.adapter import Adapter, ExtraKind, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import stack
@@ -74,7 +75,7 @@ def _problem(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
     if type(delta) is not LoRA:
-        return f"a {delta.algorithm} delta"
+        return f"{called(delta.algorithm)} delta"
     if delta.mid is not None:
         return "a Tucker core"
     if prod(delta.shape[2:]) != 1:

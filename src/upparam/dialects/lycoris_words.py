@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.boft import ButterflyOFT
 from upparam.algorithms.dora import DoHa, DoKr, DoRA
@@ -153,7 +154,7 @@ OWN = frozenset(WORDS) - {*LORA, "alpha", "weight"}
 
 def _spell_lora(delta: LoRA | DoRA) -> dict[str, Tensor]:
     if delta.embedding:
-        raise RefusedError(f"a {delta.algorithm} delta of an embedding has no form in this dialect")
+        raise RefusedError(f"{called(delta.algorithm)} delta of an embedding has no form in this dialect")
     return {"lora_up.weight": delta.up, "lora_down.weight": delta.down} | ({} if delta.mid is None else {"lora_mid.weight": delta.mid})
 
 
@@ -214,7 +215,7 @@ def spell(delta: Delta, parameter: str = "weight") -> dict[str, Tensor]:
     if isinstance(delta, Full) and parameter == "bias" and spelling is not None:
         return spelling(delta, parameter=parameter)
     if spelling is None or parameter != "weight":
-        what = f"a {delta.algorithm} delta" + ("" if parameter == "weight" else f" of the {parameter}")
+        what = f"{called(delta.algorithm)} delta" + ("" if parameter == "weight" else f" of the {parameter}")
         raise RefusedError(f"{what} has no form in this dialect")
     return spelling(delta)
 

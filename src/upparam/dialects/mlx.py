@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upparam.adapter import Adapter, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import stack
@@ -260,8 +261,10 @@ def _check_rank(adapter: Adapter, modules: Mapping[str, Mapping[str, Tensor]]) -
 def _unloadable(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
-    if type(delta) is not LoRA or delta.mid is not None:
-        return f"a {delta.algorithm} delta"
+    if type(delta) is not LoRA:
+        return f"{called(delta.algorithm)} delta"
+    if delta.mid is not None:
+        return "a Tucker core"
     if len(delta.shape) != 2:
         return "a convolution"
     return None if _OWN.match(_renamed(target.module, _FROM_HF)) else "not a module of a language model that mlx-lm runs"

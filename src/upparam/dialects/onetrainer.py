@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.bases import inventory
 from upparam.bases.base import Base
@@ -118,7 +119,7 @@ class OneTrainer:
                 problems.append(f"{module}: a delta of the {parameter}")
                 continue
             if delta.algorithm not in _HELD:
-                problems.append(f"{module}: a {delta.algorithm} delta")
+                problems.append(f"{module}: {called(delta.algorithm)} delta")
                 continue
             try:
                 factors = words.spell(delta, "kohya")

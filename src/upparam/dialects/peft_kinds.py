@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from upparam.adapter import Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.experts import ExpertLoRA
@@ -148,11 +149,11 @@ def spelled(target: Target, delta: Delta, known: Module | None = None) -> dict[s
         return method.spell(delta, known)
     if isinstance(delta, (LoHa, LoKr)):
         if known is not None and known.kind in ("Conv1D", "Embedding"):
-            raise RefusedError(f"a {delta.algorithm} of a {known.kind}")
+            raise RefusedError(f"{called(delta.algorithm)} of a {known.kind}")
         prefix = "hada_" if isinstance(delta, LoHa) else "lokr_"
         return {f"{prefix}{role}": factor for role, factor in delta.factors().items()}
     if not isinstance(delta, (LoRA, DoRA)):
-        raise RefusedError(f"a {delta.algorithm} delta")
+        raise RefusedError(f"{called(delta.algorithm)} delta")
     if delta.mid is not None:
         raise RefusedError("a Tucker core")
     if delta.embedding or (known is not None and known.kind == "Embedding"):

@@ -14,6 +14,7 @@ from math import isclose
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms import TITLES
 from upparam.algorithms.base import Delta, ScaleRule
 from upparam.algorithms.lokr import LoKr
 from upparam.bases import inventory
@@ -51,7 +52,8 @@ class Model:
         if len(types) > 1 or len(decomposed) > 1:
             kinds = Counter(delta.algorithm for delta in self.deltas.values())
             raise RefusedError(
-                "PEFT has one algorithm for all modules of an adapter", found=", ".join(f"{count} {kind}" for kind, count in kinds.items())
+                "PEFT has one algorithm for all modules of an adapter",
+                found=", ".join(f"{count} {TITLES[kind]}" for kind, count in kinds.items()),
             )
         return next(iter(types))
 

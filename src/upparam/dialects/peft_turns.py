@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.algorithms.boft import BOFT
 from upparam.algorithms.oft import OFT, DiagOFT
@@ -72,7 +73,7 @@ def _spell_oft(delta: OFT, known: Module | None) -> dict[str, Tensor]:
 
 def _refuse_kind(algorithm: str, known: Module | None, others: Iterable[str]) -> None:
     if known is not None and known.kind in ("Conv1D", *others):
-        raise RefusedError(f"a {algorithm} of a {known.kind}")
+        raise RefusedError(f"{called(algorithm)} of a {known.kind}")
 
 
 def _settings_oft(written: Written) -> dict[str, Any]:

@@ -47,9 +47,9 @@ def fed_forward(listed: Any, module: str) -> bool:
 
 def _spell_ia3(delta: IA3, known: Module | None) -> dict[str, Tensor]:
     if delta.from_one:
-        raise RefusedError("an ia3 that holds what is added to 1, where PEFT holds the sum: adding would round")
+        raise RefusedError("an IA3 that holds what is added to 1, where PEFT holds the sum: adding would round")
     if delta.bias or delta.with_bias is delta.on_input:
-        raise RefusedError("an ia3 that leaves the module's bias alone")
+        raise RefusedError("an IA3 that leaves the module's bias alone")
     if known is not None and known.kind == "Embedding":
         raise RefusedError("an ia3 of an Embedding")
     count, kernel = delta.vector.numel, len(known.shape) - 2 if known is not None else len(delta.vector.shape) - 2
@@ -103,7 +103,7 @@ def unprojected(config: Mapping[str, Any] | None) -> str:
 
 def _spell_vera(delta: VeRA, known: Module | None) -> dict[str, Tensor]:
     if known is not None and known.kind not in ("", "Linear", "Conv1D"):
-        raise RefusedError(f"a vera of a {known.kind}")
+        raise RefusedError(f"a VeRA of a {known.kind}")
     return {"vera_lambda_b": delta.b, "vera_lambda_d": delta.d}
 
 

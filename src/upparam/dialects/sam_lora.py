@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import BAKED, UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import cut
@@ -91,7 +92,7 @@ class SamLora:
         """One file. Raises RefusedError for modules that have no number, numbers left out, and scales the reader cannot be told."""
         problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if not _holds(extra)]
         problems += [
-            f"{target}: a {delta.algorithm} delta it has no form for"
+            f"{target}: {called(delta.algorithm)} delta it has no form for"
             for target, delta in adapter.deltas.items()
             if type(delta) is not LoRA or delta.mid is not None or len(delta.shape) != 2 or target.parameter != "weight"
         ]

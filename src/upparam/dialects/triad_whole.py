@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
-from upparam.algorithms import ALGORITHMS
+from upparam.algorithms import ALGORITHMS, called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.errors import MalformedError, RefusedError
 from upparam.records import fields
@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str, type(None))
 def factors_of(target: Target, delta: Delta) -> dict[str, Tensor]:
     """The delta's tensors by field. Raises RefusedError for one that is a part of another (a slice of rows without factors of its own)."""
     if delta.algorithm not in ALGORITHMS or type(delta) is not _class(delta.algorithm):
-        raise RefusedError(f"a {delta.algorithm} delta over a part of a weight has no factors of its own", tensor=str(target))
+        raise RefusedError(f"{called(delta.algorithm)} delta over a part of a weight has no factors of its own", tensor=str(target))
     return {item.name: value for item in fields(delta) if isinstance(value := getattr(delta, item.name), Tensor)}  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
@@ -91,7 +92,8 @@ def build(words: Words, forms: Sequence[Form]) -> Built:
 def words_of(delta: Delta) -> dict[str, Tensor]:
     """The factors of a LoRA by word, without alpha."""
     if type(delta) is not LoRA or delta.embedding:
-        raise RefusedError(f"a {delta.algorithm} delta has no form in this dialect")
+        what = " of an embedding" if getattr(delta, "embedding", False) else ""
+        raise RefusedError(f"{called(delta.algorithm)} delta{what} has no form in this dialect")
     mid = {} if delta.mid is None else {"lora_mid.weight": delta.mid}
     return {"lora_up.weight": delta.up, "lora_down.weight": delta.down, **mid}
 

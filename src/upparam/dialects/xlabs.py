@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Target
+from upparam.algorithms import called
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
 from upparam.bases.base import Base
@@ -100,7 +101,7 @@ class XLabs:
         tensors: dict[str, Tensor] = {}
         for module, delta in named.items():
             if type(delta) is not LoRA or delta.mid is not None:
-                problems.append(f"{module}: a {delta.algorithm} delta{' with a Tucker core' if type(delta) is LoRA else ''}")
+                problems.append(f"{module}: {called(delta.algorithm)} delta{' with a Tucker core' if type(delta) is LoRA else ''}")
             elif delta.known_scale() != 1.0:
                 problems.append(
                     other_scale(module, delta, why=f"a scale of {delta.scale:g}, where the files hold no alpha and the scale is 1")

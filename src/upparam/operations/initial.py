@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import FROM_BASE, Adapter, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.dialects.base import ReadOptions
@@ -57,7 +58,7 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
 def _difference(target: Target, delta: Delta, begun: Delta, where: str) -> LoRA:
     if type(delta) is not LoRA or type(begun) is not LoRA or delta.mid is not None or begun.mid is not None:
         raise RefusedError(
-            f"the difference of a {delta.algorithm} delta to a {begun.algorithm} is no concatenation of factors", file=where, tensor=str(target)
+            f"the difference of {called(delta.algorithm)} delta to {called(begun.algorithm)} is no concatenation of factors", file=where, tensor=str(target)
         )  # fmt: skip
     for word, mine, theirs in (
         ("shape", delta.shape, begun.shape), ("dtype", (delta.up.dtype, delta.down.dtype), (begun.up.dtype, begun.down.dtype)),

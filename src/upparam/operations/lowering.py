@@ -7,6 +7,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, RowReader, Scaling, Update, tiles
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
@@ -137,7 +138,7 @@ def _change(target: Target, delta: Delta, update: Update, weight: Weight | None)
         return delta.shape, update.rows
     if weight is None:
         raise RefusedError(
-            f"how a {delta.algorithm} delta changes a weight depends on the weight", tensor=str(target),
+            f"how {called(delta.algorithm)} delta changes a weight depends on the weight", tensor=str(target),
             remedy="give the base's weights: --base with the path of the model",
         )  # fmt: skip
     base = weight.rows

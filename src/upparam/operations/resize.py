@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from upparam.adapter import Adapter, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update, tiles
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
@@ -192,7 +193,7 @@ def _jobs(adapter: Adapter) -> tuple[list[Job], list[Finding]]:
     jobs = jobs_of(adapter)
     fixed = [job for job in jobs if not cuttable(job.delta)]
     findings = [
-        warning("not-resized", str(job.targets[0]), f"a {job.delta.algorithm} delta has no rank to change and stays as it is")
+        warning("not-resized", str(job.targets[0]), f"{called(job.delta.algorithm)} delta has no rank to change and stays as it is")
         for job in fixed
     ]
     return [job for job in jobs if cuttable(job.delta)], findings

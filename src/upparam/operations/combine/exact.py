@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
+from upparam.algorithms import called
 from upparam.algorithms.base import BAKED, Delta, Scaling, Update
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
@@ -40,7 +41,7 @@ def concatenated(place: Place) -> Delta:
         delta = piece.delta
         if form is None and (not delta.additive or sum(factor.numel for factor in delta.factors().values()) < prod(delta.shape)):
             raise RefusedError(
-                f"a {delta.algorithm} delta cannot be added to another by concatenation", file=piece.file, tensor=place.name,
+                f"{called(delta.algorithm)} delta cannot be added to another by concatenation", file=piece.file, tensor=place.name,
                 remedy="give the rank of the result (--rank), or make a LoRA of it with 'upparam resize'"
                 if delta.additive
                 else "merge it into its base and make a LoRA of the difference with 'upparam extract'",
@@ -209,7 +210,7 @@ def to_cut(place: Place) -> Delta:
         piece.strength()
         if not piece.delta.additive:
             raise RefusedError(
-                f"how a {piece.delta.algorithm} delta changes a weight depends on the weight: it cannot be added to another",
+                f"how {called(piece.delta.algorithm)} delta changes a weight depends on the weight: it cannot be added to another",
                 file=piece.file, tensor=place.name,
             )  # fmt: skip
     return Sum(place.pieces)
@@ -232,7 +233,7 @@ def orthogonal(place: Place) -> tuple[LoRA, list[float]]:
         form = _low_rank(piece)
         if form is None:
             raise RefusedError(
-                f"a {piece.delta.algorithm} delta has no factors to project", file=piece.file, tensor=place.name,
+                f"{called(piece.delta.algorithm)} delta has no factors to project", file=piece.file, tensor=place.name,
                 remedy="make a LoRA of it with 'upparam resize'",
             )  # fmt: skip
         up, down = form

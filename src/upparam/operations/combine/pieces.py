@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from upparam.adapter import Adapter, Extra, Target
+from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.errors import MismatchError, RefusedError
@@ -118,7 +119,7 @@ def scaled(piece: Piece) -> Delta:
     if weight == 1.0:
         return delta
     if not delta.additive:
-        raise RefusedError(f"a {delta.algorithm} delta cannot be weakened by a multiplier", file=piece.file)
+        raise RefusedError(f"{called(delta.algorithm)} delta cannot be weakened by a multiplier", file=piece.file)
     scaling = delta.scaling
     if scaling.rule in (ScaleRule.ALPHA_OVER_RANK, ScaleRule.ALPHA_OVER_SQRT_RANK) and scaling.alpha is not None and delta.rank:
         return _with_scaling(delta, replace(scaling, alpha=scaling.alpha * weight))

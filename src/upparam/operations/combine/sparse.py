@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from upparam.algorithms import called
 from upparam.algorithms.base import tiles
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
@@ -49,7 +50,7 @@ def on_factors(place: Place, how: Arithmetic) -> LoRA:
     for piece in place.pieces:
         if type(piece.delta) is not LoRA or piece.delta.mid is not None:
             raise RefusedError(
-                f"this method adds the factors of plain LoRAs, and a {piece.delta.algorithm} delta has others", file=piece.file,
+                f"this method adds the factors of plain LoRAs, and {called(piece.delta.algorithm)} delta has others", file=piece.file,
                 tensor=place.name, remedy="use a method that works on dW (svd, ties_svd, ...)",
             )  # fmt: skip
         deltas.append((piece, piece.delta))
@@ -83,7 +84,7 @@ def on_weights(place: Place, how: Arithmetic) -> Full:
         piece.strength()
         if not piece.delta.additive:
             raise RefusedError(
-                f"how a {piece.delta.algorithm} delta changes a weight depends on the weight: it cannot be added to another",
+                f"how {called(piece.delta.algorithm)} delta changes a weight depends on the weight: it cannot be added to another",
                 file=piece.file, tensor=place.name,
             )  # fmt: skip
         tasks.append((_seed(how, place, piece, 2), _dense(piece), piece.weight))
