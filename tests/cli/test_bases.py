@@ -32,3 +32,19 @@ def test_one_base_by_id_with_its_modules_in_order(capsys: pytest.CaptureFixture[
 def test_an_unknown_base_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bases", "no-such-base"]) == 2
     assert "no such base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("llama3-8b", "llama-3-8b"), ("qwen", "qwen2.5-7b"), ("lama-3-8b", "llama-3-8b"), ("pixart", "pixart-sigma")]
+)
+def test_a_name_nearly_right_is_answered_with_what_was_meant(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from upparam.bases.find import near
+
+    assert meant in near(typed)
+    assert main(["bases", typed]) == 2
+    assert f"'{typed}'" in (told := capsys.readouterr().err) and f"perhaps {near(typed)[0]}" in told
+
+
+def test_modules_are_those_of_one_base(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bases", "--modules"]) == 2
+    assert "upparam bases NAME --modules" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from upparam.errors import RefusedError
 
 
 class Toy:
-    name, title, writable = "toy", "Toy (module@factor)", True
+    name, title, writable, algorithms = "toy", "Toy (module@factor)", True, ("lora",)
 
     def match(self, file):
         hits = [name for name in file.tensors if name.endswith(("@up", "@down"))]

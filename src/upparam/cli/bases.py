@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from upparam.cli.common import add_common, emit
+from upparam.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """List the bases upparam knows, or tell about one."""
     if args.name is None:
+        if args.modules:
+            raise UsageError("--modules lists the modules of one base", remedy="name it: upparam bases NAME --modules")
         return _list(args)
     from upparam.bases.find import find_base
     from upparam.report.bases import base_facts, base_text

@@ -13,17 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the dialects upparam reads and writes."""
+    """List the dialects upparam reads and writes, and the algorithms each of them holds."""
     from upparam.dialects import get, names
+    from upparam.report.dialects import dialect_facts, dialect_text
 
-    members = [get(name) for name in names()]
-    facts = [{"name": member.name, "title": member.title, "reads": True, "writes": member.writable} for member in members]
-    width = max(len(member.name) for member in members)
-    emit(
-        args,
-        facts,
-        lambda: "\n".join(
-            f"{member.name:{width}}  {'reads, writes' if member.writable else 'reads only   '}  {member.title}" for member in members
-        ),
-    )
+    facts = [dialect_facts(get(name)) for name in names()]
+    emit(args, facts, lambda: dialect_text(facts))
     return 0

@@ -89,6 +89,11 @@ class Dialect(Protocol):
     title: str
     writable: bool
 
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The algorithms of which it holds deltas, by their names in `upparam.algorithms`: to read them, and where `writable` to write them."""
+        ...
+
     def match(self, file: TensorFile) -> Match | None:
         """Evidence that this one file speaks the dialect (key grammar first, file name last); None when it does not."""
         ...

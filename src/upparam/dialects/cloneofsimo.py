@@ -54,6 +54,7 @@ class Cloneofsimo:
     name = "cloneofsimo"
     title = "cloneofsimo/lora (numbered modules)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """Names `unet:<number>:up`, or a torch list of matrices that pair as up and down."""

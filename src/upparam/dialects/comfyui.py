@@ -46,6 +46,7 @@ class ComfyUI:
     name = "comfyui"
     title = "ComfyUI (the model's own names)"
     writable = True
+    algorithms = words.ALGORITHMS
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a known word after a path below `diffusion_model.`, `text_encoders.`, or an author's block."""

@@ -48,6 +48,8 @@ FOREIGN = OWN | {"set_weight"}
 """Words diffusers does not have."""
 _NORM = re.compile(r"(.+\.(query_norm|key_norm))\.scale")
 """A norm's weight under its own name, as black-forest-labs' control adapters carry it."""
+ALGORITHMS = tuple(name for name in lycoris_words.ALGORITHMS if name not in (IA3.algorithm, TLoRA.algorithm))
+"""The algorithms ComfyUI has words for."""
 
 
 @dataclass
@@ -122,7 +124,7 @@ def _sizes(tensor: Tensor) -> list[float]:
 
 def spell(delta: Delta, pair: str, parameter: str = "weight") -> dict[str, Tensor]:
     """The words of a delta, without alpha. Raises RefusedError where ComfyUI has none, or would apply something else."""
-    if isinstance(delta, (IA3, TLoRA)):
+    if delta.algorithm not in ALGORITHMS:
         raise RefusedError(f"{called(delta.algorithm)} delta has no form in this dialect")
     if getattr(delta, "made", False) or getattr(delta, "bm", None) is not None:
         raise RefusedError(f"ComfyUI would not apply {called(delta.algorithm)} delta of this form")

@@ -106,6 +106,7 @@ class Diffusers:
     name = "diffusers"
     title = "diffusers (save_lora_weights)"
     writable = True
+    algorithms = ("lora", "dora", "full")
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a component (or one of its blocks), a dotted path and a factor's ending."""

@@ -36,6 +36,7 @@ class DiffusersOld:
     name = "diffusers-old"
     title = "diffusers before 0.21 (attention processors)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are an attention path and `<part>_lora.<up|down>.weight`."""

@@ -37,6 +37,7 @@ class Ggla:
     name = "ggla"
     title = "llama.cpp LoRA before GGUF (ggla)"
     writable = False
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """The container itself."""

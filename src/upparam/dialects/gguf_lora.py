@@ -49,6 +49,7 @@ class GgufLora:
     name = "gguf-lora"
     title = "GGUF adapter (llama.cpp)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """A GGUF file that says it is a LoRA, or whose tensors are named `<tensor>.lora_a` and `.lora_b`."""

@@ -48,6 +48,7 @@ class Kohya:
     name = "kohya"
     title = "kohya / sd-scripts"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
     module = "networks.lora"
     """What `ss_network_module` says of a file we complete."""
 

@@ -46,6 +46,7 @@ class Loralib:
     name = "loralib"
     title = "loralib state dict (microsoft/LoRA)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """By names that end in `.lora_A` and `.lora_B`. Factors among base weights (a training checkpoint) count less."""

@@ -35,6 +35,7 @@ class LyCORIS(Kohya):
 
     name = "lycoris"
     title = "LyCORIS"
+    algorithms = lycoris_words.ALGORITHMS
     module = "lycoris.kohya"
 
     def vocabulary(self) -> Collection[str]:

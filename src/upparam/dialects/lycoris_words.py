@@ -207,6 +207,8 @@ _SPELLINGS: dict[type[Delta], Callable[..., dict[str, Tensor]]] = {
     Full: _spell_full,
     Norm: partial(_spell_full, words=("w_norm", "b_norm")),
 }
+ALGORITHMS = tuple(kind.algorithm for kind in _SPELLINGS)
+"""The algorithms LyCORIS has words for."""
 
 
 def spell(delta: Delta, parameter: str = "weight") -> dict[str, Tensor]:

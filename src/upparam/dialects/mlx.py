@@ -57,6 +57,7 @@ class Mlx:
     name = "mlx"
     title = "MLX (mlx-lm adapters)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """Names `<module>.lora_a` and `<module>.lora_b`, without `.weight` before or after."""

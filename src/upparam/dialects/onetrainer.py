@@ -41,8 +41,6 @@ _OMI = re.compile(
 )
 _ALIASES = (("lora_te_", "lora_te1_"), ("lora_te3_", "lora_te2_"))
 """Chroma's T5 was `lora_te`; T5 of FLUX is `lora_te3` to others."""
-_HELD = frozenset(("lora", "dora", "loha", "doha", "lokr", "dokr", "full"))
-"""Algorithms whose words OneTrainer reads."""
 _OMI_BASES = ("flux.1-dev", "chroma", "sdxl")
 
 
@@ -52,6 +50,7 @@ class OneTrainer:
     name = "onetrainer"
     title = "OneTrainer (its own and its OMI names)"
     writable = True
+    algorithms = ("lora", "dora", "loha", "doha", "lokr", "dokr", "full")
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are `lora_transformer_<module>` or OMI's, with the text encoders and tokens beside them."""
@@ -118,7 +117,7 @@ class OneTrainer:
             if parameter != "weight":
                 problems.append(f"{module}: a delta of the {parameter}")
                 continue
-            if delta.algorithm not in _HELD:
+            if delta.algorithm not in self.algorithms:
                 problems.append(f"{module}: {called(delta.algorithm)} delta")
                 continue
             try:

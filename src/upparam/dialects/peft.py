@@ -36,6 +36,13 @@ class Peft:
     title = "PEFT adapter (adapter_model + adapter_config.json)"
     writable = True
 
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """Those PEFT has a kind of adapter for."""
+        from upparam.dialects.peft_kinds import PEFT_TYPES
+
+        return tuple(PEFT_TYPES)
+
     def match(self, file: TensorFile) -> Match | None:
         """By names: `base_model.model.<module>.lora_A.weight` and the like. Factors among base weights (a training checkpoint) count less."""
         bare = is_adalora(file.tensors)

@@ -55,6 +55,7 @@ class SamLora:
     name = "sam-lora"
     title = "Sam_LoRA, SAMed, LoRA-ViT (numbered q and v)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """Names `w_a_<number>` and `w_b_<number>`, with what the writers save beside them."""

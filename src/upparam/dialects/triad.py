@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upparam.adapter import Adapter
+from upparam.algorithms import ALGORITHMS
 from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.containers import member_source
@@ -48,6 +49,7 @@ class Triad:
     name = "triad"
     title = "triad: up-param + down-param + config"
     writable = True
+    algorithms = tuple(ALGORITHMS)
     verbatim = True
     """It holds whatever an adapter of another dialect holds."""
 

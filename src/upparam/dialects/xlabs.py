@@ -39,6 +39,7 @@ class XLabs:
     name = "xlabs"
     title = "XLabs (x-flux attention processors)"
     writable = True
+    algorithms: tuple[str, ...] = ("lora",)
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a FLUX block, `processor` and one of its LoRAs."""
