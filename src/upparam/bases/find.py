@@ -38,7 +38,7 @@ def near(name: str) -> list[str]:
         for one in (base, *fact.ids):
             spelled.setdefault(_letters(one.rsplit("/", 1)[-1]), base)
     found = [spelled[typed]] if typed in spelled else []
-    found += [base for base, fact in known().items() if typed == _letters(fact.family)]
+    found += [base for base, fact in known().items() if _letters(fact.family).startswith(typed)]
     found += [base for letters, base in spelled.items() if letters.startswith(typed)]
     found += [spelled[letters] for letters in get_close_matches(typed, spelled, n=5, cutoff=0.75)]
     return list(dict.fromkeys(found))
