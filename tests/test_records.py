@@ -124,7 +124,12 @@ def test_standard_readers_understand_both(words: ModuleType) -> None:
     assert (
         [field.name for field in dataclasses.fields(point3)] == [field.name for field in records.fields(point3)] == ["x", "y", "note", "z"]
     )
-    assert dataclasses.asdict(bag("a", [1])) == {"name": "a", "held": [1], "total": 1, "seen": set()}
+    for asdict in (dataclasses.asdict, records.asdict):
+        assert asdict(bag("a", [1])) == {"name": "a", "held": [1], "total": 1, "seen": set()}
+        nested = {"name": "a", "held": [{"x": 1, "y": 2, "note": ""}], "total": 0, "seen": set()}
+        one = bag("a")
+        one.held.append(point(1))
+        assert asdict(one) == nested
     assert dataclasses.is_dataclass(point(1))
     assert list(inspect.signature(point3).parameters) == ["x", "y", "note", "z"]
     assert inspect.signature(point3).parameters["y"].default == 20

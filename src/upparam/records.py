@@ -49,12 +49,25 @@ def _fields(obj: Any) -> Any:
     return tuple(cls.__record__.values())
 
 
-if TYPE_CHECKING:
-    from dataclasses import dataclass, field, fields, replace
-else:
-    dataclass, field, fields, replace = _dataclass, _Field, _fields, _replace
+def _asdict(obj: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(obj, field.name)) for field in _fields(obj)}
 
-__all__ = ["dataclass", "field", "fields", "replace"]
+
+def _plain(value: Any) -> Any:
+    """Dataclasses inside of what is plain already as dicts too; other values as they are, not copies."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    if isinstance(value, dict):
+        return {key: _plain(held) for key, held in value.items()}
+    return _asdict(value) if "__dataclass_fields__" in vars(type(value)) else value
+
+
+if TYPE_CHECKING:
+    from dataclasses import asdict, dataclass, field, fields, replace
+else:
+    asdict, dataclass, field, fields, replace = _asdict, _dataclass, _Field, _fields, _replace
+
+__all__ = ["asdict", "dataclass", "field", "fields", "replace"]
 
 
 def _made(cls: Any, frozen: bool, eq: bool) -> Any:

@@ -214,6 +214,8 @@ def fits_weight(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     Kernel axes of size 1 may be missing on either side, a kernel may be flattened into the columns, and a size of 0 stands for one that
     the factors do not tell (the rows of a weight whose inputs are scaled).
     """
+    if len(shape) == len(weight):
+        return all(one == other or not one for one, other in zip(shape, weight, strict=True))
     want, have = list(shape), list(weight)
     while len(have) > max(len(want), 2) and have[-1] == 1:
         have.pop()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from upparam.adapter import BaseHint
 from upparam.algorithms.base import fits_weight
@@ -70,10 +70,25 @@ class Fit:
     weight: float = 0.0
 
 
+class Entries(dict[str, list[Entry]]):
+    """Entries by path pattern, each made of what the files say when first asked for: an adapter asks for a few of the thousands."""
+
+    def __init__(self, told: Mapping[str, list[Any]], underscored: bool) -> None:
+        super().__init__()
+        self.told, self.underscored = told, underscored
+
+    def __missing__(self, template: str) -> list[Entry]:
+        self[template] = found = [
+            Entry(tuple(shape), count, _places(template, largest) if self.underscored else tuple(largest), frozenset(bases))
+            for shape, count, largest, bases in self.told[template]
+        ]
+        return found
+
+
 class Index(NamedTuple):
     """The shape index: entries by path pattern, and path patterns by how they end."""
 
-    entries: dict[str, list[Entry]]
+    entries: Entries
     by_tail: dict[str, list[tuple[str, str]]]
     names: list[str]
     original: frozenset[str]
@@ -82,21 +97,15 @@ class Index(NamedTuple):
 
 @cache
 def _index(underscored: bool) -> Index:
-    entries: dict[str, list[Entry]] = {}
-    original: set[str] = set()
-    for file in ("_shapes.json", "_original.json"):
-        for template, found in inventory.data(file).items():
-            entries.setdefault(template, []).extend(
-                Entry(tuple(shape), count, _places(template, largest) if underscored else tuple(largest), frozenset(bases))
-                for shape, count, largest, bases in found
-            )
-            if file == "_original.json":
-                original.add(template)
+    told: dict[str, list[Any]] = inventory.data("_shapes.json")
+    original = inventory.data("_original.json")
+    for template, facts in original.items():
+        told.setdefault(template, []).extend(facts)
     by_tail: dict[str, list[tuple[str, str]]] = {}
-    for template in entries:
+    for template in told:
         form = _UNDERSCORED_NUMBER.sub("#", template.replace(".", "_")) if underscored else template
         by_tail.setdefault(_tail(form, underscored), []).append((form, template))
-    return Index(entries, by_tail, inventory.names(), frozenset(original))
+    return Index(Entries(told, underscored), by_tail, inventory.names(), frozenset(original))
 
 
 def _places(template: str, largest: Sequence[int]) -> tuple[int, ...]:
@@ -214,7 +223,7 @@ def _fits(groups: Sequence[Group], index: Index, underscored: bool) -> list[Fit]
                         fit.exact += group.count if exact else 0
                     elif not same:
                         fit.wrong.setdefault(number, template)
-                        if _VOCABULARY.search(template) and entry.shape[1:] == group.shape[1:]:
+                        if entry.shape[1:] == group.shape[1:] and _VOCABULARY.search(template):
                             sizes = sorted((group.shape[0], entry.shape[0]))
                             fit.resized[number] = max(fit.resized.get(number, 0.0), sizes[0] / sizes[1])
     for fit in fits.values():
@@ -243,9 +252,9 @@ def _excused(shape: Shape, theirs: Shape, template: str) -> bool:
     """
     if fits_weight(shape, theirs):
         return True
-    if _VOCABULARY.search(template) and shape == theirs[::-1]:
+    if shape == theirs[::-1] and _VOCABULARY.search(template):
         return True
-    return bool(_FUSED.search(template)) and shape[1:] == theirs[1:] and shape[0] < theirs[0]
+    return shape[1:] == theirs[1:] and shape[0] < theirs[0] and bool(_FUSED.search(template))
 
 
 def _weigh(fit: Fit, groups: Sequence[Group], index: Index) -> None:
@@ -394,7 +403,8 @@ def _open(fit: Fit, alike: Sequence[str], index: Index) -> list[str]:
 def _apart(index: Index, one: int, two: int) -> list[tuple[str, bool]]:
     """The path patterns at which two bases differ, and whether only in how many modules they have there."""
     found = []
-    for template, entries in index.entries.items():
+    for template in index.entries.told:
+        entries = index.entries[template]
         first = {(entry.shape, entry.modules) for entry in entries if one in entry.bases}
         second = {(entry.shape, entry.modules) for entry in entries if two in entry.bases}
         if first != second:

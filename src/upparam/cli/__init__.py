@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from upparam._version import __version__
 
@@ -36,6 +37,17 @@ EPILOG = (
 )
 
 
+class _Help(argparse.HelpFormatter):
+    """argparse's own, told the width: to find it out itself it imports shutil, which costs more than all the parsing."""
+
+    def __init__(self, prog: str) -> None:
+        told = os.environ.get("COLUMNS", "")
+        columns = int(told) if told.isdecimal() else 0
+        with suppress(AttributeError, ValueError, OSError):
+            columns = columns or os.get_terminal_size(sys.__stdout__.fileno()).columns  # type: ignore[union-attr]
+        super().__init__(prog, width=(columns or 80) - 2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; every expected failure is one line on stderr (or a JSON object on stdout with --json)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -43,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="upparam",
         description="The truth about low-rank adapter files. Nothing in a file is ever executed.",
         epilog=EPILOG,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"upparam {__version__}")
     # Told its name it need not work it out, which costs an import or two; a parser costs a quarter of a millisecond.
@@ -50,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = next((word for word in argv if not word.startswith("-")), None)
     commands = {argv[0]: COMMANDS[argv[0]]} if argv and argv[0] in COMMANDS else COMMANDS
     for name, text in commands.items():
-        subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG)
+        subparser = subparsers.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EPILOG, formatter_class=_Help
+        )
         if name == wanted:
             command = importlib.import_module(f"upparam.cli.{name.replace('-', '_')}")
             command.add_arguments(subparser)

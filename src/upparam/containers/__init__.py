@@ -5,31 +5,31 @@ from __future__ import annotations
 import importlib
 import os
 import stat
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from upparam.containers.base import Container, Head, TensorFile
+from upparam.containers.marks import Mark, anything, begins, pickle, tar, torch_stream
 from upparam.errors import AmbiguousError, LimitError, UnreadableError
 from upparam.limits import MAX_ARCHIVE_NESTING, SNIFF_BYTES
 from upparam.plugins import installed
 from upparam.tensors import FileSource, Source
 
-CONTAINERS: tuple[str, ...] = (
-    "upparam.containers.safetensors",
-    "upparam.containers.gguf",
-    "upparam.containers.ggla",
-    "upparam.containers.torchfile.zipped",
-    "upparam.containers.torchfile.legacy",
-    "upparam.containers.torchfile.tarred",
-    "upparam.containers.npy:single",
-    "upparam.containers.npy:archive",
-    "upparam.containers.pickles",
-)
-"""Every container that can be told from its bytes, most specific first: a module, or an object in one. Imported when its turn to look comes.
+CONTAINERS: dict[str, Mark] = {
+    "upparam.containers.safetensors": anything,
+    "upparam.containers.gguf": begins(b"GGUF"),
+    "upparam.containers.ggla": begins(b"algg"),
+    "upparam.containers.torchfile.zipped": begins(b"PK"),
+    "upparam.containers.torchfile.legacy": torch_stream,
+    "upparam.containers.torchfile.tarred": tar,
+    "upparam.containers.npy:single": begins(b"\x93NUMPY"),
+    "upparam.containers.npy:archive": begins(b"PK"),
+    "upparam.containers.pickles": pickle,
+}
+"""Every container that can be told from its bytes, most specific first: a module, or an object in one, and how its files begin.
 
-Headerless files carry no mark: see `raw`.
+One is imported when it is asked, and asked about files that begin as its own do. Headerless files carry no mark: see `raw`.
 """
 
 
@@ -40,10 +40,10 @@ def _member(place: str) -> Any:
     return getattr(found, name) if name else found
 
 
-def members() -> Iterator[Container]:
-    """The containers of the table, in its order."""
-    for place in CONTAINERS:
-        yield _member(place)
+def sniffed(head: Head) -> Container | None:
+    """The first container of the table that takes the file."""
+    asked = (_member(place) for place, mark in CONTAINERS.items() if mark(head))
+    return next((container for container in asked if container.sniff(head)), None)
 
 
 @cache
@@ -118,7 +118,7 @@ def member_source(path: Path) -> Source | None:
 
 def _open(source: Source, path: Path, wrapping: tuple[str, ...]) -> list[TensorFile]:
     head = head_of(source, path)
-    container = next((container for container in members() if container.sniff(head)), None)
+    container = sniffed(head)
     if container is not None:
         return [_read(container, source, path, wrapping)]
     from upparam.containers import archive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from upparam.containers import marks
 from upparam.containers.base import Head, TensorFile
 from upparam.containers.evidence import tensor_file
 from upparam.containers.machine import Examination, examine, new_budget, program
@@ -17,10 +18,10 @@ title = "Python pickle"
 def sniff(head: Head) -> bool:
     """A protocol mark and a program that runs on the symbolic machine for a while; in the old protocols, one that ends with the file."""
     data = head.data
-    if len(data) < 2:
+    if len(data) < 2 or not marks.pickle(head):
         return False
-    marked = data[0] == 0x80 and data[1] <= 5
-    if not marked and data[0] not in b"(]}cI)lditFNSVULJKMGXTBq.":
+    marked = data[0] == 0x80
+    if marked and data[1] > 5:
         return False
     seen = examine(data, source=MemorySource(data, head.name))
     if seen.problem is None:

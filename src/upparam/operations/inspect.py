@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from upparam.errors import UnreadableError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
-from upparam.records import dataclass, replace
+from upparam.records import asdict, dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -58,10 +58,12 @@ def tensor_files(path: Path) -> tuple[list[TensorFile], dict[Path, UpparamError]
 
 def _headerless(path: Path) -> list[TensorFile]:
     """A file that nothing recognises but that is named like a factor, offered as bytes whose dtype and shape are still to be told."""
-    from upparam.containers import lookalikes, raw
+    from upparam.containers import raw
 
     if not raw.may_be_factor(path.name):
         return []
+    from upparam.containers import lookalikes
+
     source = file_source(path)
     if not source.size or lookalikes.recognise(head_of(source, path)).kind != "unknown":
         return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from upparam.errors import RefusedError
 from upparam.operations.extract.difference import Difference, Workspace, difference, same_weights, square
 from upparam.operations.extract.pairing import Pair
 from upparam.operations.spool import Keep
-from upparam.records import dataclass, field, replace
+from upparam.records import asdict, dataclass, field, replace
 from upparam.tensors import DTYPES, DType, Tensor
 
 if TYPE_CHECKING:
