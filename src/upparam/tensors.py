@@ -9,7 +9,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -188,6 +188,11 @@ class MemorySource:
         _within(self, offset, size)
         return bytes(self.data[offset : offset + size])
 
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        _within(self, offset, len(buffer))
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
 
 def _within(source: Source, offset: int, size: int) -> None:
     if offset < 0 or size < 0 or offset + size > source.size:
@@ -234,6 +239,25 @@ class JoinedSource:
         return b"".join(found)
 
 
+class LyingSource(JoinedSource):
+    """The same where every part lies as wanted: any span goes straight into a buffer."""
+
+    @property
+    def piece(self) -> int:
+        """Bytes to ask for at a time."""
+        return max(getattr(part.source, "piece", _COMPARED) for part in self.parts)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        _within(self, offset, len(buffer))
+        start, stop, at = offset, offset + len(buffer), 0
+        for part in self.parts:
+            low, high = max(start, at), min(stop, at + part.nbytes)
+            if low < high:
+                part.source.readinto(part.offset + low - at, buffer[low - start : high - start])  # type: ignore[attr-defined]
+            at += part.nbytes
+
+
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """C-order strides in elements for `shape`."""
     strides: list[int] = []
@@ -259,7 +283,7 @@ class Tensor:
     strides: tuple[int, ...] | None = None
     big_endian: bool = False
 
-    @cached_property
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
@@ -428,7 +452,8 @@ class Tensor:
                 raise MalformedError(
                     "parts that do not stack", expected=f"{first.dtype} (*, {first.shape[1:]})", found=f"{part.dtype} {part.shape}"
                 )
-        return Tensor(first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), JoinedSource(parts))
+        kind = LyingSource if all(lies_as_wanted(part) for part in parts) else JoinedSource
+        return Tensor(first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), kind(parts))
 
 
 _OWN = threading.local()
@@ -501,20 +526,27 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     # What is not in a file may be computed anew at each read.
     if one.nbytes <= _FIRST:
         return one.raw() == other.raw()
-    if not (_lies_as_wanted(one) and _lies_as_wanted(other)):
+    if not (lies_as_wanted(one) and lies_as_wanted(other)):
         return _same_words(one.read(), other.read())
-    at, size = 0, _FIRST
-    ours, theirs = bytearray(size), bytearray(size)
+    piece = max(getattr(tensor.source, "piece", _COMPARED) for tensor in (one, other))
+    at, stop = 0, _FIRST
     while at < one.nbytes:
-        wanted = min(size, one.nbytes - at)
-        if wanted != len(ours):
-            ours, theirs = bytearray(wanted), bytearray(wanted)
-        one.source.readinto(one.offset + at, memoryview(ours))  # type: ignore[attr-defined]
-        other.source.readinto(other.offset + at, memoryview(theirs))  # type: ignore[attr-defined]
-        if ours != theirs:
+        ours, theirs = _pair(stop - at)
+        view = memoryview(theirs)[: stop - at]
+        one.source.readinto(one.offset + at, memoryview(ours)[: stop - at])  # type: ignore[attr-defined]
+        other.source.readinto(other.offset + at, view)  # type: ignore[attr-defined]
+        if not ours.startswith(view):  # two views would be compared element by element
             return False
-        at, size = at + wanted, _COMPARED
+        at, stop = stop, min(stop - stop % piece + piece, one.nbytes)
     return True
+
+
+def _pair(size: int) -> tuple[bytearray, bytearray]:
+    """Two buffers of this thread, of `size` bytes or more, for what is used up before the thread asks again."""
+    if len(getattr(_OWN, "pair", (b"",))[0]) < size:
+        _OWN.pair = bytearray(size), bytearray(size)
+    pair: tuple[bytearray, bytearray] = _OWN.pair
+    return pair
 
 
 def _same_words(one: NDArray[Any], other: NDArray[Any]) -> bool:
@@ -525,5 +557,6 @@ def _same_words(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return bool(np.array_equal(one.reshape(-1).view(word), other.reshape(-1).view(word)))
 
 
-def _lies_as_wanted(tensor: Tensor) -> bool:
+def lies_as_wanted(tensor: Tensor) -> bool:
+    """True when any span of the tensor's bytes can be read into a buffer, and no others are read or computed for it."""
     return tensor.is_contiguous and not tensor.big_endian and hasattr(tensor.source, "readinto")

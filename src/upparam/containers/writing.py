@@ -65,7 +65,7 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:
 
 
 def chunks(tensor: Tensor, size: int = 1 << 20) -> Iterable[bytes | memoryview]:
-    """The tensor's little-endian bytes, in pieces when they lie contiguously in a file, so that a huge table never fills memory.
+    """The tensor's little-endian bytes, in pieces when any span of them can be read, so that a huge table never fills memory.
 
     Each piece is to be used before the next is asked for: they share a buffer, which stays in the cache.
     """
@@ -73,6 +73,7 @@ def chunks(tensor: Tensor, size: int = 1 << 20) -> Iterable[bytes | memoryview]:
     if readinto is None or not tensor.is_contiguous or tensor.big_endian:
         yield tensor.read().reshape(-1).view("u1").data if tensor.numel else b""
         return
+    size = getattr(tensor.source, "piece", size)
     buffer = scratch(size)
     for at in range(0, tensor.nbytes, size):
         part = buffer[: min(size, tensor.nbytes - at)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, BaseHint, Target
 from upparam.algorithms.base import Delta, fits_weight
@@ -54,8 +54,30 @@ def resolve(
 
     `base` is the one the user named; without it the recogniser suggests some, of which none is taken that has a module of one of these names
     in another shape, unless the file itself states it. `underscored` names have lost their dots. `aliases` are
-    prefixes some writers use, and the layout's own in their place.
+    prefixes some writers use, and the layout's own in their place. The last answer is remembered: adapters that are combined or compared,
+    and what is read back as proof, mostly have the modules of the one before.
     """
+    asked = (list(shapes.items()), tuple(layouts), stated, underscored, tuple(aliases))
+    for before, given, found in _last:
+        if given is base and before == asked:
+            return found
+    found = _resolved(shapes, layouts, base, stated, underscored, aliases)
+    _last[:] = [(asked, base, found)]
+    return found
+
+
+_last: list[tuple[Any, Base | None, Resolved | None]] = []
+"""What was last asked and answered."""
+
+
+def _resolved(
+    shapes: Mapping[str, Shape],
+    layouts: Sequence[str],
+    base: Base | None,
+    stated: str | None,
+    underscored: bool,
+    aliases: Sequence[tuple[str, str]],
+) -> Resolved | None:
     hints = _suggested(shapes, base, stated, underscored)
     best: Resolved | None = None
     for hint, candidate in hints:

@@ -11,9 +11,10 @@ from upparam.algorithms.base import BAKED, Delta, Scaling, Update
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
+from upparam.operations.combine.beside import beside, widened
 from upparam.operations.combine.pieces import Piece, Place
 from upparam.records import dataclass
-from upparam.tensors import DTYPES, DType, Tensor, doubles
+from upparam.tensors import DTYPES, DType, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,29 +77,9 @@ def _concatenated(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
     as_stored = len(scales) == 1 and len(dtypes) == 1
     scale, dtype = (loras[0][1], dtypes[0]) if as_stored else (1.0, _wide(dtypes))
     shape = (first.up.shape[0], rank, *first.up.shape[2:])
-
-    def up() -> NDArray[Any]:
-        import numpy as np
-
-        joined = np.empty(shape, dtype.numpy)
-        at = 0
-        for delta, own in loras:
-            stored = delta.up.read()
-            joined[:, at : at + delta.rank] = stored if as_stored else doubles(stored) * own
-            at += delta.rank
-        return joined
-
-    if as_stored:
-        down = Tensor.stack([delta.down for delta, _ in loras])
-    else:
-        down = Tensor.stack([_widened(delta.down, dtype) for delta, _ in loras])
-    return LoRA(Tensor.computed(dtype, shape, up, "combined up"), down, Scaling(alpha=scale * rank), embedding=first.embedding)
-
-
-def _widened(tensor: Tensor, dtype: DType) -> Tensor:
-    if tensor.dtype == dtype:
-        return tensor
-    return Tensor.computed(dtype, tensor.shape, lambda: tensor.read().astype(dtype.numpy), tensor.source.name)
+    down = Tensor.stack([delta.down if as_stored else widened(delta.down, dtype) for delta, _ in loras])
+    ups, own = [delta.up.reshape(delta.up.shape[:2]) for delta, _ in loras], None if as_stored else [scale for _, scale in loras]
+    return LoRA(beside(ups, own, dtype).reshape(shape), down, Scaling(alpha=scale * rank), embedding=first.embedding)
 
 
 def _joined_pairs(place: Place, ranks: Sequence[int]) -> LoRA:

@@ -1,0 +1,106 @@
+"""Combined factors that are never held: their bytes are made from the stored ones a few rows at a time, wherever they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from upparam.tensors import DType, Tensor, lies_as_wanted, singles
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PIECE = 1 << 20
+"""Bytes, or a little less, that a reader had best ask for at a time: what each request costs is then small beside what it brings."""
+Fill = Callable[[int, int, memoryview], None]
+"""(start, stop, buffer): put the bytes of those rows into the buffer."""
+
+
+class RowSource:
+    """`rows` rows of `width` bytes each, made by `fill` when they are read, and made anew at each read."""
+
+    def __init__(self, rows: int, width: int, fill: Fill, name: str) -> None:
+        self.size, self.name = rows * width, name
+        self._width, self._fill = width, fill
+        self.piece = max(1, _PIECE // width) * width
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`."""
+        buffer = bytearray(size)
+        self.readinto(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        start, stop = offset // self._width, -(-(offset + len(buffer)) // self._width)
+        skipped = offset - start * self._width
+        if not skipped and (stop - start) * self._width == len(buffer):
+            self._fill(start, stop, buffer)
+            return
+        whole = memoryview(bytearray((stop - start) * self._width))
+        self._fill(start, stop, whole)
+        buffer[:] = whole[skipped : skipped + len(buffer)]
+
+
+def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DType) -> Tensor:
+    """(rows, sum of ranks): matrices (rows, rank) side by side; with `factors` each times its own in float64, rounded once to `dtype`.
+
+    Without factors the bits stay, and all must be of `dtype`.
+    """
+    import numpy as np
+
+    if not all(lies_as_wanted(part) for part in parts):
+        shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+        return Tensor.computed(
+            dtype, shape, lambda: beside([Tensor.of(part.read()) for part in parts], factors, dtype).read(), "combined up"
+        )
+    rows, ranks = parts[0].shape[0], [part.shape[1] for part in parts]
+    width = sum(ranks) * dtype.itemsize
+
+    def fill(start: int, stop: int, buffer: memoryview) -> None:
+        at, count = 0, stop - start
+        for number, (part, rank) in enumerate(zip(parts, ranks, strict=True)):
+            values = _elements(part, start * rank, count * rank)
+            if factors is not None:
+                values = _times(values, factors[number], dtype)
+            # A row of a part is moved as one item: element by element takes twice as long, or five times where ranks are small.
+            item = np.dtype((np.void, rank * dtype.itemsize))
+            np.ndarray((count,), item, buffer, at, (width,))[...] = values.view(item)
+            at += item.itemsize
+
+    return Tensor(dtype, (rows, sum(ranks)), RowSource(rows, width, fill, "combined up"))
+
+
+def widened(tensor: Tensor, dtype: DType) -> Tensor:
+    """The same values in a dtype that holds them all."""
+    import numpy as np
+
+    if tensor.dtype == dtype:
+        return tensor
+    if not lies_as_wanted(tensor):
+        return Tensor.computed(dtype, tensor.shape, lambda: _times(tensor.read(), None, dtype), tensor.source.name)
+
+    def fill(start: int, stop: int, buffer: memoryview) -> None:
+        np.frombuffer(buffer, dtype.numpy)[:] = _times(_elements(tensor, start, stop - start), None, dtype)
+
+    return Tensor(dtype, tensor.shape, RowSource(prod(tensor.shape), dtype.itemsize, fill, tensor.source.name))
+
+
+def _elements(tensor: Tensor, start: int, count: int) -> NDArray[Any]:
+    """`count` elements from number `start` of a tensor that lies as wanted."""
+    import numpy as np
+
+    values = np.empty(count, tensor.dtype.numpy)
+    tensor.source.readinto(tensor.offset + start * values.itemsize, values.view(np.uint8).data)  # type: ignore[attr-defined]
+    return values
+
+
+def _times(values: NDArray[Any], factor: float | None, dtype: DType) -> NDArray[Any]:
+    import numpy as np
+
+    wide = singles(values) if values.dtype.itemsize < 4 else values
+    if factor is None:
+        return wide.astype(dtype.numpy, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.multiply(wide, factor, dtype=np.float64).astype(dtype.numpy)

@@ -1,0 +1,80 @@
+"""Combined factors made row by row: any span of them, in whatever pieces it is asked for, has the bytes of the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upparam.operations.combine.beside import beside, widened
+from upparam.tensors import DTYPES, FileSource, Tensor, same_bits
+
+DTYPE = st.sampled_from([np.float16, np.float32, ml_dtypes.bfloat16, np.float64])
+
+
+def drawn(seed: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+    """Any bits but those of infinities and NaNs, subnormals among them."""
+    values = np.random.default_rng(seed).standard_normal(shape) * np.exp2(np.random.default_rng(seed + 1).integers(-26, 15, shape))
+    return values.astype(dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 9), st.lists(st.tuples(st.integers(1, 5), DTYPE, st.booleans(), st.floats(-3, 3)), min_size=1, max_size=4),
+    st.integers(0, 500), st.integers(0, 500), st.integers(0, 99),
+)  # fmt: skip
+def test_any_span_of_factors_side_by_side(rows: int, parts: list[tuple[int, Any, bool, float]], start: int, stop: int, seed: int) -> None:
+    """Transposed views, which cannot be read by rows, included."""
+    arrays = [drawn(seed + n, (rows, rank), dtype) for n, (rank, dtype, *_) in enumerate(parts)]
+    tensors = [Tensor.of(array.T).T if turned else Tensor.of(array) for array, (_, _, turned, _) in zip(arrays, parts, strict=True)]
+    own = [factor for *_, factor in parts]
+    found = beside(tensors, own, DTYPES["float32"])
+    with np.errstate(over="ignore"):
+        meant = np.concatenate([array.astype(np.float64) * factor for array, factor in zip(arrays, own, strict=True)], axis=1).astype(
+            np.float32
+        )
+    np.testing.assert_array_equal(found.read(), meant)
+    assert found.source.read(0, found.nbytes) == meant.tobytes()
+    low, high = sorted((start % (found.nbytes + 1), stop % (found.nbytes + 1)))
+    assert found.raw_range(low, high) == meant.tobytes()[low:high]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([np.float16, ml_dtypes.bfloat16, np.float32]), st.integers(0, 99)
+)
+def test_without_factors_every_bit_stays(ranks: list[int], dtype: Any, seed: int) -> None:
+    size = np.dtype(dtype).itemsize
+    arrays = [np.frombuffer(np.random.default_rng(seed + n).bytes(7 * rank * size), dtype).reshape(7, rank) for n, rank in enumerate(ranks)]
+    found = beside([Tensor.of(array) for array in arrays], None, DTYPES[np.dtype(dtype).name])
+    assert found.raw() == np.concatenate([array.view(f"u{size}") for array in arrays], axis=1).tobytes()
+
+
+def test_widened_in_pieces_is_what_numpy_makes_of_it(tmp_path: Path) -> None:
+    """Every float16 and bfloat16 there is, infinities and NaNs with them, from a file and from memory."""
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    (tmp_path / "codes").write_bytes(codes.tobytes())
+    for name, dtype in (("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
+        stored = Tensor(DTYPES[name], (256, 256), FileSource(tmp_path / "codes"))
+        meant = codes.view(dtype).astype(np.float32)
+        np.testing.assert_array_equal(widened(stored, DTYPES["float32"]).read().reshape(-1), meant)
+        np.testing.assert_array_equal(widened(Tensor.of(codes.view(dtype)), DTYPES["float32"]).read(), meant)
+
+
+def test_one_changed_byte_is_seen_wherever_it_lies(tmp_path: Path) -> None:
+    """Comparing goes by pieces of whole rows; files larger than a few of them, a byte of each changed."""
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((3000, rank)).astype(np.float32) for rank in (40, 7, 90)]
+    made = beside([Tensor.of(part) for part in parts], None, DTYPES["float32"])
+    data = bytearray(np.concatenate(parts, axis=1).tobytes())
+    file = tmp_path / "whole"
+    for at in [None, 0, 4095, 4096, *random.integers(0, len(data), 20).tolist(), len(data) - 1]:
+        changed = bytearray(data)
+        if at is not None:
+            changed[at] ^= 1
+        file.write_bytes(changed)
+        assert same_bits(made, Tensor(DTYPES["float32"], (3000, 137), FileSource(file))) is (at is None)
