@@ -312,19 +312,6 @@ def test_a_failure_on_the_way_leaves_the_file_as_it_was(tmp_path: Path, monkeypa
     assert digest(path) == held and names(tmp_path) == ["a.safetensors"]
 
 
-def test_a_torch_file_does_not_become_another_in_place(tmp_path: Path) -> None:
-    import torch
-
-    path = tmp_path / "a.pt"
-    torch.save({name: torch.from_numpy(tensor.read()) for name, tensor in open_file(kohya_file(tmp_path / "x")).tensors.items()}, path)
-    held = digest(path)
-    with pytest.raises(RefusedError, match="another container"):
-        edit(path, in_place=True, dtype="bf16")
-    assert digest(path) == held
-    receipt = edit(path, tmp_path / "b.safetensors", scale=1.0)
-    assert [finding.code for finding in receipt.findings] == ["container"]
-
-
 def test_metadata_a_dialect_does_not_hold_is_refused(tmp_path: Path) -> None:
     folder = peft_folder(tmp_path / "one", 1, 4, 8)
     edit(folder, tmp_path / "two", metadata={"config.lora_dropout": "0.25", "config.base_model_name_or_path": "some/model", "note": "x"})

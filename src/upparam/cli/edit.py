@@ -11,7 +11,8 @@ from upparam.cli.common import add_common, add_drop, add_threads, emit, emit_rec
 DESCRIPTION = (
     "Change something about an adapter and nothing else: metadata, dtype, alpha and scale, modules out or renamed. It is written in its own "
     "dialect and container, the rest proved to have the same bits under the same names. Lossless, except that --dtype and a scale put "
-    "into a factor (--keep-scale, --bake) round each element once; the receipt says how far. Without anything to change the metadata is shown."
+    "into a factor (--keep-scale, --bake) round each element once; the receipt says how far. Tensors that no rule explains are carried bit for bit. "
+    "Torch files stay torch files; -o NAME.safetensors makes them safetensors. Without anything to change the metadata is shown."
 )
 
 
@@ -25,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--unset", action="append", default=[], metavar="KEY", help="take a metadata key out (repeat)")
     parser.add_argument(
-        "--remove", action="append", default=[], metavar="GLOB", help="take out modules (and saved tensors) that match (repeat)"
+        "--remove",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="take out modules (and saved or unexplained tensors) that match (repeat)",
     )
     parser.add_argument("--keep", action="append", default=[], metavar="GLOB", help="keep only those that match (repeat)")
     parser.add_argument(

@@ -66,7 +66,15 @@ def written(adapter: Adapter, tensors: Mapping[str, Tensor], base: Base | None, 
     own = adapter.dialect in ("kohya", "lycoris")
     if not own:
         metadata = {**_filled(adapter, base, module), **metadata}
-    if not own or "sshs_model_hash" in metadata:
+    if not own:
+        metadata["sshs_model_hash"] = ""
+    return stamped(tensors, metadata)
+
+
+def stamped(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with its hashes, where it has them, computed anew."""
+    metadata = dict(metadata)
+    if "sshs_model_hash" in metadata:
         metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = hashes(tensors, metadata)
     return metadata
 

@@ -78,8 +78,10 @@ def for_saving(adapter: Adapter, component: str, model: Model) -> Mapping[str, A
     if model.method is not None:
         return own if _still_read(own, model, adapter) else _made(adapter, own, model)
     untouched = adapter.spelling.get("targets") == str(len(adapter.deltas))
-    if untouched and (adapter.conditions or not conditions(own)) and _still_true(own, model, adapter.transposed_base):
-        return own
+    if untouched and own and (adapter.conditions or not conditions(own)):
+        for config in (own, _restated(own, model)):
+            if _still_true(config, model, adapter.transposed_base):
+                return config
     return _made(adapter, own, model)
 
 
@@ -110,6 +112,13 @@ def _rest_true(config: Mapping[str, Any], model: Model, transposed: bool | None)
     if any(module.rsplit(".", 1)[-1] not in heads for module in unlisted) or (listed and not saved):
         return False
     return transposed is None or bool(config.get("fan_in_fan_out")) is transposed
+
+
+def _restated(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """A config of LoRAs with the ranks and alphas that its modules have now, and nothing else changed."""
+    ranks = {module: delta.rank or 0 for module, delta in model.deltas.items()}
+    said = _ranked(model.deltas, "LORA", ranks, bool(config.get("use_rslora")))
+    return {**config, **{key: value for key, value in said.items() if value or key in config}}
 
 
 def _still_read(config: Mapping[str, Any], model: Model, adapter: Adapter) -> bool:

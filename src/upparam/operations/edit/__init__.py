@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upparam import dialects
 from upparam.adapter import Adapter, Target
-from upparam.atomic import refuse_existing, refuse_strangers, swap
+from upparam.atomic import atomic_file, atomic_folder, refuse_existing, refuse_strangers, swap
 from upparam.bases import inventory
-from upparam.dialects.base import ReadOptions
-from upparam.errors import OutputExistsError, RefusedError, UsageError
-from upparam.findings import Finding, warning
-from upparam.operations.convert import write_adapter
+from upparam.dialects.base import Dialect, Package, ReadOptions
+from upparam.errors import OutputExistsError, RefusedError, UpparamError, UsageError, VerificationError
+from upparam.findings import Finding, info, warning
+from upparam.operations.convert import without, write_adapter, write_file, write_package
 from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
 from upparam.operations.edit.files import Compared, compare_files, container_of, put_back
+from upparam.operations.edit.patching import UnpatchableError, patched
 from upparam.operations.opening import open_adapter
+from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.records import replace
+from upparam.tensors import same_bits
 
 
 def edit(
@@ -62,20 +67,24 @@ def edit(
     place = path.absolute() if out is None else Path(out).absolute()
     refuse_existing(place, force or in_place)
     source = open_adapter(path, options=read)
-    if "conditions" in drop:
-        source = replace(source, conditions=[])
-    result, before, counts = changed(source, changes)
+    given, findings = without(source, drop)
+    result, before, counts = changed(given, changes)
+    for name in [name for name in given.leftovers if name not in result.leftovers]:
+        findings.append(warning("given-up", name, "a tensor that no rule explains is taken out, as --remove asked"))
+    if result.leftovers:
+        findings.append(_carried(result))
+    told_base = read
     if read is None and source.base is not None and source.base.name in inventory.known():
         # Fewer modules may no longer tell their base by themselves.
-        read = ReadOptions(base=inventory.load(source.base.name))
+        told_base = ReadOptions(base=inventory.load(source.base.name))
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent, ignore_cleanup_errors=True) as folder:
         written = Path(folder) / place.name
-        receipt = write_adapter(result, written, source.dialect, read=read, verify=verify, drop=drop)
-        again = open_adapter(written, dialect=source.dialect, options=ReadOptions(base=None if read is None else read.base))
+        receipt, again = _written(source, result, changes, path, written, read, told_base, verify, drop, in_place)
         told = _metadata(source, again, changes)
         compared = compare_files(source, written)
-        _expected(changes, compared)
-        findings = _container(source, written)
+        dropped = {name for name in source.leftovers if name not in result.leftovers}
+        _expected(changes, replace(compared, gone=[] if drop else [name for name in compared.gone if name not in dropped]))
+        findings += _container(source, written)
         if changes.stored is not None or changes.keep_scale:
             counts["effect_moved"] = _moved(before, result, threads, progress)
         if in_place:
@@ -89,6 +98,96 @@ def edit(
     receipt.findings += findings
     receipt.seconds = time.monotonic() - begun
     return receipt
+
+
+def _carried(adapter: Adapter) -> Finding:
+    names = list(adapter.leftovers)
+    return info("carried", names[0], f"{len(names)} tensors that no rule explains were carried bit for bit", *names[:_SHOWN])
+
+
+_SHOWN = 5
+
+
+def _written(
+    source: Adapter, result: Adapter, changes: Changes, path: Path, written: Path, read: ReadOptions | None, told: ReadOptions | None,
+    verify: bool, drop: Collection[str], in_place: bool,
+) -> tuple[Receipt, Adapter]:  # fmt: skip
+    """Write the result into the source's own files, or where those do not allow it as the dialect writes; and read it back."""
+    member = dialects.get(source.dialect)
+    options = {"drop": frozenset(drop), **({"base": told.base} if told is not None and told.base is not None else {})}
+    root = path.absolute() if path.is_dir() else path.absolute().parent
+    asked = written.with_suffix("") if in_place else written
+    try:
+        made = patched(source, result, changes, root, asked, lambda adapter: _package(member, adapter, options))
+    except UnpatchableError as problem:
+        if result.leftovers:
+            raise RefusedError(
+                "this edit cannot leave the unexplained tensors where they are", file=source.files[0] if source.files else None,
+                tensor=next(iter(result.leftovers)), found=str(problem), remedy="give them up with --drop leftovers",
+            ) from problem  # fmt: skip
+        receipt = write_adapter(result, written, source.dialect, read=told, verify=verify, drop=drop)
+        receipt.findings = [finding for finding in receipt.findings if finding.code != "given-up"]
+        return receipt, open_adapter(written, dialect=source.dialect, options=ReadOptions(base=None if told is None else told.base))
+    if made.package.folder:
+        with atomic_folder(written) as temporary:
+            size = write_package(made.package, temporary) + sum(_copied(file, temporary / name) for name, file in made.untouched.items())
+        outputs = [str(written / name) for name in (*made.untouched, *made.package.files)]
+    else:
+        with atomic_file(written) as temporary:
+            (content,) = made.package.files.values() or [None]
+            size = write_file(content, temporary) if content is not None else _copied(next(iter(made.untouched.values())), temporary)
+        outputs = [str(written)]
+    try:
+        proofs, again = _read_back(result, written, [read, told])
+    except VerificationError as problem:
+        if not changes.rename:
+            raise
+        raise RefusedError(
+            "under the new names this is not read as the same adapter", file=path, tensor=problem.tensor, found=problem.message,
+            remedy="give names that the dialect and the base have; see 'upparam bases NAME'",
+        ) from problem  # fmt: skip
+    counts = {"targets": len(result.deltas), "extras": len(result.extras), "bytes": size}
+    findings = [finding for finding in again.findings if finding.severity] + made.findings
+    modules = [proof.facts() for proof in proofs] if verify else []
+    return Receipt("edit", [], outputs, counts, statements(proofs, result) if verify else [], findings, modules=modules), again
+
+
+def _package(member: Dialect, adapter: Adapter, options: Mapping[str, Any]) -> Package:
+    """What the dialect writes. A refusal speaks of the options of `edit`."""
+    try:
+        return member.write(adapter, options)
+    except RefusedError as problem:
+        if problem.remedy is None or "--bake-scale" not in problem.remedy:
+            raise
+        remedy = "this dialect says no multiplier but 1; put what there is into a factor with --bake"
+        raise RefusedError(problem.message, file=problem.file, tensor=problem.tensor, found=problem.found, remedy=remedy) from problem
+
+
+def _copied(file: Path, place: Path) -> int:
+    """A file as it is; returns its size."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, place)
+    return place.stat().st_size
+
+
+def _read_back(result: Adapter, written: Path, ways: Sequence[ReadOptions | None]) -> tuple[list[ModuleProof], Adapter]:
+    """What was written, read as the source was, else with what the source told of its base; proved to be the result, carried tensors and all."""
+    problem: UpparamError | None = None
+    for options in ways:
+        try:
+            again = open_adapter(written, dialect=result.dialect, options=options)
+            strange = {
+                name for name, tensor in again.leftovers.items() if name in result.leftovers and same_bits(tensor, result.leftovers[name])
+            }
+            if len(strange) < len(result.leftovers):
+                lost = next(name for name in result.leftovers if name not in strange)
+                raise VerificationError("a carried tensor reads back otherwise, or not at all", tensor=lost)
+            rest = {name: tensor for name, tensor in again.leftovers.items() if name not in strange}
+            return proved(result, replace(again, leftovers=rest)), again
+        except (UsageError, VerificationError) as found:
+            problem = problem or found
+    assert problem is not None
+    raise problem
 
 
 def _take_place(written: Path, place: Path) -> None:
@@ -133,6 +232,12 @@ def _metadata(source: Adapter, again: Adapter, changes: Changes) -> str:
         name = key.removeprefix(CONFIG)
         meant = None if value is None else parsed(value) if key.startswith(CONFIG) else value
         if place.get(name) != meant or (value is None and name in place):
+            kinds = {kind for file in source.files if (kind := container_of(Path(file))) is not None}
+            if place is again.metadata and not kinds & {"safetensors", "gguf"}:
+                raise RefusedError(
+                    "this container has no metadata", file=source.files[0] if source.files else None, tensor=key, found=", ".join(sorted(kinds)),
+                    remedy="write it elsewhere as safetensors: -o NAME.safetensors, or 'upparam convert' for a folder",
+                )  # fmt: skip
             raise RefusedError(
                 f"{source.dialect} does not hold this: it has no place for it, or it follows from the tensors", file=source.files[0] if source.files else None,
                 tensor=key, expected=repr(meant), found=repr(place.get(name)), remedy="change what it follows from (alpha, scale, dtype, modules)",
@@ -156,9 +261,10 @@ def _expected(changes: Changes, compared: Compared) -> None:
     names = bool(changes.rename)
     wrong = [] if changes.remove or changes.keep or names else compared.gone
     wrong = wrong + ([] if names or changes.restates else compared.new)
-    wrong = wrong + ([] if changes.dtype is not None or changes.restates else compared.changed)
+    wrong = wrong + (compared.reshaped if changes.dtype is not None or changes.restates else compared.changed)
     if wrong:
         raise RefusedError(
             "writing this adapter again changes tensors that were to stay", tensor=wrong[0], found=f"{len(wrong)} tensors",
-            remedy="bring it into its dialect's present form with 'upparam convert' first",
+            remedy="parts of a fused weight (q, k, v) go and stay together" if changes.remove or changes.keep
+            else "bring it into its dialect's present form with 'upparam convert' first",
         )  # fmt: skip

@@ -27,7 +27,7 @@ class Changes:
     """What to change; nothing by default.
 
     `metadata` maps keys to new values, None to take a key out; keys that begin with CONFIG mean the config. `remove` and `keep` are
-    globs over targets and names of saved tensors, `rename` pairs of globs of which each `*` stands for the same text in both. `dtype`
+    globs over targets and names of saved tensors (`remove` also over tensors that no rule explains; `keep` leaves those), `rename` pairs of globs of which each `*` stands for the same text in both. `dtype`
     is that of the factors and saved float tensors. `alpha` and `scale` say the multiplier anew; with `keep_scale` a factor takes over what
     it loses or gains, so that the effect stays.
     """
@@ -63,6 +63,16 @@ class Changes:
         if found is None or not found.is_float:
             raise UsageError("no dtype for factors", expected="fp32, fp16, bf16, fp64 or a float8's full name", found=self.dtype)
         return found
+
+    @property
+    def strings(self) -> dict[str, str | None]:
+        """The metadata to change in the tensor files themselves."""
+        return {key: value for key, value in self.metadata.items() if not key.startswith(CONFIG)}
+
+    @property
+    def taken(self) -> set[str]:
+        """The keys of the config to take out."""
+        return {key.removeprefix(CONFIG) for key, value in self.metadata.items() if key.startswith(CONFIG) and value is None}
 
     @property
     def any(self) -> bool:
@@ -104,7 +114,7 @@ def changed(adapter: Adapter, changes: Changes) -> Changed:
 def _without(adapter: Adapter, changes: Changes, counts: dict[str, Any]) -> Adapter:
     if not changes.remove and not changes.keep:
         return adapter
-    names = [str(target) for target in adapter.deltas] + [extra.name for extra in adapter.extras]
+    names = [*map(str, adapter.deltas), *(extra.name for extra in adapter.extras), *adapter.leftovers]
     for glob in (*changes.remove, *changes.keep):
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError("nothing here has such a name", file=_file(adapter), expected=glob, found=f"names such as {names[0]}")
@@ -117,8 +127,9 @@ def _without(adapter: Adapter, changes: Changes, counts: dict[str, Any]) -> Adap
     extras = [extra for extra in adapter.extras if stays(extra.name)]
     if not deltas:
         raise RefusedError("no module would be left", file=_file(adapter), found=f"{len(adapter.deltas)} modules, all of them taken out")
-    counts["removed"] = len(names) - len(deltas) - len(extras)
-    return replace(adapter, deltas=deltas, extras=extras)
+    leftovers = {name: tensor for name, tensor in adapter.leftovers.items() if not any(fnmatchcase(name, glob) for glob in changes.remove)}
+    counts["removed"] = len(names) - len(deltas) - len(extras) - len(leftovers)
+    return replace(adapter, deltas=deltas, extras=extras, leftovers=leftovers)
 
 
 def _renamed(adapter: Adapter, pairs: Sequence[tuple[str, str]], counts: dict[str, Any]) -> Adapter:
@@ -160,7 +171,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def _restated(adapter: Adapter, changes: Changes, counts: dict[str, Any]) -> Adapter:
-    restating = _Each()
+    restating = Each()
     deltas: dict[Target, Delta] = {}
     number = 0
     for target, delta in adapter.deltas.items():
@@ -200,7 +211,7 @@ def _said(delta: Delta, changes: Changes) -> Delta:
 
 
 def _recast(adapter: Adapter, dtype: DType, counts: dict[str, Any]) -> Adapter:
-    casting, views = _Each(), {}
+    casting, views = Each(), {}
     number = 0
 
     def cast(tensor: Tensor) -> Tensor:
@@ -221,13 +232,14 @@ def _recast(adapter: Adapter, dtype: DType, counts: dict[str, Any]) -> Adapter:
     return replace(adapter, deltas=deltas, extras=extras)
 
 
-class _Each:
+class Each:
     """Changes deltas; parts of one whole that cannot be cut get the very same changed whole, so that they can be joined again."""
 
     def __init__(self) -> None:
         self._wholes: dict[int, Delta] = {}
 
     def __call__(self, delta: Delta, change: Any) -> Delta:
+        """`change` of the delta, or of the whole that it is a part of."""
         whole: Delta | None = getattr(delta, "whole", None)
         if whole is None:
             made: Delta = change(delta)
