@@ -16,7 +16,8 @@ class Problem(NamedTuple):
     """One thing that cannot be written as it is, and what would help.
 
     `subject` is the target, module or extra, `why` the reason; `targets` the deltas concerned, where `subject` does not name them. `cure` is
-    the option that helps, `scale` the multiplier that `--bake-scale` is to leave (the rest goes into the factors).
+    the option that helps, `scale` the multiplier that `--bake-scale` is to leave (the rest goes into the factors), `rank` the one that
+    `--lowrank` is to fill up with zeros.
     """
 
     subject: str
@@ -24,6 +25,7 @@ class Problem(NamedTuple):
     targets: tuple[Any, ...] = ()
     cure: str | None = None
     scale: float = 1.0
+    rank: int | None = None
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.why}" if self.why else self.subject

@@ -316,8 +316,8 @@ def test_what_loralib_has_no_layers_for(tmp_path: Path) -> None:
 
     q, v = (0, 768), (1536, 2304)
     refused(lora(q) | lora((768, 1000)), "not equal blocks")
-    refused(lora(q) | lora(v, rank=2, alpha=4.0), "not equal blocks")
-    refused(lora(q) | lora(v, alpha=4.0), "not equal blocks")
+    refused(lora(q) | lora(v, rank=2, alpha=4.0), r"\[1536:2304\]: rank 2 beside 4.*--lowrank")
+    refused(lora(q) | lora(v, alpha=4.0), r"\[1536:2304\]: scale 1 beside 2.*--bake-scale")
     refused(lora((5, 773)), "not equal blocks")
     refused(lora(q), "--base", base=None)
     refused(lora(), "textual-inversion", extras=[Extra(ExtraKind.TEXTUAL_INVERSION, "<s>", filled({"t": [1, 768]})["t"])])

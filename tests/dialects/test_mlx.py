@@ -223,7 +223,8 @@ def test_what_mlx_has_no_place_for() -> None:
         (one("unet.mid_block.attentions.0.proj_in"), "not a module"),
         (one("model.vision_tower.x"), "not a module"),
         (one(kernel=(3, 3)), "convolution"),
-        (one() | one(other, rank=8, alpha=8.0), "upparam resize"),
+        (one() | one(other, rank=8, alpha=8.0), "rank 4 beside 8.*--lowrank"),
+        ({}, "without factors"),
         (one() | one(other, alpha=8.0), "--bake-scale"),
     ):
         with pytest.raises(RefusedError, match=why):

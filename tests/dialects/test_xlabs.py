@@ -112,7 +112,7 @@ def test_what_x_flux_would_not_load_is_refused() -> None:
     scaled = {target: replace(delta, scaling=Scaling(alpha=1.0)) for target, delta in deltas.items() if isinstance(delta, LoRA)}
     refused(replace(whole, deltas={**scaled}), "a scale of 0.5")
     out = Target("transformer.transformer_blocks.0.attn.to_out.0")
-    refused(replace(whole, deltas={**deltas, out: lora(3072, 3072, rank=5)}), "ranks 2, 5")
+    refused(replace(whole, deltas={**deltas, out: lora(3072, 3072, rank=5)}), "rank 2 beside 5")
     refused(replace(whole, deltas={target: delta for target, delta in deltas.items() if target != out}), "proj_lora1: not changed")
     extra = Extra(ExtraKind.SAVED_MODULE, "transformer.transformer_blocks.0.attn.norm_q.weight", Tensor.of(np.ones(128, np.float32)))
     refused(replace(whole, extras=[extra]), "saved-module")

@@ -136,6 +136,18 @@ class LoKr(Delta):
         assert self.w1_a is not None
         return replace(self, w1_a=self.w1_a.rows(low, high))
 
+    def take_rows(self, rows: Sequence[int]) -> LoKr | None:
+        """The delta of the weight whose row i is this one's row `rows[i]`; None where these are no whole copies of w2."""
+        from upparam.algorithms.slicing import take_rows, whole_blocks
+
+        copies = whole_blocks(rows, _sides(self.w2, self.w2_a, self.w2_b, self.t2)[0])
+        if copies is None:
+            return None
+        if self.w1 is not None:
+            return replace(self, w1=take_rows(self.w1, copies))
+        assert self.w1_a is not None
+        return replace(self, w1_a=take_rows(self.w1_a, copies))
+
     def join_rows(self, others: Sequence[LoKr]) -> LoKr | None:
         """The delta of the weight that stacks these; None where they differ in more than the rows of w1."""
         from upparam.algorithms.slicing import same_tensor, stack

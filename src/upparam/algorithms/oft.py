@@ -127,6 +127,16 @@ class DiagOFT(OutputTurn):
         rescale = None if self.rescale is None else self.rescale.rows(start, stop)
         return replace(self, blocks=self.blocks.rows(start // size, stop // size), rescale=rescale)
 
+    def take_rows(self, rows: Sequence[int]) -> DiagOFT | None:
+        """The delta of the weight whose row i is this one's row `rows[i]`; None where that tears blocks apart."""
+        from upparam.algorithms.slicing import take_rows, whole_blocks
+
+        blocks = whole_blocks(rows, self.blocks.shape[1])
+        if blocks is None:
+            return None
+        rescale = None if self.rescale is None else take_rows(self.rescale, rows)
+        return replace(self, blocks=take_rows(self.blocks, blocks), rescale=rescale)
+
     def join_rows(self, others: Sequence[DiagOFT]) -> DiagOFT | None:
         """The delta of the weight that stacks these; None where their blocks differ in size or a constraint would tie them together."""
         from upparam.algorithms.slicing import stack

@@ -172,11 +172,18 @@ def reorder(delta: Delta, rows: Sequence[int] | NDArray[Any]) -> Delta:
         return replace(delta, up=take_rows(delta.up, rows))
     own: Delta | None = getattr(delta, "take_rows", lambda *_: None)(rows)
     if own is None:
-        raise RefusedError(
-            f"the rows of {called(delta.algorithm)} delta cannot be rearranged without computing it",
-            remedy="approximate by plain LoRA with --lowrank",
-        )
+        raise RefusedError(f"the rows of {called(delta.algorithm)} delta cannot be rearranged without computing it")
     return own
+
+
+def whole_blocks(rows: Sequence[int] | NDArray[Any], size: int) -> list[int] | None:
+    """The blocks of `size` rows that these rows are, in their order; None where they are no whole blocks with their rows in order."""
+    index = [int(row) for row in rows]
+    starts = index[::size]
+    whole = len(index) % size == 0 and all(start % size == 0 for start in starts)
+    if not whole or any(index[at] != starts[at // size] + at % size for at in range(len(index))):
+        return None
+    return [start // size for start in starts]
 
 
 def take_rows(tensor: Tensor, rows: Sequence[int] | NDArray[Any]) -> Tensor:

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lowrank", type=_rank, metavar="R",
         help="replace what the dialect has no words for (DoRA, LoHa, LoKr, Tucker cores, ...) by plain LoRA of at most this rank; 'auto': "
-        "whatever a relative error of 1%% takes. DoRA and others that depend on the weight need --base PATH",
+        "whatever a relative error of 1%% takes. DoRA and others that depend on the weight need --base PATH. Where all modules must have one rank, "
+        "the smaller ones are filled up with zeros",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="N", help="threads for --lowrank (default: the cores, at most 8)")
     parser.add_argument("--initial", type=Path, metavar="PATH", help="the adapter training began as (PiSSA, OLoRA ...), to be subtracted")

@@ -23,7 +23,7 @@ from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOpti
 from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, named_alike, resolve
 from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.kohya import bundle_name, bundled
-from upparam.dialects.placing import PARTS_KEY, Parts, base_of, layout_for, take_parts, to_foreign
+from upparam.dialects.placing import PARTS_KEY, Parts, Unfit, base_of, layout_for, take_parts, to_foreign
 from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Spoken, alpha_of, built, leave, settle
 from upparam.errors import DeadAdapterError, Problem, RefusedError
@@ -188,16 +188,19 @@ class _Naming(NamedTuple):
                 found[foreign, target.parameter] = delta
             else:
                 groups.setdefault((foreign, target.parameter), {})[target] = delta
+        unfit = Unfit()
         for (foreign, parameter), members in groups.items():
             first = next(iter(members))
             try:
                 whole = to_foreign(self.one, members, told)[foreign]
-            except RefusedError:
-                if parameter != "weight" or not self.splits(foreign, members):
-                    raise
+            except RefusedError as problem:
+                if parameter != "weight" or not problem.problems or not self.splits(foreign, members):
+                    unfit.note(foreign, problem, problem.problems)
+                    continue
                 found |= {(target.module, parameter): delta for target, delta in members.items()}
             else:
                 found[self.styled(foreign, first.module), parameter] = whole
+        unfit.refuse()
         return found
 
     def splits(self, foreign: str, members: Mapping[Target, Delta]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -15,9 +16,9 @@ from upparam.algorithms.slicing import stack
 from upparam.bases.layouts import LayoutMap, find
 from upparam.dialects.base import NamedTensors, Package
 from upparam.dialects.placing import base_of
-from upparam.dialects.refusing import refuse
+from upparam.dialects.refusing import other_rank, other_scale, refuse
 from upparam.dialects.words import alpha_for
-from upparam.errors import RefusedError
+from upparam.errors import Problem, RefusedError
 from upparam.tensors import Tensor
 
 FILE, SIDE = "lora.pt", "loralib.json"
@@ -98,12 +99,25 @@ def _layer(module: str, parts: Parts, out: int | None, *, embedding: bool) -> tu
     return arguments, stack([downs[index] for index in order]), stack([ups[index] for index in order])
 
 
+def _uneven(module: str, parts: Parts) -> list[Problem]:
+    """Slices of one layer whose ranks or scales differ."""
+    rank, scale = max(part.rank for _, part in parts), Counter(part.known_scale() for _, part in parts).most_common(1)[0][0]
+    ranks = [
+        other_rank(str(target), part.rank, rank, (target,)) for rows, part in parts if part.rank < rank and (target := Target(module, rows))
+    ]
+    return ranks or [
+        other_scale(str(Target(module, rows)), part, scale, f"scale {part.scale:g} beside {scale:g}, and a MergedLinear has one for all its parts")
+        for rows, part in parts if part.scale != scale
+    ]  # fmt: skip
+
+
 def _enabled(module: str, parts: Parts, out: int | None) -> list[bool]:
     """`enable_lora` of a MergedLinear. Raises RefusedError where the slices are not equal blocks of one rank, scale and dtype."""
     spans = sorted(span for span, _ in parts if span is not None)
     size = spans[0][1] - spans[0][0]
     alike = {(part.rank, part.known_scale(), part.up.dtype, part.down.dtype) for _, part in parts}
     blocks = out // size if out is not None and out % size == 0 else 0
+    refuse("loralib", _uneven(module, parts))
     if len(spans) < len(parts) or len(alike) > 1 or not blocks or any(low % size or high - low != size for low, high in spans):
         shown = ", ".join(f"rows {low} to {high}" for low, high in spans)
         why = (

@@ -20,6 +20,7 @@ from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.oft import DiagOFT
 from upparam.algorithms.tlora import TLoRA
+from upparam.dialects.refusing import other_scale
 from upparam.dialects.words import LORA, Form, Words, alpha_for, scaling_of
 from upparam.errors import MalformedError, RefusedError
 from upparam.tensors import Tensor
@@ -160,7 +161,8 @@ def _spell_lora(delta: LoRA | DoRA) -> dict[str, Tensor]:
 
 def _spell_lokr(delta: LoKr | DoKr) -> dict[str, Tensor]:
     if delta.rank is None and delta.known_scale() != 1.0:
-        raise RefusedError("two full Kronecker factors are read with a scale of 1", found=f"{delta.scale:g}")
+        why = "two full Kronecker factors are read with a scale of 1"
+        raise RefusedError(why, found=f"{delta.scale:g}", problems=[other_scale("scale", delta, why=why)])
     return _named(delta, _LOKR)
 
 
@@ -179,7 +181,8 @@ def _spell_turn(delta: DiagOFT | ButterflyOFT) -> dict[str, Tensor]:
 
 def _spell_full(delta: Full, words: tuple[str, str] = ("diff", "diff_b"), parameter: str = "weight") -> dict[str, Tensor]:
     if delta.known_scale() != 1.0:
-        raise RefusedError("a whole difference takes no scale in this dialect", found=f"{delta.known_scale():g}")
+        why = "a whole difference takes no scale in this dialect"
+        raise RefusedError(why, found=f"{delta.known_scale():g}", problems=[other_scale("scale", delta, why=why)])
     return {words[parameter == "bias"]: delta.diff}
 
 

@@ -24,8 +24,8 @@ from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import reference_deltas
 from upparam.dialects.placing import base_of, resolve
-from upparam.dialects.refusing import BAKE, refuse
-from upparam.errors import DeadAdapterError, MalformedError, Problem, UsageError
+from upparam.dialects.refusing import other_rank, other_scale, refuse
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, warning
 from upparam.tensors import Tensor
 
@@ -100,13 +100,15 @@ class Mlx:
 
         extras, convolutions, several ranks or scales (the config has one of each), modules of no language model.
         """
+        if not adapter.deltas:
+            raise RefusedError("mlx-lm loads no adapter without factors", file=adapter.files[0] if adapter.files else None)
         whole = adapter.layout == "peft" and not any(target.rows for target in adapter.deltas)
         deltas = adapter.deltas if whole else reference_deltas(adapter, options, self.name)
         problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         problems += [f"{target}: {problem}" for target, delta in deltas.items() if (problem := _unloadable(target, delta)) is not None]
         refuse(self.name, problems)
         named = {_renamed(target.module, _FROM_HF): delta for target, delta in deltas.items() if isinstance(delta, LoRA)}
-        scale, rank = _one(named, "scale", lambda delta: delta.known_scale()), _one(named, "rank", lambda delta: delta.rank)
+        scale, rank = _scale(named), _rank(named)
         base = base_of(adapter, options)
         tensors = _tensors(adapter, named, base)
         modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
@@ -271,26 +273,22 @@ def _unloadable(target: Target, delta: Delta) -> str | None:
     return None if _OWN.match(_renamed(target.module, _FROM_HF)) else "not a module of a language model that mlx-lm runs"
 
 
-def _one(deltas: Mapping[str, LoRA], what: str, value: Any) -> Any:
-    """The value all deltas share. Raises RefusedError where they differ: the config has one for all."""
-    counts = Counter(value(delta) for delta in deltas.values())
+def _scale(deltas: Mapping[str, LoRA]) -> float:
+    """The multiplier all deltas share. Raises RefusedError where they differ: the config has one for all."""
+    counts = Counter(delta.known_scale() for delta in deltas.values())
     common, _ = counts.most_common(1)[0]
-    cure = BAKE if what == "scale" else None
-    refuse(
-        "mlx",
-        [
-            Problem(
-                _renamed(name, _TO_HF),
-                f"{what} {value(delta):g} beside {common:g}, and the config has one for all",
-                cure=cure,
-                scale=common,
-            )
-            for name, delta in deltas.items()
-            if value(delta) != common
-        ],
-        None if what == "scale" else "make the ranks one with 'upparam resize'",
-    )
+    why = f"beside {common:g}, and the config has one for all"
+    refuse("mlx", [
+        other_scale(_renamed(name, _TO_HF), delta, common, f"scale {delta.scale:g} {why}") for name, delta in deltas.items() if delta.scale != common
+    ])  # fmt: skip
     return common
+
+
+def _rank(deltas: Mapping[str, LoRA]) -> int:
+    """The rank all deltas share. Raises RefusedError where they differ."""
+    largest = max(delta.rank for delta in deltas.values())
+    refuse("mlx", [other_rank(_renamed(name, _TO_HF), delta.rank, largest) for name, delta in deltas.items() if delta.rank != largest])
+    return largest
 
 
 def _tensors(adapter: Adapter, deltas: Mapping[str, LoRA], base: Base | None) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms import TITLES, called
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.bases.base import Base
@@ -13,13 +15,13 @@ from upparam.bases.layouts import layout
 from upparam.dialects import peft_config
 from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_experts import nesting_of
-from upparam.dialects.peft_kinds import method_of, spelled
+from upparam.dialects.peft_kinds import PEFT_TYPES, method_of, spelled
 from upparam.dialects.peft_make import Model, for_saving
 from upparam.dialects.peft_names import COMPONENTS, TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Slices, naming_of
 from upparam.dialects.placing import to_foreign
 from upparam.dialects.prefixes import Naming
-from upparam.dialects.refusing import because
+from upparam.dialects.refusing import LOWER, because
 from upparam.errors import Problem, RefusedError
 from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
@@ -122,6 +124,8 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         tensors[f"{WRAPPER}{module}.base_layer.{leaf}" if module in names else f"{WRAPPER}{extra.name}"] = extra.tensor
     if problems:
         return Saved({}, {}, {}, problems)
+    if mixed := _mixed(deltas):
+        return Saved({}, {}, {}, [*mixed])
     try:
         method = method_of(next(iter(names.values())))
         tensors |= method.shared(names) if method is not None else {}
@@ -129,6 +133,19 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     except RefusedError as problem:
         return Saved({}, {}, {}, [because(component or "the adapter", problem)])
     return Saved(tensors, config, _slices(adapter, deltas, naming), [])
+
+
+def _mixed(deltas: Mapping[Target, Delta]) -> list[Problem]:
+    """Where the deltas are of several algorithms that PEFT does not hold in one adapter: those that would have to be plain LoRA."""
+    kinds = {(PEFT_TYPES[delta.algorithm], delta.algorithm == "dora") for delta in deltas.values()}
+    if len(kinds) < 2:
+        return []
+    counts = Counter(delta.algorithm for delta in deltas.values())
+    why = f"PEFT has one algorithm for all modules of an adapter, and here are {', '.join(f'{count} {TITLES[kind]}' for kind, count in counts.items())}"
+    return [
+        Problem(str(target), f"{called(delta.algorithm)}; {why}", (target,), LOWER)
+        for target, delta in deltas.items() if delta.algorithm not in ("lora", "expert-lora")
+    ]  # fmt: skip
 
 
 def _renamed(base: Base | None, component: str, naming: Naming) -> Base | None:

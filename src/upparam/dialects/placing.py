@@ -205,10 +205,14 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
         )
     _refuse_misfits(one, deltas)
     pieces: dict[str, list[Member]] = {}
-    for target, delta in _whole_where_reordered(one, deltas).items():
+    unfit = Unfit()
+    for target, delta in _whole_where_reordered(one, deltas, unfit).items():
         foreign, part = one.places[target.module]
         if not part.order.plain:
-            delta = reorder(delta, part.order.foreign_rows(delta.shape[0] or part.shape[0]))
+            try:
+                delta = reorder(delta, part.order.foreign_rows(delta.shape[0] or part.shape[0]))
+            except RefusedError as problem:
+                unfit.note(foreign, problem, [Problem(str(target), problem.message, (target,))])
         start = part.span[0] if part.span else 0
         low, high = target.rows or (0, part.shape[0])
         pieces.setdefault(foreign, []).append(Member(start + low, start + high, delta))
@@ -217,13 +221,39 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
         try:
             found[foreign] = join(_with_gaps(members, one.rows(foreign)))
         except RefusedError as problem:
-            raise RefusedError(
-                problem.message, tensor=foreign, expected=problem.expected, found=problem.found, remedy=problem.remedy,
-                problems=_unjoined(foreign, [target for target in deltas if one.places[target.module].foreign == foreign], deltas, problem),
-            ) from None  # fmt: skip
+            own = [target for target in deltas if one.places[target.module].foreign == foreign]
+            unfit.note(foreign, problem, _unjoined(foreign, own, deltas, problem))
+            continue
         if told is not None and (how := _how_joined(one, foreign, members, found[foreign])):
             told[foreign] = how
+    unfit.refuse()
     return found
+
+
+class Unfit:
+    """What stands in the way of one foreign module after another, told at the end as one refusal."""
+
+    def __init__(self) -> None:
+        self.first: tuple[str, RefusedError] | None = None
+        self.problems: list[Problem] = []
+
+    def note(self, foreign: str, problem: RefusedError, problems: Sequence[Problem]) -> None:
+        """Keep a refusal about a foreign module and the problems it lists."""
+        self.first = self.first or (foreign, problem)
+        self.problems += problems
+
+    def refuse(self) -> None:
+        """Raise RefusedError, in the words of the first, where anything was noted."""
+        if self.first is not None:
+            foreign, problem = self.first
+            raise RefusedError(
+                problem.message,
+                tensor=foreign,
+                expected=problem.expected,
+                found=problem.found,
+                remedy=problem.remedy,
+                problems=self.problems,
+            ) from None
 
 
 def _refuse_misfits(one: LayoutMap, deltas: Mapping[Target, Delta]) -> None:
@@ -255,7 +285,7 @@ def _unjoined(foreign: str, targets: Sequence[Target], deltas: Mapping[Target, D
     return [Problem(foreign, problem.message, others, BAKE, common)]
 
 
-def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta]) -> dict[Target, Delta]:
+def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta], unfit: Unfit) -> dict[Target, Delta]:
     """The deltas, slices of a weight joined where its rows lie in another order here: a slice of it is no slice there."""
     from upparam.algorithms.slicing import join
 
@@ -268,7 +298,11 @@ def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta]) -> di
             sliced.setdefault(target.module, []).append(Member(*target.rows, delta))
             found[Target(target.module)] = delta
     for module, members in sliced.items():
-        found[Target(module)] = join(_with_gaps(members, one.places[module].part.shape[0]))
+        try:
+            found[Target(module)] = join(_with_gaps(members, one.places[module].part.shape[0]))
+        except RefusedError as problem:
+            unfit.note(module, problem, _unjoined(module, [Target(module, (low, high)) for low, high, _ in members], deltas, problem))
+            del found[Target(module)]
     return found
 
 

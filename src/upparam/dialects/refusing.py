@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from upparam.adapter import ExtraKind
+from upparam.adapter import ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.errors import Problem, RefusedError
 
@@ -45,6 +45,11 @@ def because(subject: str, error: RefusedError) -> Problem:
     return Problem(subject, why, cure=next((problem.cure for problem in error.problems if problem.cure), None))
 
 
+def other_rank(subject: str, rank: int, wanted: int, targets: tuple[Target, ...] = ()) -> Problem:
+    """The problem of a rank beside larger ones in a dialect that has one rank for all: `wanted` is the largest."""
+    return Problem(subject, f"rank {rank} beside {wanted}, and all must have one", targets, LOWER, rank=wanted)
+
+
 _HOW = {
     SCALE: "give the scale with --scale or --alpha",
     BAKE: "put the scale into the factors with --bake-scale",
@@ -54,8 +59,14 @@ _HOW = {
 
 def remedies(problems: Sequence[Problem]) -> str | None:
     """What would help against these, one way after the other; None where nothing does."""
-    cures = dict.fromkeys(problem.cure for problem in problems if problem.cure)
-    ways = [_HOW.get(cure, f"give it up with {cure}") for cure in cures]
+    ways = dict.fromkeys(_way(problem) for problem in problems if problem.cure)
     if any(problem.cure is None for problem in problems):
-        ways.append("for the rest choose another dialect ('upparam dialects')" if ways else "choose another dialect ('upparam dialects')")
-    return ", ".join(ways)
+        ways["for the rest choose another dialect ('upparam dialects')" if ways else "choose another dialect ('upparam dialects')"] = None
+    return ", ".join(ways) or None
+
+
+def _way(problem: Problem) -> str:
+    """One way out, in words."""
+    if problem.cure == LOWER and problem.rank is not None:
+        return "fill the smaller ranks up with zeros, which changes no number, with --lowrank auto"
+    return _HOW.get(problem.cure or "", f"give it up with {problem.cure}")

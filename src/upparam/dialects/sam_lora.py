@@ -292,9 +292,11 @@ def _scale_metadata(adapter: Adapter, vit: bool) -> dict[str, str]:
 def _placed(adapter: Adapter, base: Base | None) -> dict[str, tuple[Slot, Delta]]:
     """Every slot with its delta. Raises RefusedError for modules without a number and for numbers that would be left out."""
     if base is None or not _walk(base) or adapter.layout != "reference":
+        known = base is not None and adapter.layout == "reference"
         raise RefusedError(
-            "numbers follow from the blocks of a SAM or a ViT, and the base is not known to be one",
-            file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
+            f"numbers follow from the blocks of a SAM or a ViT, and {base.name if base is not None and known else 'the base'} is not "
+            f"{'one' if known else 'known to be one'}",
+            file=adapter.files[0] if adapter.files else None, remedy=None if known else "name it with --base",
         )  # fmt: skip
     left = _cut_wholes(adapter.deltas, base)
     found: dict[str, tuple[Slot, Delta]] = {}

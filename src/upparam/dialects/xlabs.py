@@ -21,7 +21,7 @@ from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.placing import PARTS_KEY, Parts, alike, layout_for, take_parts, to_foreign, to_targets
-from upparam.dialects.refusing import other_scale, refuse
+from upparam.dialects.refusing import other_rank, other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error, warning
 from upparam.tensors import Tensor
@@ -157,10 +157,12 @@ def _fits(one: LayoutMap, module: str, delta: LoRA) -> bool:
     return bool(parts) and alike(delta.shape, (one.rows(module), *parts[0].shape[1:]))
 
 
-def _unloadable(named: Mapping[str, Any]) -> list[str]:
+def _unloadable(named: Mapping[str, Any]) -> list[str | Problem]:
     """What x-flux's loader would stumble over: it builds whole processors, all of one rank."""
-    ranks = sorted({delta.rank for delta in named.values() if delta.rank is not None})
-    found = [] if len(ranks) < 2 else [f"ranks {', '.join(map(str, ranks))}: x-flux loads files of one rank"]
+    largest = max((delta.rank for delta in named.values() if delta.rank is not None), default=0)
+    found: list[str | Problem] = [
+        other_rank(module, delta.rank, largest) for module, delta in named.items() if type(delta) is LoRA and delta.rank != largest
+    ]
     for block in dict.fromkeys(module.split(".processor.")[0] for module in named):
         missing = [part for part in _PROCESSORS[block.split(".")[0]] if f"{block}.processor.{part}" not in named]
         if missing:

@@ -75,7 +75,7 @@ def _baked(deltas: Mapping[Target, Delta], left: Mapping[Target, float], role: s
     shared: Tensor | None = None
     for target, delta in deltas.items():
         scale, rest = delta.known_scale(), left[target]
-        scaling = _scaling(rest, delta.rank)
+        scaling = as_alpha(rest, delta.rank)
         old: Tensor = getattr(delta, role)
         if role == "down":
             new = shared = shared or multiplied(old, scale / rest)
@@ -87,12 +87,12 @@ def _baked(deltas: Mapping[Target, Delta], left: Mapping[Target, float], role: s
     return found, done
 
 
-def _scaling(left: float, rank: int | None) -> Scaling:
-    """As alpha where that says exactly this multiplier, which is how most dialects store it."""
-    if left == 1.0:
+def as_alpha(multiplier: float, rank: int | None) -> Scaling:
+    """The scaling of a multiplier: as alpha where that says exactly this one, which is how most dialects store it."""
+    if multiplier == 1.0:
         return BAKED
-    as_alpha = Scaling(alpha=left * (rank or 1))
-    return as_alpha if as_alpha.value(rank) == left else Scaling(ScaleRule.EXPLICIT, multiplier=left)
+    told = Scaling(alpha=multiplier * (rank or 1))
+    return told if told.value(rank) == multiplier else Scaling(ScaleRule.EXPLICIT, multiplier=multiplier)
 
 
 def _error(before: Delta, after: Delta, role: str, factor: float) -> float:

@@ -11,22 +11,19 @@ from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
-from upparam.bases.layouts import available, find
 from upparam.dialects import restated
 from upparam.dialects.base import Dialect, Package
-from upparam.dialects.placing import base_of
-from upparam.dialects.refusing import BAKE, LOWER, remedies
+from upparam.dialects.refusing import BAKE, LOWER
 from upparam.errors import Problem, RefusedError
-from upparam.operations.baking import Baked, bake, bakeable
+from upparam.operations.advising import ROUNDS, advised, explained
+from upparam.operations.baking import Baked, bake
 from upparam.operations.lowering import Lowered, lower, lowerable
+from upparam.operations.padding import Padded, pad, paddable
 from upparam.operations.spool import Keep
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
-
-_ROUNDS = 8
-"""A dialect tells its problems in turns, of which each needs a round."""
 
 
 @dataclass
@@ -42,6 +39,7 @@ class Arithmetic:
     progress: Progress = silent
     baked: list[Baked] = field(default_factory=list)
     lowered: list[Lowered] = field(default_factory=list)
+    padded: list[Padded] = field(default_factory=list)
 
     def counts(self) -> dict[str, Any]:
         """The numbers of the receipt, {} where nothing was computed."""
@@ -59,11 +57,13 @@ class Arithmetic:
             found["of_rank"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
             found["error_in_total"] = f"{lost / total if total else 0.0:.3g}"
             found["worst"] = f"{worst_low.error:.3g} ({worst_low.target})"
+        if self.padded:
+            found["ranks_filled_up_with_zeros"] = f"{len(self.padded)} (to {max(one.new for one in self.padded)}; dW stays exactly)"
         return found
 
     def facts(self) -> list[dict[str, Any]]:
         """What was computed, target by target."""
-        return [one.facts() for one in self.baked] + [one.facts() for one in self.lowered]
+        return [one.facts() for one in self.baked] + [one.facts() for one in self.lowered] + [one.facts() for one in self.padded]
 
 
 def fitted(adapter: Adapter, member: Dialect, options: Mapping[str, Any], how: Arithmetic) -> tuple[Adapter, Package]:
@@ -71,63 +71,40 @@ def fitted(adapter: Adapter, member: Dialect, options: Mapping[str, Any], how: A
 
     Raises RefusedError, naming the options that would help, where the arithmetic allowed does not suffice.
     """
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         try:
             return adapter, member.write(adapter, options)
         except RefusedError as problem:
-            told = [_told(one, adapter, options) for one in problem.problems]
+            told = explained(problem, adapter, options)
             changed = _cured(adapter, told, how)
             if not changed:
-                raise _with_remedy(problem, told) from problem
+                raise advised(problem, told, adapter, member, options, how.weights is not None) from problem
             deltas = {target: changed.get(target, delta) for target, delta in adapter.deltas.items()}
             adapter = restated(replace(adapter, deltas=deltas))
     raise RefusedError(f"the adapter does not come to fit {member.name}", file=adapter.files[0] if adapter.files else None)
-
-
-def _told(problem: Problem, adapter: Adapter, options: Mapping[str, Any]) -> Problem:
-    """The problem with the adapter's targets it is about, and the cure where only the algorithm stands in the way."""
-    targets = tuple(_meant(problem, adapter, options))
-    deltas = [adapter.deltas[target] for target in targets]
-    cure = problem.cure
-    if cure is None and targets and any(lowerable(target, delta) for target, delta in zip(targets, deltas, strict=True)):
-        cure = LOWER
-    if cure == BAKE and not all(map(bakeable, deltas)):
-        cure = LOWER
-    return problem._replace(targets=targets, cure=cure)
-
-
-def _meant(problem: Problem, adapter: Adapter, options: Mapping[str, Any]) -> Iterable[Target]:
-    """The targets a problem is about: those it lists, those it names, or those of the foreign module it names."""
-    if problem.targets:
-        wanted = set(problem.targets)
-        whole = {(target.module, target.parameter) for target in wanted if target.rows is None}
-        return [target for target in adapter.deltas if target in wanted or (target.module, target.parameter) in whole]
-    named = [target for target in adapter.deltas if problem.subject in (str(target), target.module)]
-    base = base_of(adapter, options)
-    if named or base is None:
-        return named
-    for name in available(base):
-        one = find(base, name)
-        modules = {part.module for part in one.to_reference(problem.subject)} if one is not None else set()
-        if named := [target for target in adapter.deltas if target.module in modules]:
-            return named
-    return []
 
 
 def _cured(adapter: Adapter, problems: Iterable[Problem], how: Arithmetic) -> dict[Target, Delta]:
     """The deltas that had to change, changed as far as the user allows it."""
     left: dict[Target, float] = {}
     low: dict[Target, Delta] = {}
+    ranks: dict[Target, int] = {}
     for problem in problems:
         for target in problem.targets:
             delta = adapter.deltas[target]
             if problem.cure == BAKE and how.bake_scale:
                 left[target] = problem.scale
+            elif problem.cure == LOWER and how.lowrank is not None and paddable(delta, problem.rank):
+                ranks[target] = problem.rank or 0
             elif problem.cure == LOWER and how.lowrank is not None and lowerable(target, delta):
                 low[target] = delta
     changed, baked = bake({target: adapter.deltas[target] for target in left}, left)
     how.baked += baked
-    return changed | _lowered(adapter, low, how)
+    changed |= _lowered(adapter, low, how)
+    for target, rank in ranks.items():
+        changed[target], padded = pad(target, changed.get(target, adapter.deltas[target]), rank)
+        how.padded.append(padded)
+    return changed
 
 
 def _lowered(adapter: Adapter, deltas: Mapping[Target, Delta], how: Arithmetic) -> dict[Target, LoRA]:
@@ -147,12 +124,3 @@ def _lowered(adapter: Adapter, deltas: Mapping[Target, Delta], how: Arithmetic) 
     done = list(in_threads(work, order, sizes, how.threads, how.progress))
     how.lowered += [facts for _, facts in done]
     return {target: lora for target, (lora, _) in zip(order, done, strict=True)}
-
-
-def _with_remedy(problem: RefusedError, told: list[Problem]) -> RefusedError:
-    """The refusal, its remedy naming every option that helps."""
-    if not any(one.cure in (BAKE, LOWER) for one in told):
-        return problem
-    return RefusedError(
-        problem.message, file=problem.file, tensor=problem.tensor, expected=problem.expected, found=problem.found, remedy=remedies(told), problems=told
-    )  # fmt: skip

@@ -12,6 +12,7 @@ from upparam.algorithms.base import Delta, RowReader, Scaling, Update, tiles
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule, difference
+from upparam.algorithms.slicing import RowSlice
 from upparam.errors import RefusedError
 from upparam.operations.spool import Keep
 from upparam.records import dataclass
@@ -54,9 +55,10 @@ class Lowered:
 
 
 def lowerable(target: Target, delta: Delta) -> bool:
-    """True for a delta of a matrix or a kernel that is no plain LoRA yet."""
+    """True for a delta of a matrix or a kernel that is no plain LoRA yet, and that says by itself what it does to its rows."""
     plain = type(delta) is LoRA and delta.mid is None
-    return not plain and target.parameter == "weight" and len(delta.shape) > 1 and not isinstance(delta, ExpertLoRA)
+    part = isinstance(delta, RowSlice) and not delta.additive
+    return not plain and not part and target.parameter == "weight" and len(delta.shape) > 1 and not isinstance(delta, ExpertLoRA)
 
 
 def lower(target: Target, delta: Delta, rule: RankRule, weight: Weight | None, keep: Keep) -> tuple[LoRA, Lowered]:
