@@ -85,14 +85,36 @@ def refuse_strangers(new: Path, out: Path) -> None:
         )  # fmt: skip
 
 
-def begin_sync(path: Path) -> None:
-    """Start bringing a file to the disk; what waits for that at the end has less to wait for. Nothing depends on its success."""
+@contextmanager
+def reaching_disk(path: Path, sync: bool = True) -> Iterator[None]:
+    """While a file is written inside, bring to the disk what is there of it, and go on in the background when it is complete.
 
-    def sync() -> None:
+    What waits for the disk at the end has less to wait for; nothing depends on the success of this.
+    """
+    if not sync:
+        yield
+        return
+    complete = threading.Event()
+
+    def bring() -> None:
         with suppress(OSError):
-            _sync(path)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                while not complete.wait(_PAUSE):
+                    os.fsync(descriptor)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
-    threading.Thread(target=sync, daemon=True).start()
+    threading.Thread(target=bring, daemon=True).start()
+    try:
+        yield
+    finally:
+        complete.set()
+
+
+_PAUSE = 0.02
+"""Seconds between two rounds: small files are written within."""
 
 
 def swap(new: Path, out: Path) -> None:

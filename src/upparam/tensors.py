@@ -515,7 +515,7 @@ def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
         return (singles(array) if array.dtype == np.float16 else array).astype(np.float64)
 
 
-_FIRST, _COMPARED = 1 << 12, 1 << 16
+_FIRST, _COMPARED = 1 << 12, 1 << 18
 """Bytes that are compared before the rest is read."""
 
 

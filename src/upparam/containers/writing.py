@@ -38,7 +38,11 @@ def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded:
         at += padded(tensor.nbytes)
     stream.flush()
     descriptor = stream.fileno()
-    os.ftruncate(descriptor, at)
+    if hasattr(os, "posix_fallocate"):
+        # Room found at once costs less than room found page by page, and a full disk is told before the work.
+        os.posix_fallocate(descriptor, 0, at)
+    else:
+        os.ftruncate(descriptor, at)
 
     def work(group: Sequence[tuple[int, Tensor]]) -> None:
         for offset, tensor in group:

@@ -111,10 +111,13 @@ class Diffusers:
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a component (or one of its blocks), a dotted path and a factor's ending."""
         hits = named = 0
+        roles = set()
         for name in file.tensors:
             found = _ENDING.fullmatch(name) or _NORM.fullmatch(name)
             if found is None:
                 continue
+            if found.re is _ENDING:
+                roles.add(_ENDINGS.get(found.group(2), ("", ""))[1])
             if found.group(1).split(".", 1)[0] in COMPONENTS:
                 named += 1
                 hits += 1
@@ -126,7 +129,9 @@ class Diffusers:
         if METADATA_KEY in file.metadata:
             evidence.append(f"metadata {METADATA_KEY}")
         sure = 0.95 if named else 0.7
-        return Match(self.name, round(sure * hits / len(file.tensors), 3), tuple(evidence))
+        # One half alone may be a triad's file, and what a GGUF says of itself goes first.
+        alone = named == len(file.tensors) and roles >= {"up", "down"} and file.container != "gguf"
+        return Match(self.name, round(sure * hits / len(file.tensors), 3), tuple(evidence), alone)
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
         """One file is one adapter."""

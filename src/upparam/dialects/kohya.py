@@ -74,7 +74,10 @@ class Kohya:
         evidence = [f"{hits} of {len(file.tensors)} names are lora_<component>_<module>.<{'|'.join(self.own_words(file))}>"]
         if "ss_network_module" in file.metadata:
             evidence.append(f"metadata ss_network_module = {file.metadata['ss_network_module']}")
-        return Match(self.name, round(0.97 * hits / len(file.tensors), 3), tuple(evidence))
+        # One half alone may be a triad's file, and what a GGUF says of itself goes first.
+        halves = all(any(name.endswith(word) for name in file.tensors) for word in words.LORA[:2])
+        alone = hits == len(file.tensors) and halves and file.container != "gguf"
+        return Match(self.name, round(0.97 * hits / len(file.tensors), 3), tuple(evidence), alone)
 
     def own_words(self, file: TensorFile) -> list[str]:
         """The words that occur, shortest spelling."""

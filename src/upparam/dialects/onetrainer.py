@@ -54,6 +54,8 @@ class OneTrainer:
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are `lora_transformer_<module>` or OMI's, with the text encoders and tokens beside them."""
+        if not any(name.startswith("lora_transformer_") or _OMI.match(name) for name in file.tensors):
+            return None
         own = text = omi = tokens = 0
         for name in file.tensors:
             found = words.split(name)

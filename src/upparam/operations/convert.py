@@ -12,7 +12,7 @@ from typing import Any
 from upparam import dialects
 from upparam.adapter import Adapter
 from upparam.algorithms.lora import LoRA
-from upparam.atomic import atomic_file, atomic_folder, begin_sync, refuse_existing
+from upparam.atomic import atomic_file, atomic_folder, reaching_disk, refuse_existing
 from upparam.bases.base import Base
 from upparam.dialects.base import NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import base_of
@@ -187,13 +187,13 @@ def write_package(package: Package, folder: Path, sync: bool = True) -> int:
 
 
 def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> int:
-    """Write one file of a package, and let it begin to reach the disk where `sync` will wait for that; returns its size."""
+    """Write one file of a package, which begins to reach the disk where `sync` will wait for that; returns its size."""
     if isinstance(content, bytes):
         path.write_bytes(content)
         return len(content)
     module, function = WRITERS[content.container].split(":")
     writer = getattr(importlib.import_module(module), function)
-    with path.open("xb") as stream:
+    with path.open("xb") as stream, reaching_disk(path, sync):
         if content.container == "torch":
             writer(stream, content.structure if content.structure is not None else dict(content.tensors))
         elif content.container in ("npy", "raw"):
@@ -203,8 +203,6 @@ def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> 
             writer(stream, content.tensors)
         else:
             writer(stream, content.tensors, content.metadata)
-    if sync:
-        begin_sync(path)
     return path.stat().st_size
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import isclose, sqrt
 from typing import Any, NamedTuple
 
@@ -71,7 +72,9 @@ def proved(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list
             return None
         return distance(pieces, others)
 
-    for module, gap in zip(ours, in_threads(gap_of, list(ours), [1] * len(ours), None, silent), strict=True):
+    batches = _batches(ours)
+    gaps = in_threads(lambda batch: [gap_of(module) for module in batch], batches, [len(batch) for batch in batches], None, silent)
+    for module, gap in zip(ours, chain.from_iterable(gaps), strict=True):
         if gap is None:
             proofs.append(ModuleProof(_name(module), None))
             continue
@@ -82,6 +85,23 @@ def proved(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list
         proofs.append(ModuleProof(_name(module), gap))
     _same_extras(meant.extras, found.extras)
     return proofs
+
+
+_BATCH = 4 << 20
+"""Bytes of factors that a thread takes at a time: handing over a module costs as much as comparing a small one."""
+
+
+def _batches(modules: Mapping[tuple[str, str], Mapping[Target, Delta]]) -> list[list[tuple[str, str]]]:
+    """The modules in order, in groups of about as many bytes of factors."""
+    found: list[list[tuple[str, str]]] = [[]]
+    held = 0
+    for module, pieces in modules.items():
+        if held > _BATCH:
+            found.append([])
+            held = 0
+        found[-1].append(module)
+        held += sum(factor.nbytes for delta in pieces.values() for factor in delta.factors().values())
+    return found
 
 
 def _name(module: tuple[str, str]) -> str:
