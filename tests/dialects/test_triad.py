@@ -133,10 +133,70 @@ def test_a_seed_archive(tmp_path: Path, nested: bool) -> None:
 def test_seed_archives_in_two_files(tmp_path: Path) -> None:
     torch_file(tmp_path / "lora_unet_up.pt", {"up-param.bin": UP})
     torch_file(tmp_path / "lora_unet_down.pt", {"down-param.bin": DOWN})
-    torch_file(tmp_path / "lora_te_up.pt", {"up-param.bin": UP[:64]})
-    torch_file(tmp_path / "lora_te_down.pt", {"down-param.bin": DOWN})
     holds(open_adapter(tmp_path / "lora_unet_up.pt"))
-    assert [len(report.files) for report in identify(tmp_path).adapters] == [2, 2]
+    assert [len(report.files) for report in identify(tmp_path).adapters] == [2]
+
+
+ENCODER = "text_model.encoder.layers"
+
+
+def pipeline_archives(folder: Path, names: dict[str, str] | None = None, *, lists: bool = False) -> None:
+    """Archives of a UNet and a text encoder, by module or as lists in the base's order."""
+    random = np.random.default_rng(0)
+    parts = {
+        "unet": ([f"{ATTENTION}.to_q", f"{ATTENTION}.to_k"], 320),
+        "te": ([f"{ENCODER}.{layer}.self_attn.q_proj" for layer in range(12)], 768),
+    }
+    for word, (modules, width) in parts.items():
+        for role, shape in (("up", (width, 4)), ("down", (4, width))):
+            arrays = [random.standard_normal(shape).astype(np.float32) for _ in modules]
+            value = arrays if lists else dict(zip(modules, arrays, strict=True))
+            torch_file(folder / f"{(names or {}).get(word, f'lora_{word}')}_{role}.pt", {f"{role}-param.bin": value})
+
+
+@pytest.mark.parametrize("base", [None, "sd1.5"])
+@pytest.mark.parametrize("named", ["", "lora_te_down.pt"])
+def test_archives_of_a_unet_and_its_text_encoder_are_one_adapter(base: str | None, named: str, tmp_path: Path) -> None:
+    pipeline_archives(tmp_path / "seed")
+    options = ReadOptions(base=None if base is None else inventory.load(base))
+    adapter = open_adapter(tmp_path / "seed" / named, options=options)
+    assert {target.module for target in adapter.deltas} == {
+        f"unet.{ATTENTION}.to_q", f"unet.{ATTENTION}.to_k", *(f"text_encoder.{ENCODER}.{layer}.self_attn.q_proj" for layer in range(12)),
+    }  # fmt: skip
+    (told,) = [finding for finding in adapter.findings if finding.code == "parts"]
+    assert told.confidence is not None and told.confidence > 0.8 and "text_encoder" in told.message
+    (report,) = identify(tmp_path / "seed").adapters
+    assert len(report.files) == 4
+    convert(tmp_path / "seed", tmp_path / "kohya.safetensors", "kohya", read=ReadOptions(base=inventory.load("sd1.5")))
+    with safe_open(tmp_path / "kohya.safetensors", "np") as file:
+        assert {"_".join(name.split("_")[:2]) for name in set(file.keys())} == {"lora_unet", "lora_te"}
+    identical(adapter, open_adapter(tmp_path / "kohya.safetensors"))
+
+
+def test_parts_without_names_are_named_by_the_order_of_their_component(tmp_path: Path) -> None:
+    pipeline_archives(tmp_path, lists=True)
+    adapter = open_adapter(tmp_path)
+    assert adapter.layout == "unnamed" and len(adapter.deltas) == 14
+    with pytest.raises(AmbiguousError, match=r"of sd1\.5 fit"):
+        open_adapter(tmp_path, options=ReadOptions(base=inventory.load("sd1.5")))
+    targets = (
+        *(f"text_encoder.{ENCODER}.{layer}.self_attn.q_proj" for layer in range(12)),
+        f"unet.{ATTENTION}.to_q",
+        f"unet.{ATTENTION}.to_k",
+    )
+    adapter = open_adapter(tmp_path, options=ReadOptions(base=inventory.load("sd1.5"), targets=targets))
+    assert {target.module for target in adapter.deltas} == set(targets)
+    with pytest.raises(UsageError, match="none of the components"):
+        open_adapter(tmp_path, options=ReadOptions(targets=(*targets[:-1], "to_k")))
+
+
+def test_parts_that_may_be_of_different_adapters_stay_apart(tmp_path: Path) -> None:
+    pipeline_archives(tmp_path / "named", {"unet": "cat_unet", "te": "dog_te"})
+    assert [len(report.files) for report in identify(tmp_path / "named").adapters] == [2, 2]
+    pipeline_archives(tmp_path / "torn")
+    (tmp_path / "torn" / "lora_te_down.pt").unlink()
+    assert len(open_adapter(tmp_path / "torn" / "lora_unet_up.pt").deltas) == 2
+    assert len(identify(tmp_path / "torn").adapters) == 2
 
 
 @pytest.mark.parametrize("key", ["up-param.bin", "down-param.bin"])

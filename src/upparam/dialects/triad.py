@@ -20,8 +20,8 @@ from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.dialects import triad_whole
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.triad_files import Found, Label, collect, half, keyed, label, unworded
-from upparam.dialects.triad_naming import name_modules
+from upparam.dialects.triad_files import Found, Label, collect, component, components, half, keyed, label, unworded, whole
+from upparam.dialects.triad_naming import name_modules, name_parts
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError
 from upparam.findings import info, warning
 from upparam.tensors import DTYPES, Tensor
@@ -80,15 +80,16 @@ class Triad:
         return Match(self.name, 0.93 if told.param else 0.75, evidence)
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
-        """Files of the same folder whose names differ only in role and number."""
+        """Files of the same folder whose names differ only in role and number; where these are whole, also those of other components."""
         told = label(file.name)
         if told is None:
             return [file]
         own = {key.role for key in keyed(file).values()}
         if {"up", "down"} <= own:
             return [file]
-        mates = [other for other in siblings if _mates(told, label(other.name)) and other.path.parent == file.path.parent]
-        return [file, *mates]
+        beside = [other for other in siblings if other.path.parent == file.path.parent]
+        mates = [other for other in beside if _mates(told, label(other.name))]
+        return [file, *mates, *_companions(told, [file, *mates], beside)]
 
     def read(self, bundle: Bundle, options: ReadOptions) -> Adapter:
         """The adapter. Raises DeadAdapterError naming the missing factor, AmbiguousError listing candidates where nothing decides."""
@@ -97,9 +98,32 @@ class Triad:
         note = config.get(triad_whole.KEY)
         if isinstance(note, dict) and "modules" in note:
             return _whole(bundle, found, note, config_name)
-        found = unworded(found)
         adapter = Adapter({}, self.name, config=config, files=tuple(str(file.path) for file in bundle.files))
         adapter.findings = [finding for file in bundle.files for finding in file.findings]
+        parts = components(bundle.files)
+        if len(parts) == 1:
+            name_modules(adapter, self._pairs(adapter, bundle, config, config_name, options), config, bundle, options)
+        else:
+            bundles = {component: Bundle(files, bundle.folder) for component, files in parts.items()}
+            name_parts(
+                adapter,
+                {component: self._pairs(adapter, part, config, config_name, options) for component, part in bundles.items()},
+                config, bundles, options,
+            )  # fmt: skip
+        if any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in adapter.deltas.values()):
+            adapter.findings.append(
+                warning(
+                    "alpha-missing", bundle.folder.name or bundle.main.name, "no alpha in the files: the scale is taken as 1.0, the triad's rule",
+                    "give --alpha if the trainer used another",
+                )
+            )  # fmt: skip
+        return adapter
+
+    def _pairs(
+        self, adapter: Adapter, bundle: Bundle, config: Mapping[str, Any], config_name: str, options: ReadOptions
+    ) -> dict[str | int | None, LoRA]:
+        """The LoRAs of some files by module; what makes none goes to the adapter's leftovers."""
+        found = unworded(collect(bundle.files))
         _refuse_lone(bundle, found)
         rank = _rank(config, options, config_name)
         pairs: dict[str | int | None, LoRA] = {}
@@ -122,15 +146,7 @@ class Triad:
                     found=problem.found,
                 ) from None
         adapter.leftovers |= found.extras
-        name_modules(adapter, pairs, config, bundle, options)
-        if any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in adapter.deltas.values()):
-            adapter.findings.append(
-                warning(
-                    "alpha-missing", bundle.folder.name or bundle.main.name, "no alpha in the files: the scale is taken as 1.0, the triad's rule",
-                    "give --alpha if the trainer used another",
-                )
-            )  # fmt: skip
-        return adapter
+        return pairs
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """`up-param`, `down-param`, a file for each further kind of factor, `extras-param`, and `config.json`.
@@ -192,6 +208,16 @@ def _thin(shape: tuple[int, ...]) -> bool:
 
 def _mates(one: Label, other: Label | None) -> bool:
     return other is not None and other.rest == one.rest
+
+
+def _companions(told: Label, own: Sequence[TensorFile], beside: Sequence[TensorFile]) -> list[TensorFile]:
+    """The files of other components of a pipeline, both factors of each, where the names say no other difference (`lora_te_up.pt`)."""
+    mine, words = component(told)
+    if not mine or not whole(own):
+        return []
+    others = [other for other in beside if (named := label(other.name)) is not None and component(named)[1] == words]
+    found = {name: files for name, files in components(others).items() if name not in ("", mine) and whole(files)}
+    return [file for files in found.values() for file in files]
 
 
 def _config(bundle: Bundle, found: Found) -> tuple[dict[str, Any], str]:

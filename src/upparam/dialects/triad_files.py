@@ -55,6 +55,36 @@ def label(name: str) -> Label | None:
     return Label(role, number, tuple(rest), "param" in words or "params" in words)
 
 
+_COMPONENTS = {
+    ("unet",): "unet", ("transformer",): "transformer", ("te",): "text_encoder", ("te1",): "text_encoder", ("text", "encoder"): "text_encoder",
+    ("te2",): "text_encoder_2", ("te3",): "text_encoder_3",
+}  # fmt: skip
+
+
+def component(told: Label) -> tuple[str, tuple[str, ...]]:
+    """(the pipeline's component that a name speaks of, '' for none; its other words): `lora_te_up.pt` is of the text encoder."""
+    for words, own in _COMPONENTS.items():
+        for at in range(len(told.rest) - len(words) + 1):
+            if told.rest[at : at + len(words)] == words:
+                return own, told.rest[:at] + told.rest[at + len(words) :]
+    return "", told.rest
+
+
+def components(files: Sequence[TensorFile]) -> dict[str, list[TensorFile]]:
+    """The files by the component their names speak of, in order."""
+    found: dict[str, list[TensorFile]] = {}
+    for file in files:
+        told = label(file.name)
+        found.setdefault(component(told)[0] if told is not None else "", []).append(file)
+    return found
+
+
+def whole(files: Sequence[TensorFile]) -> bool:
+    """True when both factors are here, by the names of the files or of their keys."""
+    roles = {told.role for file in files for told in (label(file.name), *keyed(file).values()) if told is not None}
+    return {"up", "down"} <= roles
+
+
 @dataclass
 class Found:
     """The factors of a bundle: `factors` by module key (None for the only module of a file that names none) and role; other values by name."""

@@ -16,6 +16,7 @@ from upparam.dialects.placing import alike
 from upparam.dialects.prefixes import change, contested
 from upparam.errors import AmbiguousError, MismatchError, UsageError
 from upparam.findings import info, warning
+from upparam.records import replace
 
 _LISTED = 8
 """Choices that a refusal lists."""
@@ -57,6 +58,54 @@ def name_modules(
             "name them with --target, or give --base so that shapes and order tell", *[f"dW is {delta.shape}" for delta in ordered[:3]],
         )
     )  # fmt: skip
+
+
+def name_parts(
+    adapter: Adapter,
+    parts: Mapping[str, Mapping[str | int | None, LoRA]],
+    config: Mapping[str, Any],
+    bundles: Mapping[str, Bundle],
+    options: ReadOptions,
+) -> None:
+    """Put the pairs of several components of a pipeline under their modules, each below its component, and say that they are taken as one.
+
+    A `--target` belongs to the component it begins with. Raises UsageError for one that begins with none of them.
+    """
+    first = next(iter(bundles.values()))
+    if options.targets is None and all(isinstance(key, str) for pairs in parts.values() for key in pairs):
+        named = {_below(component, str(key)): delta for component, pairs in parts.items() for key, delta in pairs.items()}
+        _by_names(adapter, named, options)
+    else:
+        lost = [name for name in options.targets or () if not name.startswith(tuple(f"{component}." for component in parts))]
+        if lost:
+            raise UsageError(
+                "a module of none of the components here", file=first.main.path, expected=" or ".join(f"{component}.<module>" for component in parts),
+                found=lost[0],
+            )  # fmt: skip
+        for component, pairs in parts.items():
+            own = Adapter({}, adapter.dialect)
+            targets = None if options.targets is None else tuple(name for name in options.targets if name.startswith(f"{component}."))
+            base = None if options.base is None else replace(options.base, modules=_inside(options.base, component))
+            name_modules(own, pairs, config, bundles[component], replace(options, targets=targets, base=base))
+            adapter.deltas |= {target._replace(module=_below(component, target.module)): delta for target, delta in own.deltas.items()}
+            adapter.findings += own.findings
+            adapter.base, adapter.layout = own.base, own.layout if adapter.layout != "unnamed" else "unnamed"
+    explained = adapter.layout == "reference"
+    adapter.findings.append(
+        info(
+            "parts", first.folder.name or first.main.name, f"files of {' and '.join(bundles)} are taken as parts of one adapter",
+            "their names differ in the component alone, and both factors of each are here",
+            *(["one base has the modules of all of them"] if explained else []), confidence=0.97 if explained else 0.85,
+        )
+    )  # fmt: skip
+
+
+def _below(component: str, name: str) -> str:
+    return name if name.startswith(f"{component}.") else f"{component}.{name}"
+
+
+def _inside(base: Base, component: str) -> tuple[Module, ...]:
+    return tuple(module for module in base.modules if module.path.startswith(f"{component}."))
 
 
 def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions) -> None:
