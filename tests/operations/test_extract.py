@@ -298,10 +298,17 @@ def sparse(path: Path, shapes: dict[str, tuple[int, ...]], filled: dict[str, np.
     return path
 
 
-def test_authors_single_file_against_diffusers_folders(tmp_path: Path) -> None:
-    """A fine-tune in Stability's layout (what EveryDream2 writes) and a base in diffusers' folders: paired by the modules both mean."""
+@pytest.mark.parametrize("saved_by", ["transformers 4", "transformers 5"])
+def test_authors_single_file_against_diffusers_folders(tmp_path: Path, saved_by: str) -> None:
+    """A fine-tune in Stability's layout (what EveryDream2 writes) and a base in diffusers' folders: paired by the modules both mean.
+
+    transformers 5 saves CLIP's text model without `text_model.` in its names.
+    """
     from upparam.bases import inventory
     from upparam.bases.layouts import layout
+
+    def there(path: str) -> str:
+        return path.removeprefix("text_model.") if saved_by == "transformers 5" else path
 
     known = inventory.load("sd1.5")
     ldm = layout(known, "ldm")
@@ -309,7 +316,7 @@ def test_authors_single_file_against_diffusers_folders(tmp_path: Path) -> None:
     folders = {component: {} for component in ("unet", "text_encoder")}
     for module in known.modules:
         component, _, path = module.path.partition(".")
-        folders[component][f"{path}.weight"] = module.shape
+        folders[component][f"{there(path)}.weight"] = module.shape
     random = np.random.default_rng(0)
     wanted = {
         "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (1280, 1280),
@@ -323,7 +330,7 @@ def test_authors_single_file_against_diffusers_folders(tmp_path: Path) -> None:
         rows, rest = shape[0], int(np.prod(shape[1:]))
         delta = random.standard_normal((rows, 4)) @ random.standard_normal((4, rest)) * 2e-3
         component, _, path = module.partition(".")
-        before[component][f"{path}.weight"] = weight
+        before[component][f"{there(path)}.weight"] = weight
         place = ldm.to_foreign(module)
         assert place is not None
         stored = weight.astype(np.float16).astype(np.float64)
@@ -459,3 +466,53 @@ def test_torch_checkpoint_against_safetensors(tmp_path: Path) -> None:
     result = extracted(Checkpoint.open(tmp_path / "tuned.ckpt"), Checkpoint.open(base), auto=True)
     assert {target.module: delta.rank for target, delta in result.adapter.deltas.items()} == dict.fromkeys(list(WEIGHTS)[:2], 6)
     assert set(result.adapter.dtypes()) == {"float16"}
+
+
+def test_a_pair_of_ldm_checkpoints_becomes_what_diffusers_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two .ckpt files as EveryDream2 saves them, and a base in folders, from the command line; the real diffusers reads what comes out."""
+    import torch
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    from upparam.bases import inventory
+    from upparam.bases.layouts import layout
+
+    known = inventory.load("sd1.5")
+    ldm = layout(known, "ldm")
+    # of full size on paper: every weight is one zero, told to be large
+    state = {ldm.tensor_name(foreign): torch.zeros(1, dtype=torch.float16).expand(parts[0].shape) for foreign, parts in ldm.foreign.items()}
+    generator = torch.Generator().manual_seed(0)
+    wanted = ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v", "text_encoder.text_model.encoder.layers.5.self_attn.q_proj")
+    base, tuned, deltas = dict(state), dict(state), {}
+    for module in wanted:
+        place = ldm.to_foreign(module)
+        assert place is not None
+        name = ldm.tensor_name(place.foreign)
+        base[name] = (torch.randn(state[name].shape, generator=generator) * 0.02).half()
+        change = torch.randn(len(base[name]), 3, generator=generator) @ torch.randn(3, base[name].shape[1], generator=generator) * 2e-3
+        tuned[name] = (base[name].float() + change).half()
+        deltas[module] = tuned[name].float() - base[name].float()
+    more = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None], "betas": torch.ones(3)}
+    torch.save({"state_dict": base | more}, tmp_path / "base.ckpt")
+    torch.save({"state_dict": tuned | more, "epoch": 4, "global_step": 1234}, tmp_path / "tuned.ckpt")
+    call = ["extract", str(tmp_path / "tuned.ckpt"), str(tmp_path / "base.ckpt"), "--to", "diffusers", "--auto", "--json"]
+    only = [word for module in wanted for word in ("--only", module)]
+    assert main([*call, *only, "-o", str(tmp_path / "out")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["counts"]["extracted"] == 2 and facts["counts"]["ranks"] == "3"
+    found = StableDiffusionLoraLoaderMixin.lora_state_dict(tmp_path / "out")
+    found = found[0] if isinstance(found, tuple) else found
+    assert len(found) == 4
+    for module, delta in deltas.items():
+        down, up = (found[name].float() for name in sorted(found) if name.startswith(module))  # lora_A and lora_B, or down and up
+        assert float((up @ down - delta).norm() / delta.norm()) < 2e-2
+
+
+def test_modules_that_do_not_find_each_other_are_said(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    shared = {f"model.layers.{number}.self_attn.q_proj.weight": random.standard_normal((64, 64)).astype(np.float32) for number in range(8)}
+    mine, theirs = ({f"{name}.weight": np.ones((64, 64), np.float32)} for name in ("model.layers.0.mlp.gate_proj", "model.layers.0.gate"))
+    base = save(tmp_path / "base.safetensors", shared | theirs)
+    changed = {name: weight + np.outer(weight[0], weight[1]).astype(np.float32) for name, weight in shared.items()}
+    tuned = save(tmp_path / "tuned.safetensors", changed | mine)
+    found = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(rank=1)).adapter.findings
+    assert [finding.code for finding in found if finding.severity] == ["not-paired"]

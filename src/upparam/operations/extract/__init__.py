@@ -180,6 +180,13 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
                     "no lm_head.weight",
                 )
             )  # fmt: skip
+    if all(pairing.apart):
+        found.append(
+            warning(
+                "not-paired", str(tuned.path), f"{pairing.apart[0]} modules here and {pairing.apart[1]} of the base have other names in the other model: "
+                "they were not compared", _listed(pairing.only_tuned), _listed(pairing.only_base),
+            )
+        )  # fmt: skip
     for names, checkpoint in ((pairing.only_tuned, tuned), (pairing.only_base, base)):
         if names:
             found.append(info("only-in-one", str(checkpoint.path), f"{len(names)} tensors are in this model alone", _listed(names)))

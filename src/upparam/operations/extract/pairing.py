@@ -83,7 +83,7 @@ class Pair(NamedTuple):
 @dataclass(frozen=True)
 class Pairing:
     """Both checkpoints matched. `unnamed` are pairs of equal names that are no module of the base, `only_tuned` and `only_base` names that
-    one has alone, `unfit` pairs as they are stored that cannot be subtracted: quantised, or of other shapes.
+    one has alone, `apart` how many modules were found in the tuned one and in the base alone, `unfit` pairs as they are stored that cannot be subtracted: quantised, or of other shapes.
     """
 
     base: Base
@@ -92,6 +92,7 @@ class Pairing:
     only_tuned: tuple[str, ...]
     only_base: tuple[str, ...]
     unfit: Mapping[str, tuple[Tensor, Tensor]]
+    apart: tuple[int, int]
 
 
 def locate(checkpoint: Checkpoint) -> Located:
@@ -166,6 +167,7 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool], *, 
     return Pairing(
         other.base, tuple(pairs), common, (*missing, *(name for name in rest if name not in common)),
         (*lacking, *(name for name in base.tensors if name not in theirs_named and name not in common)), unfit,
+        (len(missing), len(lacking)),
     )  # fmt: skip
 
 
