@@ -246,11 +246,46 @@ def test_modules_of_an_adalora_share_one_scale(tmp_path: Path) -> None:
 def test_a_vera_without_its_projections_is_dead(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), peft.VeraConfig(r=8, target_modules=["q_proj"], save_projection=False, projection_prng_key=11))
     model.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(DeadAdapterError, match=r"vera_A and vera_B are not in the file.*projection_prng_key 11 with torch"):
+    with pytest.raises(DeadAdapterError, match=r"vera_A and vera_B are not in the file.*projection_prng_key 11.*--base"):
         open_adapter(tmp_path / "theirs")
+    with pytest.raises(DeadAdapterError, match=r"gpt2 is not that base, it has no .*q_proj"):
+        open_adapter(tmp_path / "theirs", options=ReadOptions(base=find_base("gpt2")))
     (tmp_path / "theirs/adapter_config.json").unlink()
-    with pytest.raises(DeadAdapterError, match="a seed that only its config knows"):
-        open_adapter(tmp_path / "theirs")
+    with pytest.raises(DeadAdapterError, match=r"neither is the seed"):
+        open_adapter(tmp_path / "theirs", options=ReadOptions(base=find_base("gpt2")))
+
+
+@pytest.mark.parametrize("seed", [0, 11, 2**33 + 5])
+@pytest.mark.parametrize(("build", "targets"), [(llama, ["q_proj", "down_proj", "up_proj"]), (gpt2, ["c_attn", "c_fc"])])
+def test_projections_that_were_not_saved_are_drawn_as_peft_draws_them(build: Any, targets: list[str], seed: int, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    state = build().state_dict()
+
+    def base() -> Any:
+        model = build()
+        model.load_state_dict(state)
+        return model
+
+    config = peft.VeraConfig(r=8, target_modules=targets, save_projection=False, projection_prng_key=seed, fan_in_fan_out=build is gpt2)
+    wrapped = peft.get_peft_model(base(), config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.2)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    saved_base(base(), tmp_path / "base")
+    options = ReadOptions(base=find_base(str(tmp_path / "base")))
+    adapter = open_adapter(tmp_path / "theirs", options=options)
+    assert "projections-drawn" in {finding.code for finding in adapter.findings}
+    convert(tmp_path / "theirs", tmp_path / "ours", "peft", read=options)
+    written = load_file(tmp_path / "ours/adapter_model.safetensors")
+    for name, theirs in (("vera_A", wrapped.base_model.vera_A["default"]), ("vera_B", wrapped.base_model.vera_B["default"])):
+        ours = written[f"base_model.{name}"]
+        # Bit for bit where torch multiplies and adds in one step, else to the last bit of float32.
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 2**-23 * theirs.abs().max()
+    again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours"))
+    assert again.peft_config["default"].save_projection is True
+    assert torch.allclose(output(again, inputs(base())), output(wrapped, inputs(base())), atol=1e-6)
 
 
 def test_widths_of_a_vera_are_the_bases(tmp_path: Path) -> None:

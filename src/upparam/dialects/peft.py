@@ -159,7 +159,7 @@ def _refuse_dead(member: Member, adapter: Adapter) -> NoReturn:
     """Say why no module has a delta. Raises RefusedError for factors that upparam does not know, else DeadAdapterError."""
     from upparam.dialects.peft_kinds import METHODS
 
-    why = next((finding for finding in adapter.findings if finding.code == "cannot-tell"), None)
+    why = next((finding for finding in adapter.findings if finding.code in ("projections-missing", "cannot-tell")), None)
     if why is not None:
         raise DeadAdapterError(why.message, file=member.file.path, tensor=why.subject)
     kind = str((member.config or {}).get("peft_type"))

@@ -19,16 +19,18 @@ from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_experts import parameter_deltas
 from upparam.dialects.peft_kinds import deltas_of
 from upparam.dialects.peft_names import TOKENS, WRAPPER, Sorted
+from upparam.dialects.peft_projections import drawn
 from upparam.dialects.placing import alike
 from upparam.dialects.prefixes import Naming, change, contested
 from upparam.errors import MalformedError
 from upparam.findings import Finding, error, info, warning
-from upparam.records import dataclass
+from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 SLICES_KEY = "upparam.slices"
 """Metadata that says which rows and ranks of a module's factors were deltas of their own: {module: [[row, row, rank, rank, alpha], ...]}."""
 Slices = dict[str, list[list[float | None]]]
+_VERA_ROLES = {"vera_lambda_b", "vera_lambda_d"}
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Member:
 def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[Target, Delta]:
     """Deltas by the path PEFT gives their module. Factors that make none go to the leftovers with a finding."""
     found, taken = parameter_deltas(member.names.factors, member.config, options)
+    names = _with_projections(adapter, member, options)
     for module, roles in member.names.factors.items():
         if module in taken:
             continue
         try:
-            made = deltas_of(module, roles, member.config, options, member.names)
+            made = deltas_of(module, roles, member.config, options, names)
         except MalformedError as problem:
             raise MalformedError(
                 problem.message, file=member.file.path, tensor=module, expected=problem.expected, found=problem.found, remedy=problem.remedy
@@ -72,6 +75,27 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
         adapter.leftovers |= member.names.shared
     adapter.leftovers |= member.names.unknown
     return found
+
+
+def _with_projections(adapter: Adapter, member: Member, options: ReadOptions) -> Sorted:
+    """The member's names; of a VeRA saved without its projections with those that PEFT would draw, where the base is known."""
+    outs = {module: roles["vera_lambda_b"].shape[0] for module, roles in member.names.factors.items() if roles.keys() == _VERA_ROLES}
+    if not outs or member.names.shared:
+        return member.names
+    stated = (member.config or {}).get("base_model_name_or_path")
+    known = inventory.resolve(stated) if isinstance(stated, str) and options.base is None else None
+    found = drawn(member.config, outs, options.base if known is None else inventory.load(known), member.component)
+    if isinstance(found, str):
+        adapter.findings.append(error("projections-missing", member.file.name, found))
+        return member.names
+    adapter.findings.append(
+        info(
+            "projections-drawn", member.file.name, "vera_A and vera_B are not in the file (save_projection was false) and are drawn as PEFT does",
+            f"projection_prng_key {(member.config or {}).get('projection_prng_key')}", *(f"{name} {tensor.shape}" for name, tensor in found.items()),
+            "PyTorch does not promise the same numbers in every version; those up to 2.x are these",
+        )
+    )  # fmt: skip
+    return replace(member.names, shared=found)
 
 
 def _why_none(member: Member, module: str, roles: Mapping[str, Tensor]) -> Finding:

@@ -14,8 +14,9 @@ from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.slicing import same_tensor
 from upparam.algorithms.vera import VeRA
 from upparam.bases.base import Module
-from upparam.dialects.peft_config import matches, number
+from upparam.dialects.peft_config import matches
 from upparam.dialects.peft_method import Given, Method, Written
+from upparam.dialects.peft_projections import missing
 from upparam.errors import RefusedError
 from upparam.tensors import Tensor
 
@@ -51,7 +52,7 @@ def _spell_ia3(delta: IA3, known: Module | None) -> dict[str, Tensor]:
     if delta.bias or delta.with_bias is delta.on_input:
         raise RefusedError("an IA3 that leaves the module's bias alone")
     if known is not None and known.kind == "Embedding":
-        raise RefusedError("an ia3 of an Embedding")
+        raise RefusedError("an IA3 of an Embedding")
     count, kernel = delta.vector.numel, len(known.shape) - 2 if known is not None else len(delta.vector.shape) - 2
     if kernel > 0:
         return {"ia3_l": delta.vector.reshape((1, count, *(1,) * kernel))}
@@ -85,20 +86,10 @@ def _read_vera(given: Given) -> Delta | str:
     up, down = given.shared.get("vera_B"), given.shared.get("vera_A")
     b, d = given.roles["vera_lambda_b"], given.roles["vera_lambda_d"]
     if up is None or down is None:
-        return unprojected(given.config)
+        return missing(given.config)
     if len(up.shape) == 2 and len(b.shape) == 1 and b.shape[0] < up.shape[0]:
         up = up.rows(0, b.shape[0])
     return VeRA(up, down, b, d)
-
-
-def unprojected(config: Mapping[str, Any] | None) -> str:
-    """Why a VeRA without its projections cannot be applied."""
-    key = None if config is None else number(config, "projection_prng_key")
-    seed = "a seed that only its config knows (projection_prng_key)" if key is None else f"projection_prng_key {key:g}"
-    return (
-        f"the projections vera_A and vera_B are not in the file (save_projection was false): PEFT draws them anew from {seed} with torch's "
-        "generator and the sizes of the base; load it there, set save_projection to true and save it again"
-    )
 
 
 def _spell_vera(delta: VeRA, known: Module | None) -> dict[str, Tensor]:
@@ -136,7 +127,12 @@ def _settings_vera(written: Written) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _loads_vera(config: Mapping[str, Any], module: str, delta: VeRA) -> bool:
+    """Whether a config says of the file what it then holds: the projections."""
+    return config.get("save_projection") is not False
+
+
 VERA_METHOD = Method(
-    "VERA", ("vera",), frozenset(("vera_lambda_b", "vera_lambda_d")), _read_vera, _spell_vera, _settings_vera, shared=_shared_vera,
+    "VERA", ("vera",), frozenset(("vera_lambda_b", "vera_lambda_d")), _read_vera, _spell_vera, _settings_vera, shared=_shared_vera, loads=_loads_vera,
     kept=("d_initial", "projection_prng_key", "vera_dropout"), biases="vera_only",
 )  # fmt: skip
