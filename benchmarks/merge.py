@@ -89,7 +89,7 @@ PeftModel.from_pretrained(base, sys.argv[2]).merge_and_unload().save_pretrained(
 Contender = tuple[str, Callable[[Path], Run]]
 
 
-def contenders(base: Path, adapters: list[Path], peft: bool, sd_scripts: Path | None, scratch: Path) -> list[Contender]:
+def contenders(base: Path, adapters: list[Path], peft: bool, args: argparse.Namespace) -> list[Contender]:
     """What runs in a round, cp first. Each gets a path that does not exist yet."""
     names = [str(path) for path in adapters]
     found: list[Contender] = [
@@ -105,12 +105,17 @@ def contenders(base: Path, adapters: list[Path], peft: bool, sd_scripts: Path | 
         ("upparam --in-place", lambda out: in_place(base, names, out)),
         ("... --no-sync", lambda out: in_place(base, names, out, "--no-sync")),
     ]
+    if args.device:
+        where = ["--no-sync", "--device", args.device]
+        found.append(
+            (f"... --device {args.device}", lambda out: timed([UPPARAM, "merge", str(base), *names, "-o", str(out), "-q", *where]))
+        )
     if peft:
         found.append(("peft", lambda out: timed([sys.executable, "-c", PEFT, str(base), names[0], str(out)])))
-    if sd_scripts is not None and base.is_file():
+    if args.sd_scripts is not None and base.is_file():
         script = [
             sys.executable,
-            str(sd_scripts / "networks" / "merge_lora.py"),
+            str(args.sd_scripts / "networks" / "merge_lora.py"),
             "--sd_model",
             str(base),
             "--models",
@@ -152,7 +157,7 @@ def case(title: str, base: Path, adapters: list[Path], args: argparse.Namespace,
     peers = ("peft", "sd-scripts")
     warm([base, *adapters])
     for number in range(args.rounds):
-        for name, run in contenders(base, adapters, peft and args.peft, args.sd_scripts, args.scratch):
+        for name, run in contenders(base, adapters, peft and args.peft, args):
             if name in peers and number >= 2:
                 continue  # a peer takes half a minute; two rounds say enough
             os.sync()
@@ -177,6 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--cases", default="llama,qv,r128,ten,sd15,growth")
     parser.add_argument("--sd-scripts", type=Path, help="a checkout of kohya-ss/sd-scripts, to run its merge_lora.py as well")
+    parser.add_argument("--device", help="a CUDA device, to merge on it as well (the whole command: its start with torch takes seconds)")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
     args = parser.parse_args()

@@ -205,17 +205,36 @@ def test_in_place_undo_and_unmerge(tmp_path: Path, device: str) -> None:
     assert base.read_bytes() == old
 
 
-def test_a_device_without_memory_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["_upload", "lane"])
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB\nmore"),
+            r"not enough free memory.*2\.00 MiB\).*--threads",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "not enough free memory"),
+        (
+            RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ..."),
+            r"cpu failed.*illegal memory.*--device cpu",
+        ),
+    ],
+)
+def test_a_device_that_fails_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, problem: Exception, said: str
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     base = save(tmp_path / "base.safetensors", {"a.weight": np.ones((8, 8), np.float16)})
+    before = base.read_bytes()
 
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+    def fails(*_: Any) -> Any:
+        raise problem
 
-    monkeypatch.setattr(on_device.OnDevice, "_upload", full)
-    with pytest.raises(UnreadableError, match=r"not enough free memory.*--threads"):
-        merge(base, adapter({"a": lora(np.ones((8, 1)), np.ones((1, 8)))}), tmp_path / "out.safetensors", device=torch.device("cpu"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "config.json"]
+    monkeypatch.setattr(*((on_device.OnDevice, "_upload") if place == "_upload" else (on_device, "_Lane")), fails)
+    for where in ({"out": tmp_path / "out.safetensors"}, {"in_place": True}):
+        with pytest.raises(UnreadableError, match=said):
+            merge(base, adapter({"a": lora(np.ones((8, 1)), np.ones((1, 8)))}), device=torch.device("cpu"), **where)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "config.json"] and base.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "cuda:", "cuda:x", "cuda:-1", "", "cuda:0:1"])

@@ -12,7 +12,8 @@ read and write files.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,21 @@ class OnDevice:
 
     def lane(self, widest: int) -> _Lane:
         """A new lane for the thread that asks, for rows of up to `widest` elements."""
-        return _Lane(self, widest)
+        with self.failing():
+            return _Lane(self, widest)
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Raise UnreadableError for what torch says when the device has not the memory, or fails."""
+        try:
+            yield
+        except RuntimeError as problem:
+            said = (str(problem).splitlines() or [""])[0]
+            if isinstance(problem, self.torch.cuda.OutOfMemoryError) or "out of memory" in said:
+                message, remedy = f"{self.name} has not enough free memory", "use fewer --threads, or --device cpu"
+            else:
+                message, remedy = f"{self.name} failed", "use --device cpu"
+            raise UnreadableError(message, found=said, remedy=remedy) from problem
 
     def count(self, elements: int) -> None:
         """Note that so many elements were computed here."""
@@ -116,17 +131,10 @@ class _Lane:
     def add_low_rank(self, stored: NDArray[Any], dtype: DType, factors: LowRank, start: int) -> tuple[int, int]:
         """Change `stored` (rows, columns), C-contiguous, in place: round(W + up @ down). See `kernel.add_low_rank`.
 
-        Raises UnreadableError where the device has not the memory.
+        Raises UnreadableError where the device has not the memory, or fails.
         """
-        try:
-            with self._streaming():
-                return self._add(stored, dtype, factors, start)
-        except self._owner.torch.OutOfMemoryError as problem:
-            raise UnreadableError(
-                f"{self._owner.name} has not enough free memory",
-                found=str(problem).splitlines()[0],
-                remedy="use fewer --threads, or --device cpu",
-            ) from None
+        with self._owner.failing(), self._streaming():
+            return self._add(stored, dtype, factors, start)
 
     def _add(self, stored: NDArray[Any], dtype: DType, factors: LowRank, start: int) -> tuple[int, int]:
         torch, parts = self._owner.torch, self._owner.factors(factors)
