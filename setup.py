@@ -1,15 +1,18 @@
-"""The one part of the build that pyproject.toml cannot say: an optional C extension, skipped where it does not compile."""
+"""The one part of the build that pyproject.toml cannot say: optional C extensions, skipped where they do not compile."""
 
 from setuptools import Extension, setup
+
+FLAGS = ["-O3", "-ffp-contract=off"]
 
 setup(
     ext_modules=[
         Extension(
-            "upparam._native.tile",
-            ["src/upparam/_native/tile.c"],
-            depends=["src/upparam/_native/tile_kernels.h"],
-            extra_compile_args=["-O3", "-ffp-contract=off"],
+            f"upparam._native.{name}",
+            [f"src/upparam/_native/{name}.c"],
+            depends=[f"src/upparam/_native/{name}_kernels.h"],
+            extra_compile_args=FLAGS,
             optional=True,
         )
+        for name in ("tile", "gram")
     ]
 )

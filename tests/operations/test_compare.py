@@ -364,6 +364,21 @@ def test_what_resize_and_combine_leave(tmp_path: Path) -> None:
     assert kind is Verdict.UNRELATED and found.norms is not None and found.norms[1] <= 1e-6 * found.norms[0]
 
 
+def test_nothing_but_angles_is_missing_without_angles() -> None:
+    """Trained apart, turned, resized: verdict and numbers are the same, whether angles are asked for or not."""
+    base = several(1, rank=12, dtype=np.float16)
+    others = [
+        several(2, rank=12, dtype=np.float16),
+        mapped(base, lambda delta: turned(delta, np.eye(12)[::-1] * 0.5, np.float32)),
+        resized(base, RankRule(5))[0],
+    ]
+    for other in others:
+        told, quick = (compare(base, other, angles=angles).facts() for angles in (True, False))
+        for module in (*told["modules"], *quick["modules"]):
+            module["columns"] = module["rows"] = None
+        assert {**told, "findings": []} == {**quick, "findings": []}
+
+
 def test_threads_do_not_matter() -> None:
     one, other = several(1), several(2)
     assert compare(one, other, threads=1).facts() == compare(one, other, threads=4).facts()

@@ -7,6 +7,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upparam.algorithms.base import Delta, Scaling, Update, refuse_empty
+from upparam.algorithms.gram import gram
 from upparam.errors import MalformedError
 from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
@@ -107,6 +108,9 @@ class LoRA(Delta):
 
     def frobenius(self) -> float:
         """||scale * up @ down||_F from the two r x r Gram matrices: sqrt(sum(up'up * down down'))."""
-        up, down = self.matrices()
-        square = float(((up.T @ up) * (down @ down.T)).sum())
+        if self.mid is None:
+            up, down = self.up.read().reshape(-1, self.rank), self.down.read().reshape(self.rank, -1)
+        else:
+            up, down = self.matrices()
+        square = float((gram(up.T) * gram(down)).sum())
         return abs(self.known_scale()) * sqrt(max(square, 0.0))

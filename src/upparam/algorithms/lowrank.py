@@ -10,6 +10,7 @@ from __future__ import annotations
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
+from upparam.algorithms.gram import INDEPENDENT, Root, root
 from upparam.errors import MalformedError, UsageError
 from upparam.records import dataclass
 
@@ -131,21 +132,35 @@ class Core(NamedTuple):
     floor: float
 
 
-def core_spectral(ours: Matrix, theirs: Matrix) -> Core:
-    """The spectrum from up^T up and down down^T (r, r), float64. Raises MalformedError when not finite."""
+def core_spectral(ours: Matrix, theirs: Matrix, known: Root | None = None) -> Core:
+    """The spectrum from up^T up and down down^T (r, r), float64; `known` is the root of the former. Raises MalformedError when not finite."""
     import numpy as np
 
-    rank = len(ours)
-    size = sqrt(float(np.trace(ours)) * float(np.trace(theirs)))
-    if not isfinite(size):
-        raise MalformedError("a factor holds values that are not finite, or too large to square")
-    turn, back = _root(ours)
+    floor = _floor(ours, theirs)
+    turn, back = _root(ours, known)
     values, rotation = np.linalg.eigh(turn @ theirs @ turn.T)
     values, rotation = values[::-1], rotation[:, ::-1]
     sigma = np.sqrt(np.maximum(values, 0.0))
     inverse = np.divide(1.0, sigma, out=np.zeros_like(sigma), where=sigma > 0)
-    floor = sqrt(rank * float(np.finfo(np.float64).eps)) * size
     return Core(back @ rotation, sigma, inverse[:, None] * (rotation.T @ turn), floor)
+
+
+def core_values(ours: Matrix, theirs: Matrix, known: Root | None = None) -> tuple[Matrix, float]:
+    """(singular values, descending; how far each may be off) as `core_spectral` has them, without the vectors."""
+    import numpy as np
+
+    floor = _floor(ours, theirs)
+    turn, _ = _root(ours, known)
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(turn @ theirs @ turn.T)[::-1], 0.0)), floor
+
+
+def _floor(ours: Matrix, theirs: Matrix) -> float:
+    import numpy as np
+
+    size = sqrt(float(np.trace(ours)) * float(np.trace(theirs)))
+    if not isfinite(size):
+        raise MalformedError("a factor holds values that are not finite, or too large to square")
+    return sqrt(len(ours) * float(np.finfo(np.float64).eps)) * size
 
 
 def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
@@ -157,25 +172,24 @@ def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
     return Spectral(up, core.mix, core.sigma, core.mixed, down, core.floor)
 
 
-def _root(gram: Matrix) -> tuple[Matrix, Matrix]:
-    """(B, C), both (r, r), with B^T B = gram and C its inverse: from the Cholesky factor, or the eigenvectors where it is nearly singular.
+def _root(products: Matrix, known: Root | None = None) -> tuple[Matrix, Matrix]:
+    """(B, C), both (r, r), with B^T B the Gram matrix and C the inverse of B: from the Cholesky factor, or the eigenvectors where it is nearly
+    singular.
 
     Directions that cannot be told from none are zero in both.
     """
     import numpy as np
 
-    try:
-        lower = np.linalg.cholesky(gram)
-        diagonal = np.diagonal(lower)
-        if diagonal.min() > 1e-5 * diagonal.max():
-            return lower.T, np.linalg.inv(lower).T
-    except np.linalg.LinAlgError:
-        pass
-    squares, vectors = np.linalg.eigh(gram)
-    known = squares > len(squares) * float(np.finfo(np.float64).eps) * max(float(squares[-1]), 0.0)
-    root = np.sqrt(np.where(known, squares, 0.0))
-    inverse = np.divide(1.0, root, out=np.zeros_like(root), where=known)
-    return root[:, None] * vectors.T, vectors * inverse
+    found = known or root(products)
+    if found is not None:
+        diagonal = found.lower.diagonal() * found.lengths
+        if diagonal.min(initial=1.0) > INDEPENDENT * diagonal.max(initial=0.0):
+            return (found.lower * found.lengths[:, None]).T, (found.inverse / found.lengths).T
+    squares, vectors = np.linalg.eigh(products)
+    known_ones = squares > len(squares) * float(np.finfo(np.float64).eps) * max(float(squares[-1]), 0.0)
+    turn = np.sqrt(np.where(known_ones, squares, 0.0))
+    inverse = np.divide(1.0, turn, out=np.zeros_like(turn), where=known_ones)
+    return turn[:, None] * vectors.T, vectors * inverse
 
 
 def qr_spectral(up: Matrix, down: Matrix) -> Spectral:

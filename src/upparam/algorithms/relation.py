@@ -1,16 +1,17 @@
 """How two matrices known by their factors relate: norms, inner product, distance, principal angles; neither matrix is ever formed.
 
-Everything follows from the Gram matrices of the factors, multiplied in the dtype they are given in (float64, or float32 to tell whether two
-matrices are far apart) and held in float64. Subtracting squares costs half the digits: a distance is known to about
-sqrt(rank eps) |up| |down|, some 1e-8 of the norms in float64, which `Relation.floor` states.
+Everything follows from the Gram matrices of the factors, multiplied in float64, or in float32 to tell whether two matrices are far apart.
+Subtracting squares costs half the digits: a distance is known to about sqrt(rank eps) |up| |down|, some 1e-8 of the norms in float64, which
+`Relation.floor` states.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
 from math import isfinite, sqrt
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from upparam.algorithms.gram import Root, gram, root
 from upparam.errors import MalformedError
 from upparam.records import dataclass, field
 
@@ -20,11 +21,8 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float64]
 
-_INDEPENDENT = {False: 1e-5, True: 3e-2}
-"""Ratio of the smallest to the largest value of the Cholesky diagonal of unit columns below which these may be dependent, of exact and of
-coarse products: there the angles are known to 1e-6 and 1e-4."""
-_TILE = 1024
-"""Rows multiplied at a time when float32 factors are to be multiplied in float64: a tile of both stays near the cache."""
+_COARSE = 3e-2
+"""What `INDEPENDENT` is where products are of float32: there angles are known to 1e-4, else to 1e-6."""
 
 
 class Precision(NamedTuple):
@@ -35,10 +33,10 @@ class Precision(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A matrix scale * up @ down with up (out, r) and down (r, rest) in float64 or float32, and the precision its factors are stored in."""
+    """A matrix scale * up @ down with up (out, r) and down (r, rest) of any float dtype, and the precision its factors are stored in."""
 
-    up: Matrix
-    down: Matrix
+    up: NDArray[Any]
+    down: NDArray[Any]
     scale: float
     precision: Precision
 
@@ -92,7 +90,7 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two forms of matrices of one shape, and the products of their factors: in float64, or with `coarse` in float32 where the factors are.
+    """Two forms of matrices of one shape, and the products of their factors: of float64, or with `coarse` of float32.
 
     Raises MalformedError when a factor is not finite.
     """
@@ -118,6 +116,14 @@ class Pair:
         if not isfinite(size):
             raise MalformedError("a factor holds values that are not finite, or too large to square")
 
+    @cached_property
+    def _up_roots(self) -> tuple[Root | None, Root | None]:
+        return root(self._ups[0]), root(self._ups[1])
+
+    @cached_property
+    def _down_roots(self) -> tuple[Root | None, Root | None]:
+        return root(self._downs[0]), root(self._downs[1])
+
     def relation(self) -> Relation:
         """The numbers."""
         squares, spreads, noises, sizes = [], [], [], []
@@ -137,21 +143,22 @@ class Pair:
 
         Everything is r x r: the other = U S V^T through the Gram matrices, and <U_k S_k V_k^T, up @ down> from the products of the factors.
         """
-        from upparam.algorithms.lowrank import core_spectral
+        from upparam.algorithms.lowrank import core_spectral, core_values
 
         larger = 1 - smaller
         cut, whole = ((self.one, self.other)[index] for index in (smaller, larger))
-        own, full = (core_spectral(self._ups[index], self._downs[index]) for index in (smaller, larger))
-        rank = int((own.sigma > max(own.floor, 1e-7 * own.sigma[0])).sum())
+        own, own_floor = core_values(self._ups[smaller], self._downs[smaller], self._up_roots[smaller])
+        full = core_spectral(self._ups[larger], self._downs[larger], self._up_roots[larger])
+        rank = int((own > max(own_floor, 1e-7 * own[0])).sum())
         if not 0 < rank < len(full.sigma):
             return None
-        across = [gram if larger == 0 else gram.T for gram in (self._ups[2], self._downs[2])]
+        across = [cross if larger == 0 else cross.T for cross in (self._ups[2], self._downs[2])]
         left, right = full.mix[:, :rank].T @ across[0], full.mixed[:rank] @ across[1]
         inner = whole.scale * cut.scale * float((full.sigma[:rank, None] * left * right).sum())
         sigma = abs(whole.scale) * full.sigma
         square = cut.scale**2 * float((self._ups[smaller] * self._downs[smaller]).sum())
         kept = float(sigma[:rank] @ sigma[:rank])
-        floor = abs(whole.scale) * full.floor + abs(cut.scale) * own.floor
+        floor = abs(whole.scale) * full.floor + abs(cut.scale) * own_floor
         return Cut(rank, sigma, sqrt(max(kept - 2 * inner + square, 0.0)), floor)
 
     def angles(self) -> tuple[Matrix, Matrix] | None:
@@ -161,8 +168,9 @@ class Pair:
         small singular values included. Angles below 1e-7 cannot be told from zero. None where float32 products do not tell.
         Source: Bjorck & Golub 1973.
         """
-        least = _INDEPENDENT[self.coarse]
-        columns, rows = _angles(*self._ups, least), _angles(*self._downs, least)
+        columns, rows = (
+            _angles(*roots, products[2], self.coarse) for roots, products in ((self._up_roots, self._ups), (self._down_roots, self._downs))
+        )
         if columns is not None and rows is not None:
             return columns, rows
         if self.coarse:
@@ -173,20 +181,8 @@ class Pair:
 
 
 def _products(one: Matrix, other: Matrix, coarse: bool) -> tuple[Matrix, Matrix, Matrix]:
-    """(A A^T, B B^T, A B^T) in float64 of A (r, n) and B (s, n), multiplied in float64, or with `coarse` in the dtype they are in."""
-    import numpy as np
-
-    if coarse or one.dtype == other.dtype == np.float64:
-        plain = (one @ one.T, other @ other.T, one @ other.T)
-        return tuple(product.astype(np.float64, copy=False) for product in plain)
-    rank, count = len(one), len(one) + len(other)
-    whole = np.zeros((count, count))
-    # Rows lie side by side in memory as they do in the factors: those of an up are its columns.
-    tile = np.empty((_TILE, count)).T if one.strides[0] < one.strides[1] else np.empty((count, _TILE))
-    for start in range(0, one.shape[1], _TILE):
-        part = tile[:, : min(_TILE, one.shape[1] - start)]
-        part[:rank], part[rank:] = one[:, start : start + _TILE], other[:, start : start + _TILE]
-        whole += part @ part.T
+    """(A A^T, B B^T, A B^T) in float64 of A (r, n) and B (s, n)."""
+    whole, rank = gram(one, other, coarse=coarse), len(one)
     return whole[:rank, :rank], whole[rank:, rank:], whole[:rank, rank:]
 
 
@@ -201,39 +197,15 @@ def _noise(form: Form, ups: Matrix, downs: Matrix) -> tuple[float, float]:
     return spread, sqrt(((form.precision.unit * spread) ** 2 + form.scale**2 * steps) / 3)
 
 
-def _angles(one: Matrix, other: Matrix, cross: Matrix, least: float) -> Matrix | None:
-    """The angles between the spaces two factors span, from their Gram matrices; None where the columns of one may be dependent."""
-    import numpy as np
-
-    inverses = []
-    for gram in (one, other):
-        diagonal = gram.diagonal()
-        if not diagonal.min(initial=1.0) > 0.0:
-            return None
-        lengths = np.sqrt(diagonal)
-        try:
-            lower: Matrix = np.linalg.cholesky(gram / lengths[:, None] / lengths).astype(np.float64, copy=False)
-        except np.linalg.LinAlgError:
-            return None
-        if not lower.diagonal().min() > least * lower.diagonal().max():
-            return None
-        inverses.append(_inverse(lower) / lengths)
-    return _between(inverses[0] @ cross @ inverses[1].T)
-
-
-def _inverse(lower: Matrix) -> Matrix:
-    """The inverse of a lower triangular matrix, by halves: numpy has only that of full matrices, which takes twice as long."""
-    import numpy as np
-
-    count = len(lower)
-    if count <= 48:
-        small: Matrix = np.linalg.inv(lower).astype(np.float64, copy=False)
-        return small
-    half = count // 2
-    found = np.zeros_like(lower)
-    found[:half, :half], found[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    found[half:, :half] = -(found[half:, half:] @ lower[half:, :half] @ found[:half, :half])
-    return found
+def _angles(one: Root | None, other: Root | None, cross: Matrix, coarse: bool) -> Matrix | None:
+    """The angles between the spaces two factors span, from their inner products; None where the columns of one may be dependent."""
+    if one is None or other is None:
+        return None
+    if coarse and any(
+        not (diagonal := found.lower.diagonal()).min(initial=1.0) > _COARSE * diagonal.max(initial=1.0) for found in (one, other)
+    ):
+        return None
+    return _between((one.inverse / one.lengths) @ cross @ (other.inverse / other.lengths).T)
 
 
 def _between(cross: Matrix) -> Matrix:

@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from upparam.report.comparison import comparison_text
 
     result = compare(
-        args.first, args.second, read=reading(args), accept=args.accept or ACCEPTED, threads=args.threads, progress=progress_for(args)
-    )
+        args.first, args.second, read=reading(args), accept=args.accept or ACCEPTED, angles=args.json or not args.quiet, threads=args.threads,
+        progress=progress_for(args),
+    )  # fmt: skip
     brief = f"{result.verdict.value}: {result.summary}"
     emit(args, result.facts(), lambda: brief if args.quiet else comparison_text(result, args.all))
     return result.exit_code

@@ -24,12 +24,14 @@ def compare(
     *,
     read: ReadOptions | None = None,
     accept: Collection[Verdict | str] = ACCEPTED,
+    angles: bool = True,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Comparison | ModelComparison:
     """What `second` is to `first`: two adapters (files, folders or opened), or two models, a tuned one first and its base second.
 
     Paths that hold an adapter are adapters, other weights are models. `accept` are the verdicts under which the result's exit code is 0.
+    Without `angles` the principal angles of adapters are left out, which take a third of the time and which no verdict rests on.
     `read` says what the files of the adapters do not; its alpha and scale are used for one whose scale is unknown. Nothing is written.
 
     Raises UsageError for an adapter against a model or an unknown verdict, RefusedError when names cannot be brought together, and what
@@ -41,7 +43,7 @@ def compare(
     names = tuple(_name(given) for given in (first, second))
     result: Comparison | ModelComparison
     if isinstance(one, Adapter) and isinstance(other, Adapter):
-        result = compare_adapters(one, other, (names[0], names[1]), threads=threads, progress=progress)
+        result = compare_adapters(one, other, (names[0], names[1]), angles=angles, threads=threads, progress=progress)
     elif isinstance(one, Checkpoint) and isinstance(other, Checkpoint):
         result = compare_models(one, other, threads=threads, progress=progress)
     else:

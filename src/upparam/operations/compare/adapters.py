@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta
@@ -23,9 +24,17 @@ Grouped = dict[tuple[str, str], dict[Target, Delta]]
 
 
 def compare_adapters(
-    one: Adapter, other: Adapter, names: tuple[str, str] = ("first", "second"), *, threads: int | None = None, progress: Progress = silent
+    one: Adapter,
+    other: Adapter,
+    names: tuple[str, str] = ("first", "second"),
+    *,
+    angles: bool = True,
+    threads: int | None = None,
+    progress: Progress = silent,
 ) -> Comparison:
     """What two adapters are to each other, after both were read into the canonical form. Every factor is read once or twice.
+
+    `angles` says whether principal angles, on which no verdict rests, are computed too.
 
     Raises RefusedError when they share no module name and it is not known that they name modules alike.
     """
@@ -33,7 +42,7 @@ def compare_adapters(
     if not jobs and not problems and one.deltas and other.deltas:
         _refuse_strangers(one, other, names)
     sizes = [sum(factor.nbytes for delta in job[1:] for factor in delta.factors().values()) for job in jobs]
-    found = list(in_threads(_compare, jobs, sizes, threads, progress))
+    found = list(in_threads(partial(_compare, angles), jobs, sizes, threads, progress))
     result = Comparison(
         *names, Verdict.UNDECIDED, "", [*found, *problems], alone, _extras(one, other), dialects=(one.dialect, other.dialect),
         bases=(_base(one), _base(other)),
@@ -43,10 +52,10 @@ def compare_adapters(
     return result
 
 
-def _compare(job: Job) -> ModuleComparison:
+def _compare(angles: bool, job: Job) -> ModuleComparison:
     target, mine, theirs = job
     try:
-        return compare_deltas(str(target), mine, theirs)
+        return compare_deltas(str(target), mine, theirs, angles)
     except UpparamError as problem:
         raise type(problem)(
             problem.message, file=problem.file, tensor=problem.tensor or str(target), expected=problem.expected, found=problem.found,

@@ -115,8 +115,11 @@ class ModuleComparison:
         )
 
 
-def compare_deltas(target: str, one: Delta, other: Delta) -> ModuleComparison:
-    """What two deltas of one target are to each other. Reads both; memory is bounded by their factors and a tile of dW."""
+def compare_deltas(target: str, one: Delta, other: Delta, angles: bool = True) -> ModuleComparison:
+    """What two deltas of one target are to each other. Reads both; memory is bounded by their factors and a tile of dW.
+
+    Principal angles are left out without `angles`: nothing else rests on them.
+    """
     found = ModuleComparison(
         target, one.shape, Alike.INCOMPARABLE, (one.algorithm, other.algorithm), (one.rank, other.rank), (one.alpha, other.alpha),
         (one.scale, other.scale), (_dtypes(one), _dtypes(other)),
@@ -128,7 +131,7 @@ def compare_deltas(target: str, one: Delta, other: Delta) -> ModuleComparison:
         one_or_none = 1.0 if norm else None
         return replace(found, alike=Alike.BITS, norms=(norm, norm), cosine=one_or_none, distance=0.0, multiplier=one_or_none)
     try:
-        numbers = _numbers(found, one, other)
+        numbers = _numbers(found, one, other, angles)
     except (MalformedError, RefusedError) as problem:
         numbers = replace(found, reason=problem.message)
     if _same_scale(one, other) and _rounded(one, other):
@@ -145,10 +148,10 @@ def _norm(delta: Delta) -> float | None:
     return norm if norm < float("inf") else None
 
 
-def _numbers(found: ModuleComparison, one: Delta, other: Delta) -> ModuleComparison:
+def _numbers(found: ModuleComparison, one: Delta, other: Delta, angles: bool) -> ModuleComparison:
     """Norms, cosine, distance, angles and the relation they bear out; raises MalformedError for factors that are not finite."""
     if isinstance(one, Decomposed) and isinstance(other, Decomposed):
-        return _decomposed(found, one, other)
+        return _decomposed(found, one, other, angles)
     if not one.additive or not other.additive:
         return _by_factor(found, one, other)
     note = ""
@@ -157,22 +160,22 @@ def _numbers(found: ModuleComparison, one: Delta, other: Delta) -> ModuleCompari
         note = f"the effective scale of {' and '.join(unknown)} is not in the files; compared without scales"
         one, other = _unscaled(one), _unscaled(other)
     found, half_known = replace(found, reason=note), len(unknown) == 1
-    narrow = _singles(one), _singles(other)
+    narrow = _stored(one), _stored(other)
     if narrow[0] is not None and narrow[1] is not None:
-        apart = _far_apart(found, narrow[0], narrow[1], half_known)
+        apart = _far_apart(found, narrow[0], narrow[1], half_known, angles)
         if apart is not None:
             return apart
         pair = Pair(narrow[0], narrow[1])
-        return _judged(found, pair.relation(), pair, half_known)
+        return _judged(found, pair.relation(), pair, half_known, angles)
     mine, theirs = one.load(), other.load()
     wide = _form(one, mine), _form(other, theirs)
     if wide[0] is not None and wide[1] is not None:
         pair = Pair(wide[0], wide[1])
-        return _judged(found, pair.relation(), pair, half_known)
-    return _judged(found, _by_rows(one, other, mine, theirs), None, half_known)
+        return _judged(found, pair.relation(), pair, half_known, angles)
+    return _judged(found, _by_rows(one, other, mine, theirs), None, half_known, angles)
 
 
-def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half_known: bool = False) -> ModuleComparison:
+def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half_known: bool, angles: bool) -> ModuleComparison:
     norms, largest = relation.norms, max(relation.norms)
     allowed = allowance(relation)
     found = replace(
@@ -185,15 +188,16 @@ def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half
     if half_known:
         found = replace(found, multiplier=None)
     columns = rows = None
-    if pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT) and (angles := pair.angles()) is not None:
-        columns, rows = _angles(angles[0], pair, len(pair.one.up)), _angles(angles[1], pair, pair.one.down.shape[1])
+    told = pair.angles() if angles and pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT) else None
+    if pair is not None and told is not None:
+        columns, rows = _angles(told[0], pair, len(pair.one.up)), _angles(told[1], pair, pair.one.down.shape[1])
     return replace(found, alike=alike, smaller=smaller, columns=columns, rows=rows)
 
 
-def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool) -> ModuleComparison | None:
+def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool, angles: bool) -> ModuleComparison | None:
     """The comparison of two LoRAs that are plainly different, from products in float32; None where that is too coarse to say so.
 
-    A few products with a vector tell beforehand whether it is worth trying. What it gives is known to 1e-6 or so, angles to 1e-4.
+    A few elements of both tell beforehand whether it is worth trying. What it gives is known to 1e-6 or so, angles to 1e-4.
     """
     if not _unlike(one, other):
         return None
@@ -205,29 +209,34 @@ def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool
         smallest > 0.0 and multiplier is not None and relation.distance() > 2 * NEAR * sqrt(largest)
         and relation.distance(multiplier) > 2 * NEAR * relation.norms[1] and abs(relation.inner - smallest) > 4 * EQUAL_CAP * largest
     )  # fmt: skip
-    result = _judged(found, relation, pair, half_known) if plain else None
-    return result if result is not None and result.alike is Alike.DIFFERENT and result.columns is not None else None
+    result = _judged(found, relation, pair, half_known, angles) if plain else None
+    told = result is not None and result.alike is Alike.DIFFERENT and (result.columns is not None or not angles)
+    return result if told else None
 
 
-def _singles(delta: Delta) -> Form | None:
-    """A plain LoRA with its factors in float32; None for others, and where that would round them."""
+def _stored(delta: Delta) -> Form | None:
+    """A plain LoRA with its factors as they are stored; None for others, and where float32 would round them."""
     if (
         type(delta) is not LoRA
         or delta.mid is not None
         or any(factor.dtype.itemsize > 4 or not factor.dtype.is_float for factor in (delta.up, delta.down))
     ):
         return None
-    up, down = singles(delta.up.read()).reshape(-1, delta.rank), singles(delta.down.read()).reshape(delta.rank, -1)
-    return Form(up, down, delta.known_scale(), _precision(delta, (up, down)))  # type: ignore[arg-type]
+    up, down = delta.up.read().reshape(-1, delta.rank), delta.down.read().reshape(delta.rank, -1)
+    return Form(up, down, delta.known_scale(), _precision(delta, (up, down)))
+
+
+_SEEN = 96
+"""Rows and columns that are looked at to tell whether two deltas are worth comparing in float32."""
 
 
 def _unlike(one: Form, other: Form) -> bool:
-    """True when no multiple of what one makes of a few random vectors is what the other makes of them."""
+    """True when some elements of one, spread over its rows and columns, are no multiple of those of the other."""
     import numpy as np
 
-    probe = np.random.default_rng(0).standard_normal((one.down.shape[1], 4), np.float32)
+    rows, columns = (-(-size // _SEEN) for size in (len(one.up), one.down.shape[1]))
     with np.errstate(over="ignore", invalid="ignore"):
-        mine, theirs = ((form.up @ (form.down @ probe)).reshape(-1) for form in (one, other))
+        mine, theirs = ((singles(form.up[::rows]) @ singles(form.down[:, ::columns])).reshape(-1) for form in (one, other))
         size = float(np.linalg.norm(mine)) * float(np.linalg.norm(theirs))
         return 0.0 < size < float("inf") and abs(float(mine @ theirs)) < 0.9 * size
 
@@ -324,11 +333,11 @@ def _by_rows(one: Delta, other: Delta, mine: Update, theirs: Update) -> Relation
     return Relation((squares[0], squares[1]), inner, (spread[0], spread[1]), (noise[0], noise[1]), floor)
 
 
-def _decomposed(found: ModuleComparison, one: Decomposed, other: Decomposed) -> ModuleComparison:
+def _decomposed(found: ModuleComparison, one: Decomposed, other: Decomposed, angles: bool) -> ModuleComparison:
     """Deltas with a magnitude: equal when the directions are and the magnitudes are. Numbers are those of the directions."""
     import numpy as np
 
-    inside = _numbers(found, one.direction, other.direction)
+    inside = _numbers(found, one.direction, other.direction, angles)
     if one.per_row is not other.per_row:
         return replace(inside, alike=Alike.INCOMPARABLE, reason="one has a magnitude for each row, the other for each column")
     first, second = one.magnitude.doubles().reshape(-1), other.magnitude.doubles().reshape(-1)
@@ -398,7 +407,7 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1, prod(shape[1:]))
 
 
-def _precision(delta: Delta, values: tuple[NDArray[np.float64], ...] = ()) -> Precision:
+def _precision(delta: Delta, values: tuple[NDArray[Any], ...] = ()) -> Precision:
     """The coarsest precision of its factors; of `values`, factors as they are stored, also one narrower than their dtype.
 
     A float32 file made from a 16-bit one is no more exact than that.
