@@ -139,6 +139,7 @@ def conditions(config: Mapping[str, Any]) -> list[str]:
         found.append(
             f"init_lora_weights is {start}: {FROM_BASE} before training; the change is the difference to the initial adapter, which "
             "convert and merge take with --initial (PEFT: path_initial_model_for_weight_conversion)"
+            + ("; the model that was trained also lacked what quantising the base lost" if start.lower() == "loftq" else "")
         )
     if config.get("kasa_config"):
         found.append("KaSA: on loading, PEFT first takes the smallest singular values out of the base's weights")
