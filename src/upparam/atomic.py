@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +29,7 @@ def atomic_file(out: Path, *, force: bool = False, sync: bool = True) -> Iterato
     refuse_existing(out, force)
     if out.is_dir():
         raise OutputExistsError("a folder stands where the file should go", file=out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    folder = _beside(out, "tmp")
     temporary = folder / out.name
     try:
         yield temporary
@@ -41,7 +39,7 @@ def atomic_file(out: Path, *, force: bool = False, sync: bool = True) -> Iterato
         if sync:
             _sync(out.parent)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 @contextmanager
@@ -52,7 +50,7 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
     one does not have is not replaced (OutputExistsError): --force gives up an earlier output, nothing else. `sync` as for `atomic_file`.
     """
     refuse_existing(out, force)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    temporary = _beside(out, "tmp")
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -64,7 +62,7 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
         if sync:
             _sync(out.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 _LISTED = 4
@@ -122,14 +120,35 @@ def swap(new: Path, out: Path) -> None:
     if not os.path.lexists(out):
         new.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    old = _beside(out, "old")
     out.rename(old / out.name)
     try:
         new.rename(out)
     except OSError:
         (old / out.name).rename(out)
         raise
+    import shutil
+
     shutil.rmtree(old)
+
+
+def _beside(out: Path, ending: str) -> Path:
+    """A new folder beside `out`, for this user alone and of a name that nobody has."""
+    folder = out.parent / f".{out.name}.{os.urandom(4).hex()}.{ending}"
+    folder.mkdir(0o700)
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours if it is there; empty, as most are by then, without the machinery for more."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

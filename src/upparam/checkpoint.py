@@ -7,7 +7,6 @@ not part of the model so chosen are listed in `unread`, never silently mixed in.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from math import prod
@@ -19,6 +18,7 @@ from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.errors import AmbiguousError, MalformedError, UnreadableError
 from upparam.findings import Finding
+from upparam.patterns import regex
 from upparam.records import dataclass, field
 from upparam.tensors import DTYPES, FileSource, Tensor
 
@@ -27,8 +27,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
 """File name endings that hold weights, the one preferred by loaders first."""
 _PLAIN_NAMES = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that transformers and diffusers load without being told."""
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d+)-of-(?P<count>\d+)(?P<suffix>\.[a-z]+)")
-_NOT_WEIGHTS = re.compile(
+_SHARD = regex(r"(?P<stem>.+)-(?P<part>\d+)-of-(?P<count>\d+)(?P<suffix>\.[a-z]+)")
+_NOT_WEIGHTS = regex(
     r"(adapter_model|training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state|"
     r"(.*[._-])?lora([._-].*)?|learned_embeds.*)(_\d+)?\.[a-z]+"
 )

@@ -7,7 +7,6 @@ evidence says that traversal order is unknown.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -17,22 +16,23 @@ from upparam.bases import inventory
 from upparam.bases.base import Base, Module
 from upparam.bases.recognise import recognise
 from upparam.errors import AmbiguousError, UnreadableError
+from upparam.patterns import regex
 
 if TYPE_CHECKING:
     from upparam.bases.layouts import LayoutMap
 
 _TRANSPOSED_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 """model_type values whose attention and mlp weights are Conv1D, stored as (in, out)."""
-_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
-_TIED = re.compile(
+_CONV1D = regex(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+_TIED = regex(
     r"lm_head|lm_head\.decoder|embed_out|proj_out|vocab_projector|(cls\.)?predictions\.decoder|(text_encoder(_[23])?\.)?(encoder|decoder)\.embed_tokens"
 )
 """Modules whose weight files may leave out because it is another module's."""
-_VOCABULARY = re.compile(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder|vocab_projector|proj_out)$")
+_VOCABULARY = regex(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder|vocab_projector|proj_out)$")
 """Modules with one row per token: fine-tuning adds some."""
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
+_COMPONENT = regex(r"(unet|transformer|text_encoder(_[23])?)\.")
 
-_PIPELINE = re.compile(r"(vae|vqvae|movq|safety_checker|image_encoder|text_encoder(_[2-4])?|transformer_2|prior|connectors)\.")
+_PIPELINE = regex(r"(vae|vqvae|movq|safety_checker|image_encoder|text_encoder(_[2-4])?|transformer_2|prior|connectors)\.")
 """Components of pipelines that an inventory may not list: adapters do not change them, or their model is a base of its own."""
 
 
@@ -172,7 +172,7 @@ def _with_conv1d(modules: Iterable[Module], config: Mapping[str, Any]) -> list[M
     return [module._replace(kind="Conv1D") if _CONV1D.search(module.path) and len(module.shape) == 2 else module for module in modules]
 
 
-_BARE_CLIP = re.compile(r"^text_encoder(_[23])?\.(?=embeddings\.(token|position)_embedding$|encoder\.layers\.\d|final_layer_norm$)")
+_BARE_CLIP = regex(r"^text_encoder(_[23])?\.(?=embeddings\.(token|position)_embedding$|encoder\.layers\.\d|final_layer_norm$)")
 
 
 def _with_text_model(modules: list[Module]) -> list[Module]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from upparam.bases.base import Base, Module
 from upparam.errors import UsageError
+from upparam.patterns import regex
 
 DATA = Path(__file__).with_name("data")
 
@@ -84,7 +85,7 @@ def expand(program: list[Any], prefix: str = "") -> Iterator[Module]:
             yield Module(prefix + item[0], item[1], tuple(item[2]), len(item) == 4)
 
 
-_QUANTISED = re.compile(r"-(unsloth-bnb-4bit|bnb-4bit|bnb-8bit|gptq(-int[48])?|awq|gguf|4bit|8bit|bf16|fp16|fp8|mlx)$")
+_QUANTISED = regex(r"-(unsloth-bnb-4bit|bnb-4bit|bnb-8bit|gptq(-int[48])?|awq|gguf|4bit|8bit|bf16|fp16|fp8|mlx)$")
 
 
 @cache

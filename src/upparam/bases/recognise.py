@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from upparam.adapter import BaseHint
 from upparam.algorithms.base import fits_weight
 from upparam.bases import inventory
+from upparam.patterns import regex
 from upparam.records import dataclass, field
 
 Shape = tuple[int, ...]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
-_UNDERSCORED_NUMBER = re.compile(r"(?<=_)\d+(?=_|$)|^\d+(?=_|$)")
-_VOCABULARY = re.compile(r"(^|[._])(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder)$")
+_NUMBER = regex(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+_UNDERSCORED_NUMBER = regex(r"(?<=_)\d+(?=_|$)|^\d+(?=_|$)")
+_VOCABULARY = regex(r"(^|[._])(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder)$")
 _PARTIAL = 0.03
 """Weight of a base of which only some layers are covered, against one that is covered whole."""
 _ENOUGH = 0.6
@@ -136,9 +137,9 @@ def recognise(shapes: Mapping[str, Shape], *, stated: str | None = None) -> list
     return _recognise(_groups(shapes, _NUMBER, parts), False, stated)
 
 
-_WRAPPER = re.compile(r"^(base_model\.model\.)?((model\.)?diffusion_model\.)?")
+_WRAPPER = regex(r"^(base_model\.model\.)?((model\.)?diffusion_model\.)?")
 """What PEFT and ComfyUI put in front of a module path. (transformers 4.52 turned `language_model.model.` round.)"""
-_COMPONENT = re.compile(r"^(?:lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)|(lycoris))_")
+_COMPONENT = regex(r"^(?:lora_(unet|transformer|prior_unet|te|te1|te2|te3|text_encoder|text_encoder_2)|(lycoris))_")
 _COMPONENTS = {
     "unet": ("unet.", "transformer."), "transformer": ("transformer.",), "prior_unet": ("unet.",), "te": ("text_encoder.",),
     "te1": ("text_encoder.",), "te2": ("text_encoder_2.",), "te3": ("text_encoder_3.", "text_encoder_2.", "text_encoder."), "text_encoder": ("text_encoder.",),
@@ -234,7 +235,7 @@ def _fits(groups: Sequence[Group], index: Index, underscored: bool) -> list[Fit]
 
 _LACKING = 0.05
 """What is left of a fit that lacks some of the targets where another base has them all."""
-_FUSED = re.compile(r"(qkv|query_key_value|c_attn|qkv_proj|gate_up_proj)$")
+_FUSED = regex(r"(qkv|query_key_value|c_attn|qkv_proj|gate_up_proj)$")
 
 
 def _same(group: Group, entry: Entry, template: str, *, counted: bool) -> bool:
@@ -316,10 +317,10 @@ def _agreement(fit: Fit, groups: Sequence[Group]) -> str:
 
 
 _DIMENSIONS = (
-    (re.compile(r"(^|[._])(q_proj|query|q)$"), 1, "hidden"),
-    (re.compile(r"(^|[._])(k_proj|v_proj)$"), 0, "kv width"),
-    (re.compile(r"(^|[._])(gate_proj|up_proj|fc1|dense_h_to_4h)$"), 0, "ffn"),
-    (re.compile(r"(^|[._])attn2[._](to_k|to_v)$"), 1, "cross-attention keys read"),
+    (regex(r"(^|[._])(q_proj|query|q)$"), 1, "hidden"),
+    (regex(r"(^|[._])(k_proj|v_proj)$"), 0, "kv width"),
+    (regex(r"(^|[._])(gate_proj|up_proj|fc1|dense_h_to_4h)$"), 0, "ffn"),
+    (regex(r"(^|[._])attn2[._](to_k|to_v)$"), 1, "cross-attention keys read"),
 )
 
 

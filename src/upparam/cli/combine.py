@@ -42,7 +42,7 @@ def _description() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Combine and print the receipt."""
-    from upparam.operations.merge import pin_blas
+    from upparam.operations.threads import pin_blas
 
     pin_blas()
     from upparam.bases.find import find_base

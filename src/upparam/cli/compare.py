@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; the exit code says whether the verdict is an accepted one. Quiet: the verdict alone."""
-    from upparam.operations.merge import pin_blas
+    from upparam.operations.threads import pin_blas
 
     pin_blas()
     from upparam.operations.compare import compare

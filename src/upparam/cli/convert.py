@@ -39,10 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print the receipt."""
-    if args.lowrank is not None:
-        from upparam.operations.merge import pin_blas
+    from upparam.operations.threads import pin_blas
 
-        pin_blas()
+    pin_blas()
     from upparam.operations.convert import convert
     from upparam.operations.fitting import Arithmetic
 

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Show the modules, totals, metadata and hashes; for a damaged file, what can still be recovered (exit code 3)."""
+    from upparam.operations.threads import pin_blas
+
+    pin_blas()
     from upparam.errors import MalformedError
     from upparam.operations.inspect import inspect_file
     from upparam.report.inspection import inspection_text

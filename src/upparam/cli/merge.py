@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,9 +79,9 @@ def block_weight(texts: list[str]) -> BlockWeight | None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and print the receipt, or print the plan."""
-    gc.set_threshold(100_000)  # many small objects are made and none of them is garbage: looking for it takes a tenth of the start
     from upparam.errors import UsageError
-    from upparam.operations.merge import merge, pin_blas, prepare
+    from upparam.operations.merge import merge, prepare
+    from upparam.operations.threads import pin_blas
 
     pin_blas()
     adapters = [scaled(text) for text in args.adapters]

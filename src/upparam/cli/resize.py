@@ -36,7 +36,7 @@ def add_rank_rule(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Resize and print the receipt."""
-    from upparam.operations.merge import pin_blas
+    from upparam.operations.threads import pin_blas
 
     pin_blas()
     from upparam.algorithms.lowrank import RankRule

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Unmerge and print the receipt."""
-    from upparam.operations.merge import pin_blas
+    from upparam.operations.threads import pin_blas
     from upparam.operations.unmerge import unmerge
 
     pin_blas()

@@ -20,6 +20,7 @@ from upparam.containers.zips import read_archive
 from upparam.errors import LimitError, MalformedError, UnreadableError
 from upparam.findings import Finding, error
 from upparam.limits import MAX_INFLATE_RATIO, MAX_INFLATED, MAX_UNPACKED_IN_MEMORY
+from upparam.patterns import regex
 from upparam.records import dataclass, field
 from upparam.tensors import Source
 
@@ -34,7 +35,7 @@ _PACKED = {
 """As much of each header as is fixed: two bytes alone would claim one headerless file in 65,536."""
 _TRIED = {rb"\x78[\x01\x5e\x9c\xda]": "zlib", rb"\x5d\x00\x00..[\x00-\x04\xff]": "lzma"}
 """What joblib writes besides; so short a mark counts only where the data behind it unpacks."""
-_JOBLIB_OLD = re.compile(rb"ZF0x[0-9a-f]{1,16}L? *(?=\x78)")
+_JOBLIB_OLD = regex(rb"ZF0x[0-9a-f]{1,16}L? *(?=\x78)")
 """joblib before 0.10: the length in text, then zlib data. Source: joblib/numpy_pickle_compat.py."""
 _PROBE = 4096
 _SUFFIXES = (".gz", ".bz2", ".xz", ".z", ".lzma", ".tgz", ".tbz2", ".txz")

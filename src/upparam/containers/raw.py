@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 from upparam.containers.base import LONE, TensorFile
 from upparam.containers.writing import chunks
 from upparam.errors import MalformedError
+from upparam.patterns import regex
 from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Source, Tensor
 
@@ -60,10 +61,10 @@ _DIMS = frozenset(
 )  # fmt: skip
 """Widths of layers in common language, vision and diffusion models."""
 _ENDINGS = frozenset(("bin", "raw", "tofile", "dat", "f32", "f16", "bf16"))
-_SPLIT = re.compile(r"[a-z_0-9]+-param\.\d+")
+_SPLIT = regex(r"[a-z_0-9]+-param\.\d+")
 """How `split --format raw` names its files."""
-_UP = re.compile(r"(?:^|[^a-z])(?:up|lora_?b|w_b)(?![a-z])", re.I)
-_DOWN = re.compile(r"(?:^|[^a-z])(?:down|lora_?a|w_a)(?![a-z])", re.I)
+_UP = regex(r"(?:^|[^a-z])(?:up|lora_?b|w_b)(?![a-z])", re.I)
+_DOWN = regex(r"(?:^|[^a-z])(?:down|lora_?a|w_a)(?![a-z])", re.I)
 
 
 @dataclass(frozen=True)

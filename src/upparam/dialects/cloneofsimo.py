@@ -27,9 +27,10 @@ from upparam.dialects.placing import alike, base_of
 from upparam.dialects.refusing import other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_NAME = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
+_NAME = regex(r"(unet|text_encoder):(\d+):(up|down)")
 _EMBED = "<embed>"
 _DEFAULT = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("CLIPAttention",)}
 _EXTENDED = ("ResnetBlock2D", *_DEFAULT["unet"])

@@ -8,7 +8,6 @@ ostris/ai-toolkit toolkit/network_mixins.py; Nerogar/OneTrainer modules/modelSav
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,9 +27,10 @@ from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Spoken, alpha_of, built, leave, settle
 from upparam.errors import DeadAdapterError, Problem, RefusedError
 from upparam.findings import warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_BARE = re.compile(
+_BARE = regex(
     r"(double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|individual_token_refiner)\.\d+\.|"
     r"(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\.|blocks\.\d+\.(self_attn|cross_attn|ffn|adaln_modulation_\w+)\."
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -13,12 +12,13 @@ from upparam.bases.layouts import LayoutMap, find
 from upparam.bases.recognise import recognise
 from upparam.dialects.placing import Shape, alike
 from upparam.dialects.spoken import Named, Spoken
+from upparam.patterns import regex
 
 DENOISER = "diffusion_model."
 TEXT = "text_encoders."
 COMPONENTS = ("transformer.", "unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-_WRAPPED = re.compile(r"(base_model\.model\.)?(model\.)?diffusion_model\.")
-_ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.")
+_WRAPPED = regex(r"(base_model\.model\.)?(model\.)?diffusion_model\.")
+_ENCODER = regex(r"text_encoders\.\w+\.transformer\.")
 _NUMBERED = (("text_encoders.clip_g.transformer.", "text_encoder_2."), ("text_encoders.qwen3_06b.transformer.model.", "text_encoder."))
 """Encoders whose modules alone would be taken for those of others."""
 _TRIED = 4
@@ -62,7 +62,7 @@ def _meant(one: LayoutMap, foreign: str) -> list[tuple[object, ...]]:
     return [(part.module, part.span, part.order) for part in one.to_reference(foreign)]
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = regex(r"(?<=\.)\d+(?=\.|$)")
 
 
 def named_alike(shapes: Mapping[str, Shape]) -> str | None:

@@ -19,6 +19,7 @@ from upparam.algorithms.tlora import TLoRA
 from upparam.dialects import lycoris_words, words
 from upparam.dialects.lycoris_words import COMFYUI_FORMS, OWN, words_in
 from upparam.errors import RefusedError
+from upparam.patterns import regex
 from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
@@ -43,10 +44,10 @@ _CANONICAL = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_m
 _SINGLE = {word: word for word in (*words_in(COMFYUI_FORMS), "set_weight", "reshape_weight") if word not in _CANONICAL.values()}
 _WORDS: dict[str, tuple[str | None, str]] = {word: (None, role) for word, role in (_SINGLE | {"lora_B.bias": "diff_b"}).items()}
 _WORDS |= {word: (name, role) for name, pair in PAIRS.items() for role, word in pair._asdict().items() if word is not None}
-_ENDING = re.compile(r"(.+?)\.(" + "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True)) + ")")
+_ENDING = regex(r"(.+?)\.(" + "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True)) + ")")
 FOREIGN = OWN | {"set_weight"}
 """Words diffusers does not have."""
-_NORM = re.compile(r"(.+\.(query_norm|key_norm))\.scale")
+_NORM = regex(r"(.+\.(query_norm|key_norm))\.scale")
 """A norm's weight under its own name, as black-forest-labs' control adapters carry it."""
 ALGORITHMS = tuple(name for name in lycoris_words.ALGORITHMS if name not in (IA3.algorithm, TLoRA.algorithm))
 """The algorithms ComfyUI has words for."""

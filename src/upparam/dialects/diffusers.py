@@ -25,6 +25,7 @@ from upparam.dialects.refusing import refuse
 from upparam.dialects.words import alpha_for, alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import error, warning
+from upparam.patterns import regex
 from upparam.records import replace
 from upparam.tensors import DTYPES, Tensor
 
@@ -32,7 +33,7 @@ _CLIP = "text_model."
 """In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""
 METADATA_KEY = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
-_BARE = re.compile(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
+_BARE = regex(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
 
 
 class Form(NamedTuple):
@@ -53,9 +54,9 @@ _WITH_PEFT = {"lora_B.bias": "bias", "lora_magnitude_vector.weight": "magnitude"
 """What PEFT writes beside its factors: the bias of up (`lora_bias`), the magnitude of DoRA, one number a row."""
 _ENDINGS = {ending: (form, role) for form, pair in FORMS.items() for ending, role in ((pair.down, "down"), (pair.up, "up"))}
 _ENDINGS |= {ending: ("peft", role) for ending, role in _WITH_PEFT.items()}
-_NORM = re.compile(r"(transformer\..+\.norm_(?:added_)?[qk])\.weight")
+_NORM = regex(r"(transformer\..+\.norm_(?:added_)?[qk])\.weight")
 """Norms whose weights FLUX's control adapters replace (loaders/lora_pipeline.py `_control_lora_supported_norm_keys`)."""
-_ENDING = re.compile(r"(.+)\.(" + "|".join(re.escape(ending) for ending in (*_ENDINGS, "alpha")) + ")")
+_ENDING = regex(r"(.+)\.(" + "|".join(re.escape(ending) for ending in (*_ENDINGS, "alpha")) + ")")
 
 
 class Pair(NamedTuple):
@@ -113,11 +114,13 @@ class Diffusers:
         hits = named = 0
         roles = set()
         for name in file.tensors:
-            found = _ENDING.fullmatch(name) or _NORM.fullmatch(name)
+            found = _ENDING.fullmatch(name)
+            if found is not None:
+                roles.add(_ENDINGS.get(found.group(2), ("", ""))[1])
+            else:
+                found = _NORM.fullmatch(name)
             if found is None:
                 continue
-            if found.re is _ENDING:
-                roles.add(_ENDINGS.get(found.group(2), ("", ""))[1])
             if found.group(1).split(".", 1)[0] in COMPONENTS:
                 named += 1
                 hits += 1

@@ -20,9 +20,10 @@ from upparam.dialects.diffusers import COMPONENTS, reference_deltas, settle, unl
 from upparam.dialects.refusing import other_scale, refuse
 from upparam.errors import MalformedError, Problem
 from upparam.findings import error
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_NAME = re.compile(r"(?P<path>.+)\.(?P<part>to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)_lora\.(?P<role>up|down)\.weight")
+_NAME = regex(r"(?P<path>.+)\.(?P<part>to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)_lora\.(?P<role>up|down)\.weight")
 _UNET = {"to_out": "to_out.0"}
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _UNET_BACK = {"to_out.0": "to_out"}

@@ -8,7 +8,6 @@ interleaved: what the old program computed from these files is not what was trai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,10 @@ from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.placing import resolve
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_NAME = re.compile(r"(?:layers|blk)\.(\d+)\.([a-z_]+(?:\.w[1-3a-z])?)\.weight\.lora([AB])")
+_NAME = regex(r"(?:layers|blk)\.(\d+)\.([a-z_]+(?:\.w[1-3a-z])?)\.weight\.lora([AB])")
 _WORDS = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",

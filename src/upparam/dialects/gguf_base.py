@@ -16,10 +16,11 @@ from upparam.dialects.base import ReadOptions
 from upparam.dialects.placing import Resolved, alike
 from upparam.errors import UsageError
 from upparam.findings import warning
+from upparam.patterns import regex
 from upparam.records import replace
 
 ARCHITECTURE = "general.architecture"
-_HUB = re.compile(r"https?://huggingface\.co/")
+_HUB = regex(r"https?://huggingface\.co/")
 _EXAMPLES = {
     "llama": "llama-2-7b", "qwen2": "qwen2-0.5b", "qwen3": "qwen3-0.6b", "gemma": "gemma-2b", "gemma2": "gemma-2-2b", "gemma3": "gemma-3-1b",
     "phi2": "phi-2", "phi3": "phi-3-mini", "gpt2": "gpt2", "falcon": "falcon-7b", "bloom": "bloom-560m", "gptneox": "pythia-70m",

@@ -8,7 +8,6 @@ src/llama-graph.cpp build_inp_embd (embeddings). Names and the order of rows are
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,14 +30,15 @@ from upparam.dialects.refusing import other_scale, refuse
 from upparam.dialects.words import alpha_for
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, info, warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
-_NAME = re.compile(r"(.+)\.weight\.(lora_[ab])")
-_NORM = re.compile(r"(.+_norm)\.weight")
+_NAME = regex(r"(.+)\.weight\.(lora_[ab])")
+_NORM = regex(r"(.+_norm)\.weight")
 _EMBEDDING = "token_embd"
-_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|down|up)_exps")
+_EXPERTS = regex(r"blk\.\d+\.ffn_(gate|down|up)_exps")
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 """Factor dtype -> `general.file_type` (gguf-py/gguf/constants.py LlamaFileType)."""
 

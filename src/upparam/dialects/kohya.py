@@ -7,7 +7,6 @@ SD 1 and 2 use diffusers' block names, later models those of their authors; both
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +19,11 @@ from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, Shape, base_of,
 from upparam.dialects.refusing import because, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import Finding, error, warning
+from upparam.patterns import regex
 from upparam.records import replace
 from upparam.tensors import DTYPES, Tensor
 
-MODULE = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")
+MODULE = regex(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")
 """How names of modules begin: a component's prefix, or LyCORIS' own, which stands for any."""
 _LAYOUTS = ("kohya", "kohya-diffusers", "kohya-original")
 _ALIASES = (

@@ -8,7 +8,6 @@ Both are asked for. upparam writes them beside the file, in `loralib.json`, and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,14 +22,13 @@ from upparam.dialects.loralib_write import SIDE, package
 from upparam.dialects.placing import Resolved, resolve
 from upparam.errors import DeadAdapterError, MalformedError, UsageError
 from upparam.findings import error, info, warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_NAME = re.compile(r"(?P<where>(?:[^/]+/)*)(?P<wrapper>(?:module\.)?)(?P<module>.+)\.lora_(?P<role>[AB])")
-_FUSED = re.compile(r"(^|\.)(c_attn|query_key_value|qkv|qkv_proj|Wqkv|in_proj)$")
-_EMBEDDING = re.compile(
-    r"(^|\.)(wte|wpe|word_embeddings|position_embeddings|embed_tokens|embed_in|shared|token_embedding|position_embedding)$"
-)
-_OTHERS = re.compile(
+_NAME = regex(r"(?P<where>(?:[^/]+/)*)(?P<wrapper>(?:module\.)?)(?P<module>.+)\.lora_(?P<role>[AB])")
+_FUSED = regex(r"(^|\.)(c_attn|query_key_value|qkv|qkv_proj|Wqkv|in_proj)$")
+_EMBEDDING = regex(r"(^|\.)(wte|wpe|word_embeddings|position_embeddings|embed_tokens|embed_in|shared|token_embedding|position_embedding)$")
+_OTHERS = regex(
     r"\.parametrizations\.|\.loras\.|(^|\.)(transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_1|_2)?|proj))|base_model\.model\..+)\.lora_[AB]$"
 )
 """Names of minLoRA, AdapterHub, LitGPT and PEFT that end alike."""

@@ -27,14 +27,15 @@ from upparam.dialects.placing import base_of, resolve
 from upparam.dialects.refusing import other_rank, other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
-_NAME = re.compile(r"(.+)(?<!\.weight)\.(lora_a|lora_b|m)")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
-_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
-_LAYER = re.compile(r"((?:.+\.)?(?:layers|h))\.(\d+)\.(.+)")
+_NAME = regex(r"(.+)(?<!\.weight)\.(lora_a|lora_b|m)")
+_EMBEDDING = regex(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
+_EXPERT = regex(r"(.+)\.experts\.(\d+)\.(\w+)")
+_LAYER = regex(r"((?:.+\.)?(?:layers|h))\.(\d+)\.(.+)")
 
 _TO_HF = (
     (r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head$", "lm_head"), (r"model\.h\.(\d+)\.(attn\.|ln_|mlp\.c_)", r"transformer.h.\1.\2"),
@@ -47,7 +48,7 @@ _FROM_HF = (
 )  # fmt: skip
 """Where mlx-lm's models name their modules otherwise than transformers': GPT-2, GPT-NeoX, models with a vision tower."""
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-_OWN = re.compile(r"(language_model\.)?(model\.(layers|h)\.|model\.[\w]+$|lm_head$)")
+_OWN = regex(r"(language_model\.)?(model\.(layers|h)\.|model\.[\w]+$|lm_head$)")
 """What a module of mlx-lm's language models is called."""
 
 

@@ -9,7 +9,6 @@ What OneTrainer writes for UNets is kohya's form, and its newer choices are thos
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,10 +31,11 @@ from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Named, Spoken, alpha_of, built, leave, settle
 from upparam.errors import DeadAdapterError, Problem, RefusedError
 from upparam.findings import warning
+from upparam.patterns import regex
 
-_OWN = re.compile(r"lora_transformer_[A-Za-z0-9_\-]+")
-_TEXT = re.compile(r"lora_te\d?_[A-Za-z0-9_\-]+")
-_OMI = re.compile(
+_OWN = regex(r"lora_transformer_[A-Za-z0-9_\-]+")
+_TEXT = regex(r"lora_te\d?_[A-Za-z0-9_\-]+")
+_OMI = regex(
     r"transformer\.((double_blocks|single_blocks)\.\d+|img_in|txt_in|time_in|vector_in|guidance_in|final_layer|distilled_guidance_layer)\.|"
     r"unet\.(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.|(clip_l|clip_g)\.text_|t5\.encoder\."
 )

@@ -8,7 +8,6 @@ such folder for each (`unet/`, `text_encoder/`), and is read as one.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,13 +18,14 @@ from upparam.dialects import peft_config, peft_others, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.peft_names import COMPONENTS, WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError
+from upparam.patterns import regex
 
 if TYPE_CHECKING:
     from upparam.dialects.peft_read import Member
 
 # Every file is matched against this dialect, and few are of it: what reads and writes is imported when it does.
 
-_BOTTLENECK = re.compile(r"\.adapters\.[^.]+\.adapter_(down|up)\.|\.adapter(_layer)?\.(down|up)(_proj|_sampler|_project)?\.")
+_BOTTLENECK = regex(r"\.adapters\.[^.]+\.adapter_(down|up)\.|\.adapter(_layer)?\.(down|up)(_proj|_sampler|_project)?\.")
 """Bottleneck adapters (adapter-hub/adapters src/adapters/methods/modeling.py): two projections with a non-linearity between them."""
 
 

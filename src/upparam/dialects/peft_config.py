@@ -17,6 +17,7 @@ from upparam.adapter import FROM_BASE
 from upparam.algorithms.base import UNKNOWN, ScaleRule, Scaling
 from upparam.dialects.base import ReadOptions
 from upparam.errors import LimitError, MalformedError, UsageError
+from upparam.patterns import regex
 
 FILE = "adapter_config.json"
 
@@ -25,8 +26,8 @@ MAX_REPEATS = 2
 """Unbounded repeats (`*`, `+`, `{n,}`) a pattern may have, none of them of a group, so that no pattern can be made to match forever."""
 MAX_PATH = 256
 """Length of a module path above which a pattern is only compared, not matched."""
-_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
-_GROUP_REPEAT = re.compile(r"(?<!\\)\)(?:[*+]|\{)")
+_REPEAT = regex(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
+_GROUP_REPEAT = regex(r"(?<!\\)\)(?:[*+]|\{)")
 
 
 def number(config: Mapping[str, Any], key: str) -> float | None:

@@ -7,7 +7,6 @@ src/peft/tuners/tuners_utils.py _inject_parameters, src/peft/tuners/lora/layer.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +16,11 @@ from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
 from upparam.dialects import peft_config
 from upparam.dialects.base import ReadOptions
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 Roles = Mapping[str, Tensor]
-_NESTED = re.compile(r"(\.base_layer)+$")
+_NESTED = regex(r"(\.base_layer)+$")
 
 
 def parameter_deltas(

@@ -5,11 +5,11 @@ Sources: huggingface/peft src/peft/utils/save_and_load.py (what a save strips), 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from upparam.errors import AmbiguousError
+from upparam.patterns import regex
 from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
@@ -19,7 +19,7 @@ WRAPPER = "base_model.model."
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 """Components of a pipeline. PEFT saves each in a folder of its own (huggingface/peft examples/lora_dreambooth/train_dreambooth.py)."""
 
-_WRAPPED = re.compile(r"^(?:[^/.]+/)?(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
+_WRAPPED = regex(r"^(?:[^/.]+/)?(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
 """The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module, in a nested dict (`state_dict/`)."""
 
 FACTORS = {
@@ -32,8 +32,8 @@ FACTORS = {
 }  # fmt: skip
 """Words that name a factor, and the role it plays here."""
 
-_FACTOR = re.compile(rf"^(?P<module>.+)\.(?P<word>{'|'.join(sorted(FACTORS, key=len, reverse=True))})(?P<rest>(\.[^.]+)*)$")
-_SHARED = re.compile(r"^(base_model\.)?(vera_[AB])(\.[^.]+)?$")
+_FACTOR = regex(rf"^(?P<module>.+)\.(?P<word>{'|'.join(sorted(FACTORS, key=len, reverse=True))})(?P<rest>(\.[^.]+)*)$")
+_SHARED = regex(r"^(base_model\.)?(vera_[AB])(\.[^.]+)?$")
 
 
 class Part(NamedTuple):
@@ -97,7 +97,7 @@ class Sorted:
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
 """Ends the name of the embedding rows that `trainable_token_indices` trained; `_original` beside it is the untrained table's rows."""
-_FOREIGN = re.compile(r"(^|\.)(lora|vera|hada|lokr|oft|boft|ia3|token_adapter|trainable_tokens|prompt)_?[^.]*(\.|$)")
+_FOREIGN = regex(r"(^|\.)(lora|vera|hada|lokr|oft|boft|ia3|token_adapter|trainable_tokens|prompt)_?[^.]*(\.|$)")
 """Words of adapters: a tensor with such a name is never a parameter of the base."""
 
 

@@ -6,11 +6,11 @@ can be merged).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple, NoReturn
 
 from upparam.errors import NotAnAdapterError
+from upparam.patterns import regex
 
 
 class Other(NamedTuple):
@@ -69,7 +69,7 @@ OTHERS: dict[str, Other] = {
 }  # fmt: skip
 """peft_type -> what it is. BONE is that of PEFT before 0.18."""
 
-_WORDS = re.compile(rf"(^|[./])({'|'.join(other.word for other in OTHERS.values() if other.word)})[A-Za-z_]+(\.|$)")
+_WORDS = regex(rf"(^|[./])({'|'.join(other.word for other in OTHERS.values() if other.word)})[A-Za-z_]+(\.|$)")
 _BY_WORD = {other.word: kind for kind, other in OTHERS.items() if other.word}
 
 

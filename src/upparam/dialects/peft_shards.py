@@ -5,14 +5,14 @@ Source of the names: huggingface/transformers src/transformers/modeling_utils.py
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from upparam.containers.base import TensorFile
 from upparam.findings import error
+from upparam.patterns import regex
 from upparam.records import replace
 
-_SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.\w+)$")
+_SHARD = regex(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.\w+)$")
 
 
 def others(file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:

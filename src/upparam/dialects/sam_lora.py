@@ -27,14 +27,15 @@ from upparam.dialects.placing import base_of
 from upparam.dialects.refusing import other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, info, warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 SCALE_KEY = "upparam.scale"
 """Metadata in which upparam notes the multiplier of a LoRA-ViT adapter, which the format itself leaves to the reader's arguments."""
-_NUMBERED = re.compile(r"(w|sa|cti|cit)_([ab])_(\d{3,})")
-_FINAL = re.compile(r"fati_([qv])([ab])")
-_HEAD = re.compile(r"fc_\d+in_\d+out")
-_SAVED = re.compile(r"(prompt_encoder|mask_decoder)\.")
+_NUMBERED = regex(r"(w|sa|cti|cit)_([ab])_(\d{3,})")
+_FINAL = regex(r"fati_([qv])([ab])")
+_HEAD = regex(r"fc_\d+in_\d+out")
+_SAVED = regex(r"(prompt_encoder|mask_decoder)\.")
 _CLASSIFIER = "classifier.weight"
 _DECODER = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
 _DECODER_LAYERS = 2

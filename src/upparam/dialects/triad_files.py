@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from upparam.containers.base import LONE, TensorFile
+from upparam.patterns import regex
 from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
@@ -15,10 +16,10 @@ _ROLES = {
     "loraup": "up", "loradown": "down", "loramid": "mid", "loraa": "down", "lorab": "up", "wa": "down", "wb": "up",
 }  # fmt: skip
 _NOISE = frozenset(("param", "params", "weight", "weights", "lora", "factor", "matrix"))
-_ENDINGS = re.compile(r"(\.(bin|pt|pth|npy|npz|raw|tofile|dat|safetensors|f32|f16|bf16|json))+$", re.I)
+_ENDINGS = regex(r"(\.(bin|pt|pth|npy|npz|raw|tofile|dat|safetensors|f32|f16|bf16|json))+$", re.I)
 
 
-_PARAM = re.compile(r"([a-z]\w*)-param(?:\.(\d+))?(?=\.|$)")
+_PARAM = regex(r"([a-z]\w*)-param(?:\.(\d+))?(?=\.|$)")
 """How `split` names a file of factors that are neither up nor down: `w1_a-param.bin`, `magnitude-param.0003.raw`."""
 
 
@@ -108,7 +109,7 @@ def _tops(file: TensorFile) -> list[str]:
     return list(dict.fromkeys(name.split("/", 1)[0] for name in file.tensors))
 
 
-_WORDED = re.compile(r"[./](?P<word>lora_[ABab]|lora_(?:up|down)|lora\.(?:up|down)|up|down)(?:\.default)?(?:\.weight)?$")
+_WORDED = regex(r"[./](?P<word>lora_[ABab]|lora_(?:up|down)|lora\.(?:up|down)|up|down)(?:\.default)?(?:\.weight)?$")
 _HALVES = {"lora_A": "down", "lora_a": "down", "lora_B": "up", "lora_b": "up"}
 
 

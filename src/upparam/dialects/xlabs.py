@@ -7,7 +7,6 @@ rank for all, a processor loads strictly), train_flux_lora_deepspeed.py; bytedan
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +23,10 @@ from upparam.dialects.placing import PARTS_KEY, Parts, alike, layout_for, take_p
 from upparam.dialects.refusing import other_rank, other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error, warning
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_NAME = re.compile(r"(diffusion_model\.)?((?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
+_NAME = regex(r"(diffusion_model\.)?((?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 _FLUX = "flux.1-dev"
 _ALIKE = ("flux.1-schnell", "flux.1-fill-dev", "flux.1-control-dev")
 """Variants of FLUX.1 whose attention has the same shapes."""

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any
 from upparam.containers.side import read_json
 from upparam.errors import UpparamError
 from upparam.findings import Finding, error, info, warning
+from upparam.patterns import regex
 
 if TYPE_CHECKING:
     from upparam.operations.identify import AdapterReport, FileReport, Identity
 
 _NAMED = 4
 """Names that are given as examples."""
-_STATE = re.compile(
-    r"^(?P<before>.*?)[-_.]?(?:(?:step|epoch|iter|checkpoint|ckpt)[-_]?(?P<word>\d+)|(?P<bare>\d{6,}))(?P<after>\D*)$", re.I
-)
+_STATE = regex(r"^(?P<before>.*?)[-_.]?(?:(?:step|epoch|iter|checkpoint|ckpt)[-_]?(?P<word>\d+)|(?P<bare>\d{6,}))(?P<after>\D*)$", re.I)
 """A number of steps or epochs in a file's name: kohya's `x-000004`, `x-step00000500`, ai-toolkit's `x_000000250`, MLX's `0000100_adapters`."""
-_ENDING = re.compile(r"\.(safetensors|bin|pth?|ckpt|npz|npy|gguf)$", re.I)
+_ENDING = regex(r"\.(safetensors|bin|pth?|ckpt|npz|npy|gguf)$", re.I)
 
 
 def belonging(path: Path, identity: Identity) -> list[Finding]:

@@ -17,6 +17,7 @@ from typing import Any
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.errors import UpparamError
+from upparam.patterns import regex
 from upparam.records import dataclass
 
 
@@ -114,7 +115,7 @@ _LEARNED = {
     "CARTRIDGE": ("prefix-tuning", "a cartridge: keys and values put before every layer's own"),
 }
 """peft_type -> what it is."""
-_FACTOR = re.compile(r"lora|hada_|lokr_|loha")
+_FACTOR = regex(r"lora|hada_|lokr_|loha")
 _LAYER_SIZES = {320, 640, 768, 1024, 1280, 2048}
 
 

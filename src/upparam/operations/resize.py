@@ -20,11 +20,10 @@ from upparam.dialects import restated
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.operations.convert import write_adapter
-from upparam.operations.merge import pin_blas
 from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
-from upparam.operations.threads import in_threads
+from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
 from upparam.records import asdict, dataclass, replace
 from upparam.tensors import DType, JoinedSource, Tensor, doubles

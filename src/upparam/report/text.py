@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable
 
 from upparam.findings import Finding, Severity
+from upparam.patterns import regex
 
 MARKS = {Severity.INFO: "note", Severity.WARNING: "warning", Severity.ERROR: "ERROR"}
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+_UNSAFE = regex("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 _COLOURS = {"ERROR:": "1;31", "warning:": "33", "note:": "2"}
 _NARROWEST = 40
 """Columns below which nothing is wrapped: no person reads there."""

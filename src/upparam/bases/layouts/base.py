@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.bases.base import Base, Module
 from upparam.errors import MalformedError
+from upparam.patterns import regex
 from upparam.records import dataclass, field
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _stack(name: str, path: str, members: list[tuple[Spot, Module]]) -> tuple[Pa
     return tuple(parts)
 
 
-_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
+_NUMBER = regex(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 class Table:

@@ -6,10 +6,9 @@ ldm/modules/diffusionmodules/openaimodel.py.
 
 from __future__ import annotations
 
-import re
-
 from upparam.bases.base import Base
 from upparam.bases.layouts.base import Naming, Spot
+from upparam.patterns import regex
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -31,7 +30,7 @@ _WHOLE = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_PIECE = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_PIECE = regex(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
 def ldm_unet(base: Base, component: str = "unet.") -> Naming:

@@ -17,13 +17,12 @@ from upparam.operations.combine.exact import concatenated, orthogonal, to_cut
 from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
 from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
 from upparam.operations.convert import write_adapter
-from upparam.operations.merge import pin_blas
 from upparam.operations.merge.plan import BlockWeight
 from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.resize import cut_job, cuttable
 from upparam.operations.spool import Keep, Spool
-from upparam.operations.threads import in_threads
+from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
 from upparam.records import dataclass, replace
 from upparam.tensors import Tensor

@@ -12,8 +12,8 @@ from upparam.errors import UnreadableError, UsageError
 from upparam.operations.compare.adapters import compare_adapters
 from upparam.operations.compare.models import ModelComparison, compare_models
 from upparam.operations.compare.verdict import ACCEPTED, Comparison, Verdict
-from upparam.operations.merge import pin_blas
 from upparam.operations.opening import candidates, open_adapter
+from upparam.operations.threads import pin_blas
 from upparam.progress import Progress, silent
 from upparam.records import replace
 

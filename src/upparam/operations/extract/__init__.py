@@ -20,11 +20,10 @@ from upparam.operations.convert import write_adapter
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.extract.module import Extracted, Maker
 from upparam.operations.extract.pairing import Pair, Pairing, pair
-from upparam.operations.merge import pin_blas
 from upparam.operations.merge.plan import ties_head, wanted
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
-from upparam.operations.threads import in_threads
+from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
 from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Tensor

@@ -5,7 +5,6 @@ Each is located by itself, so a fine-tune in the authors' single file pairs with
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import NamedTuple
@@ -18,13 +17,14 @@ from upparam.bases.layouts import Order, available, layout
 from upparam.checkpoint import Checkpoint
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge.matching import by_component, renaming
+from upparam.patterns import regex
 from upparam.records import dataclass
 from upparam.tensors import Tensor
 
 _PARAMETERS = ("weight", "bias")
 
 
-_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|embed_positions|embed_in|wte|wpe|shared|(word|token|position|token_type)_embeddings?)")
+_EMBEDDING = regex(r"(.*\.)?(embed_tokens|embed_positions|embed_in|wte|wpe|shared|(word|token|position|token_type)_embeddings?)")
 """Modules that look rows up, in the models of transformers; asked only where no inventory knows the class."""
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from upparam.checkpoint import Checkpoint
 from upparam.errors import RefusedError, UsageError
 from upparam.findings import info, warning
 from upparam.operations.receipt import Receipt
+from upparam.operations.threads import default_threads, pin_blas
 from upparam.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -205,16 +204,3 @@ def _is_zero(delta: object) -> bool:
     if not isinstance(delta, LoRA):
         return False
     return delta.scale == 0 or any(not factor.read().any() for factor in delta.factors().values())
-
-
-def default_threads() -> int:
-    """Threads used when none are asked for: the cores this process may use, at most 8."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, count)
-
-
-def pin_blas() -> None:
-    """One BLAS thread for each of ours. Works only before numpy is first imported; later the caller's own setting stands."""
-    if "numpy" not in sys.modules:
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-            os.environ.setdefault(name, "1")

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from upparam.adapter import Target
 from upparam.errors import UsageError
 from upparam.operations.merge.plan import BlockWeight
+from upparam.patterns import regex
 
 _IN, _OUT = [f"IN{number:02}" for number in range(12)], [f"OUT{number:02}" for number in range(12)]
 IDS_26 = ["BASE", *_IN, "M00", *_OUT]
@@ -39,7 +40,7 @@ PRESETS: dict[str, list[float]] = {
 }
 
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), block)
+    (regex(pattern), block)
     for pattern, block in (
         (r"(^|\.)(single_transformer_blocks|single_blocks)\.(?P<n>\d+)\.", "S{n}"),
         (r"^transformer\.transformer_blocks\.(?P<n>\d+)\.|(^|\.)double_blocks\.(?P<m>\d+)\.", "D{n}"),
@@ -54,8 +55,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(^|\.)conv_in$", "IN00"),
     )
 )
-_DOWN = re.compile(r"(^|\.)down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.")
-_UP = re.compile(r"(^|\.)up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\.")
+_DOWN = regex(r"(^|\.)down_blocks\.(\d+)\.(resnets|attentions|downsamplers)\.(\d+)\.")
+_UP = regex(r"(^|\.)up_blocks\.(\d+)\.(resnets|attentions|upsamplers)\.(\d+)\.")
 
 
 def block_of(module: str, flux: bool = False) -> str | None:

@@ -12,13 +12,14 @@ from upparam.algorithms.slicing import RowSlice, join, reorder
 from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, available, layout
 from upparam.errors import AmbiguousError
+from upparam.patterns import regex
 from upparam.records import dataclass
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior", "decoder")
 """First segments that name a component of a pipeline rather than a module of one network."""
 _PREFIXES = ("base_model.model.", "model.", "transformer.", "base_model.", "module.", "diffusion_model.", "language_model.", "text_model.")
 """Prefixes that wrappers and versions add to or take from the names of the same modules (transformers 5 drops CLIP's `text_model.`)."""
-_CONV1D_LEAF = re.compile(r"(.*\.)?(c_attn|c_proj|c_fc|q_attn)")
+_CONV1D_LEAF = regex(r"(.*\.)?(c_attn|c_proj|c_fc|q_attn)")
 """Modules that are Conv1D, with an (in, out) weight, in the models of transformers that use it."""
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "jukebox", "clvp"))
 """model_type values of transformers whose layers use Conv1D."""

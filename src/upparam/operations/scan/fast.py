@@ -7,15 +7,15 @@ cover to the last byte, or what fails any check, goes to the full reader, which 
 from __future__ import annotations
 
 import json
-import re
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER
+from upparam.patterns import regex
 from upparam.tensors import BY_CODE, Source
 
-_ENTRY = re.compile(rb'"([^"]*)":\{"dtype":"([^"]*","shape":\[[^\]]*)\],"data_offsets":\[([^\]]*)\]\}[,}]')
+_ENTRY = regex(rb'"([^"]*)":\{"dtype":"([^"]*","shape":\[[^\]]*)\],"data_offsets":\[([^\]]*)\]\}[,}]')
 _PUNCTUATION = len('"":{"dtype":"],"data_offsets":[]},')
 _BETWEEN = b'","shape":['
 _CONTROLS = bytes(range(32))

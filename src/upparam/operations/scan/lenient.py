@@ -18,6 +18,7 @@ from upparam.containers.machine import Examination, Use, examine, new_budget
 from upparam.containers.symbols import Trust
 from upparam.errors import UpparamError
 from upparam.limits import MAX_PICKLE_BYTES
+from upparam.patterns import regex
 from upparam.tensors import MemorySource, Source
 
 _MAX_HEADERS = 10_000
@@ -27,8 +28,8 @@ _INFLATED = 1 << 20
 _WINDOWS = (1 << 16, 1 << 20, 1 << 24, MAX_PICKLE_BYTES)
 _LOCAL = b"PK\x03\x04"
 _OURS = ("keras", "tensorflow", "tf_keras", "builtins", "numpy")
-_LAYER = re.compile(rb'"class_name"\s*:\s*"(Lambda|__lambda__)"')
-_ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
+_LAYER = regex(rb'"class_name"\s*:\s*"(Lambda|__lambda__)"')
+_ESCAPE = regex(rb"\\u00([0-7][0-9a-fA-F])")
 _FAR = 64 << 20
 """Bytes from which the end of a packed member is looked at only if it is packed as tensors and archives are."""
 _BLOCK, _OVERLAP = 1 << 20, 1 << 10
