@@ -2,7 +2,7 @@
 
 The situations: lm-sys/FastChat #502, mymusise/ChatGLM-Tuning #198 (a checkpoint's pytorch_model.bin holds base and factors), LianjiaTech/BELLE
 #370 and #385 (factors alone, or a whole state dict, and no config), datawhalechina/self-llm #175 and #421 (a whole model in shards, without
-PEFT's wrapper), baichuan-inc/Baichuan2 #145 (DeepSpeed's own states).
+PEFT's wrapper), baichuan-inc/Baichuan2 #145 (DeepSpeed's own states), hiyouga/LlamaFactory #1912 (the folder of a run for one of its states).
 """
 
 from __future__ import annotations
@@ -77,12 +77,18 @@ def deepspeed(model: Any, folder: Path) -> None:
     torch.save({"optimizer_state_dict": {"zero_stage": 2}, "ds_version": "0.14.0"}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
 
+def with_arguments(model: Any, folder: Path) -> None:
+    """A Trainer whose model is no PreTrainedModel: its state dict, and its arguments as a pickle of classes that nothing must build."""
+    whole(model, folder)
+    torch.save(transformers.TrainingArguments(output_dir=str(folder)), folder / "training_args.bin")
+
+
 def consolidated(model: Any, folder: Path) -> None:
     torch.save({"model": model.state_dict()}, folder / "consolidated.00.pth")
 
 
 SAVES: dict[str, Callable[[Any, Path], None]] = {
-    "FastChat #502": whole, "ChatGLM-Tuning #198": of_old_peft, "BELLE #370": factors_alone, "self-llm #175": unwrapped_shards,
+    "FastChat #502": whole, "ChatGLM-Tuning #198": of_old_peft, "BELLE #370": factors_alone, "BELLE #385": with_arguments, "self-llm #175": unwrapped_shards,
     "Baichuan2 #145": deepspeed, "consolidated": consolidated,
 }  # fmt: skip
 
@@ -106,6 +112,47 @@ def test_an_adapter_without_a_config(case: str, tmp_path: Path, capsys: pytest.C
     assert not torch.allclose(answer(again), answer(base()), atol=1e-2)
     held = peft.load_peft_weights(str(out), device="cpu")
     assert held.keys() == peft.get_peft_model_state_dict(model).keys()
+
+
+def test_a_model_that_saved_itself_with_its_factors(tmp_path: Path) -> None:
+    """self-llm #421: transformers saves the inner model of a PEFT one, in shards, with the model's config and none of the adapter's."""
+
+    def qwen() -> Any:
+        torch.manual_seed(0)
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, vocab_size=64, head_dim=8, pad_token_id=0)).eval()
+
+    model = peft.get_peft_model(
+        qwen(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    ).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder, out = tmp_path / "checkpoint-100", tmp_path / "out"
+    model.base_model.model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2 and not (folder / "adapter_config.json").exists()
+    assert main(["assemble", str(folder), "-o", str(out), "-q"]) == 4
+    assert main(["assemble", str(folder), "--alpha", "8", "-o", str(out), "-q"]) == 0
+    assert torch.equal(answer(peft.PeftModel.from_pretrained(qwen(), out).eval()), answer(model))
+
+
+def test_the_folder_of_a_run_names_its_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LlamaFactory #1912: the run's folder, named where a checkpoint in it is meant; PEFT says that it cannot find adapter_config.json."""
+    run = tmp_path / "Qwen-14B-Chat" / "lora" / "test1"
+    model = trained(task_type="CAUSAL_LM")
+    for step in (500, 1000):
+        model.save_pretrained(run / f"checkpoint-{step}")
+        torch.save({"state": {}, "param_groups": []}, run / f"checkpoint-{step}" / "optimizer.pt")
+    (run / "trainer_log.jsonl").write_text("{}\n")
+    torch.save(transformers.TrainingArguments(output_dir=str(run)), run / "training_args.bin")
+    with pytest.raises(ValueError, match="adapter_config"):
+        peft.PeftModel.from_pretrained(base(), str(run))
+    for command in (["assemble", str(run), "-o", str(tmp_path / "out")], ["inspect", str(run)], ["verify", str(run)]):
+        assert main(command) == 3
+        said = capsys.readouterr().err
+        assert "checkpoint-1000, checkpoint-500" in said and "checkpoint-1000 is the last" in said
+    assert main(["assemble", str(run / "checkpoint-1000"), "-o", str(tmp_path / "out"), "-q"]) == 0
+    assert torch.equal(answer(peft.PeftModel.from_pretrained(base(), tmp_path / "out").eval()), answer(model))
 
 
 def test_ranks_that_differ_become_a_pattern(tmp_path: Path) -> None:

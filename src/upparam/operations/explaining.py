@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,7 @@ def explain_nothing(path: Path, dialect: str | None, files: Sequence[TensorFile]
     """Raise what is the matter at a path at which no adapter was found. `files` are the tensor files there, `problems` those that are broken."""
     for problem in problems.values():
         raise problem
+    _refuse_below(path)
     if dialect is None:
         _unread(path, {file.path for file in files})
     if not files:
@@ -38,6 +40,24 @@ def explain_nothing(path: Path, dialect: str | None, files: Sequence[TensorFile]
         found=f"{len(files[0].tensors)} tensors such as {shown}",
         remedy="see 'upparam identify'",
     )
+
+
+_ADAPTER = re.compile(r"adapter_config\.json|(adapter_model|adapters|pytorch_lora_weights)\.\w+")
+_STATE = re.compile(r"\D*?(\d+)")
+"""How folders of a training's states are named: `checkpoint-500`, `epoch_3`, `0000500`."""
+
+
+def _refuse_below(path: Path) -> None:
+    """Raise for a folder whose adapters lie in folders of it, as a training leaves them: the run's name given where a state's is meant."""
+    folders = [member for member in sorted(path.iterdir()) if member.is_dir()] if path.is_dir() else []
+    holding = [folder.name for folder in folders if any(_ADAPTER.fullmatch(member.name) for member in folder.iterdir())]
+    if not holding:
+        return
+    steps = {name: int(found[1]) for name in holding if (found := _STATE.fullmatch(name)) is not None}
+    last = max(steps, key=lambda name: steps[name]) if len(steps) == len(holding) else None
+    which = f"name it: {path / holding[0]}" if len(holding) == 1 else "name the one you mean" + (f"; {last} is the last" if last else "")
+    shown = ", ".join(holding[:_NAMED]) + (f", ... ({len(holding)})" if len(holding) > _NAMED else "")
+    raise NotAnAdapterError("no adapter lies in this folder itself, but in folders of it", file=path, found=shown, remedy=which)
 
 
 def _unread(path: Path, read: set[Path]) -> None:
