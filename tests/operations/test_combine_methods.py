@@ -129,6 +129,26 @@ def test_exactly_so_many_are_kept(values: list[int], density: float) -> None:
         assert np.abs(array[keep]).min() >= np.abs(array[~keep]).max()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4096, 20_000), st.floats(0, 1), st.sampled_from(["apart", "ties", "columns", "sorted", "same"]), st.integers(0, 99))
+def test_the_largest_of_many_are_those_of_a_sort(size: int, density: float, kind: str, seed: int) -> None:
+    """What a sample says of the others may be wrong: of columns of different sizes, of values in order, of many equal ones."""
+    random = np.random.default_rng(seed)
+    array = random.standard_normal(size)
+    if kind == "ties":
+        array = random.integers(-3, 4, size).astype(np.float64)
+    elif kind == "columns":
+        array *= np.logspace(0, -6, 16)[np.arange(size) % 16]
+    elif kind == "sorted":
+        array.sort()
+    elif kind == "same":
+        array[:] = -2.0
+    count = int(density * size)
+    meant = np.zeros(size, bool)
+    meant[np.argsort(-np.abs(array), kind="stable")[:count]] = True
+    np.testing.assert_array_equal(largest(array, count), meant)
+
+
 def test_orthogonal_takes_out_what_is_shared() -> None:
     random = np.random.default_rng(0)
     shared_up, shared_down = random.standard_normal((12, 1)), random.standard_normal((1, 10))
