@@ -361,6 +361,26 @@ def test_names_nobody_has_are_refused(tmp_path: Path) -> None:
         edit(tmp_path / "a.safetensors", in_place=True, rename=[("w_a_000", "w_a_zero")])
 
 
+def test_what_the_dialect_cannot_say_is_a_refusal(tmp_path: Path) -> None:
+    """Not a failed proof: PEFT's VeRA has no multiplier, and what is left of an adapter may be none."""
+    write_adapter(specimens.vera("llama-3-8b"), tmp_path / "vera", "peft")
+    with pytest.raises(RefusedError, match=r"does not hold this multiplier.*--bake"):
+        edit(tmp_path / "vera", tmp_path / "out", scale=0.5)
+    write_adapter(specimens.adalora("llama-3-8b"), tmp_path / "ada", "peft")
+    empty = next(target for target, delta in open_adapter(tmp_path / "ada").deltas.items() if not delta.rank)
+    with pytest.raises(RefusedError, match="would be left is not read as an adapter of peft"):
+        edit(tmp_path / "ada", tmp_path / "out", keep=[f"{empty}*"], dtype="fp32")
+    assert names(tmp_path) == ["ada", "vera"]
+
+
+def test_parts_of_a_fused_weight_go_together(tmp_path: Path) -> None:
+    write_adapter(specimens.plain("flux.1-dev"), tmp_path / "a.safetensors", "kohya")
+    with pytest.raises(RefusedError, match="go and stay together"):
+        edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", remove=["*.transformer_blocks.0.attn.to_q"])
+    edit(tmp_path / "a.safetensors", tmp_path / "b.safetensors", remove=[f"*.transformer_blocks.0.attn.to_{part}" for part in "qkv"])
+    assert names(tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = with_strangers(kohya_file(tmp_path / "a.safetensors"))
     assert main(["edit", str(path), "--in-place", "--dtype", "bf16", "--json"]) == 0

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from upparam.adapter import Adapter, Target
 from upparam.atomic import atomic_file, atomic_folder, refuse_existing, refuse_strangers, swap
 from upparam.bases import inventory
 from upparam.dialects.base import Dialect, Package, ReadOptions
-from upparam.errors import OutputExistsError, RefusedError, UpparamError, UsageError, VerificationError
+from upparam.errors import DeadAdapterError, NotAnAdapterError, OutputExistsError, RefusedError, UpparamError, UsageError, VerificationError
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import without, write_adapter, write_file, write_package
 from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
@@ -79,7 +80,10 @@ def edit(
         told_base = ReadOptions(base=inventory.load(source.base.name))
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent, ignore_cleanup_errors=True) as folder:
         written = Path(folder) / place.name
-        receipt, again = _written(source, result, changes, path, written, read, told_base, verify, drop, in_place)
+        try:
+            receipt, again = _written(source, result, changes, path, written, read, told_base, verify, drop, in_place)
+        except (VerificationError, NotAnAdapterError, DeadAdapterError) as problem:
+            raise _not_read(source, changes, path, problem) from problem
         told = _metadata(source, again, changes)
         compared = compare_files(source, written)
         dropped = {name for name in source.leftovers if name not in result.leftovers}
@@ -137,19 +141,28 @@ def _written(
             (content,) = made.package.files.values() or [None]
             size = write_file(content, temporary) if content is not None else _copied(next(iter(made.untouched.values())), temporary)
         outputs = [str(written)]
-    try:
-        proofs, again = _read_back(result, written, [read, told])
-    except VerificationError as problem:
-        if not changes.rename:
-            raise
-        raise RefusedError(
-            "under the new names this is not read as the same adapter", file=path, tensor=problem.tensor, found=problem.message,
-            remedy="give names that the dialect and the base have; see 'upparam bases NAME'",
-        ) from problem  # fmt: skip
+    proofs, again = _read_back(result, written, [read, told])
     counts = {"targets": len(result.deltas), "extras": len(result.extras), "bytes": size}
     findings = [finding for finding in again.findings if finding.severity] + made.findings
     modules = [proof.facts() for proof in proofs] if verify else []
     return Receipt("edit", [], outputs, counts, statements(proofs, result) if verify else [], findings, modules=modules), again
+
+
+def _not_read(source: Adapter, changes: Changes, path: Path, problem: UpparamError) -> UpparamError:
+    """What to say where that which was asked for, written, is not read as what was meant: mostly there is no such thing in the dialect."""
+    if changes.rename:
+        message = "under the new names this is not read as the same adapter"
+        remedy = "give names that the dialect and the base have; see 'upparam bases NAME'"
+    elif changes.restates and isinstance(problem, VerificationError):
+        message, remedy = f"{source.dialect} does not hold this multiplier", "put the multiplier into a factor with --bake"
+    elif changes.remove or changes.keep:
+        message, remedy = (
+            f"what would be left is not read as an adapter of {source.dialect}",
+            "keep more of it, or name its base with --base",
+        )
+    else:
+        return problem
+    return RefusedError(message, file=path, tensor=problem.tensor, found=problem.message, remedy=remedy)
 
 
 def _package(member: Dialect, adapter: Adapter, options: Mapping[str, Any]) -> Package:
@@ -171,11 +184,14 @@ def _copied(file: Path, place: Path) -> int:
 
 
 def _read_back(result: Adapter, written: Path, ways: Sequence[ReadOptions | None]) -> tuple[list[ModuleProof], Adapter]:
-    """What was written, read as the source was, else with what the source told of its base; proved to be the result, carried tensors and all."""
+    """What was written, read as the source was, else with what the source told of its base, else by whatever dialect knows it now.
+
+    Proved to be the result, carried tensors and all. Raises the first problem.
+    """
     problem: UpparamError | None = None
-    for options in ways:
+    for dialect, options in product((result.dialect, None), ways):
         try:
-            again = open_adapter(written, dialect=result.dialect, options=options)
+            again = open_adapter(written, dialect=dialect, options=options)
             strange = {
                 name for name, tensor in again.leftovers.items() if name in result.leftovers and same_bits(tensor, result.leftovers[name])
             }
@@ -184,7 +200,7 @@ def _read_back(result: Adapter, written: Path, ways: Sequence[ReadOptions | None
                 raise VerificationError("a carried tensor reads back otherwise, or not at all", tensor=lost)
             rest = {name: tensor for name, tensor in again.leftovers.items() if name not in strange}
             return proved(result, replace(again, leftovers=rest)), again
-        except (UsageError, VerificationError) as found:
+        except (UsageError, VerificationError, NotAnAdapterError, DeadAdapterError) as found:
             problem = problem or found
     assert problem is not None
     raise problem
@@ -265,6 +281,6 @@ def _expected(changes: Changes, compared: Compared) -> None:
     if wrong:
         raise RefusedError(
             "writing this adapter again changes tensors that were to stay", tensor=wrong[0], found=f"{len(wrong)} tensors",
-            remedy="parts of a fused weight (q, k, v) go and stay together" if changes.remove or changes.keep
+            remedy="modules that share a tensor, such as q, k and v of a fused weight, go and stay together" if changes.remove or changes.keep
             else "bring it into its dialect's present form with 'upparam convert' first",
         )  # fmt: skip
