@@ -24,11 +24,14 @@
 #endif
 
 #define CHUNK 16
+#define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
 #define INTERFACE 2 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* columns of a panel */
 #define WAITING 8
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
+#define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
+#define TINY 2e-37f
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 
@@ -122,14 +125,12 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
     *place = after;
 }
 
-#define ROWS 4
 #define LANES 4
 #define NAME(x) JOIN(x, portable)
 #define TARGET
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define FMAD(a, b, c) ((a) * (b) + (c))
 #include "tile_kernels.h"
-#undef ROWS
 #undef LANES
 #undef NAME
 #undef TARGET
@@ -141,7 +142,6 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #undef ANY
 
 #ifdef X86
-#define ROWS 6
 #define LANES 8
 #define NAME(x) JOIN(x, avx2)
 #define TARGET __attribute__((target("avx2,fma,f16c")))
@@ -154,7 +154,6 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
 #define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
 #include "tile_kernels.h"
-#undef ROWS
 #undef LANES
 #undef NAME
 #undef TARGET
@@ -167,7 +166,6 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #undef HALF_UP
 #undef HALF_DOWN
 
-#define ROWS 6
 #define LANES 16
 #define NAME(x) JOIN(x, avx512)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))

@@ -104,25 +104,6 @@ TARGET static inline VF NAME(half_value)(VU code)
 #endif
 }
 
-/* sum = up . panel for ROWS rows and 2 * LANES columns: CHUNK ranks at a time, the first straight into the sums. */
-TARGET static inline __attribute__((always_inline)) void NAME(sums16)(VF (*sum)[2], const float *const *up, const float *panel, long from, long to)
-{
-    for (int i = 0; i < ROWS; i++)
-        sum[i][0] = sum[i][1] = (VF){0};
-#pragma GCC unroll 16
-    for (long k = from; k < to; k++) {
-        VF d0, d1;
-        memcpy(&d0, panel + k * WIDE, sizeof d0);
-        memcpy(&d1, panel + k * WIDE + LANES, sizeof d1);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            VF u = up[i][k] - (VF){0};
-            sum[i][0] = FMA(u, d0, sum[i][0]);
-            sum[i][1] = FMA(u, d1, sum[i][1]);
-        }
-    }
-}
-
 #ifndef ROW_OF_BFLOAT
 /* One row of a bfloat16 block: 2 * LANES weights as LANES words, whose lower halves are the even columns and upper halves the odd ones.
  *
@@ -192,34 +173,70 @@ TARGET static inline __attribute__((always_inline)) uint32_t NAME(half_row)(uint
 #define ROW_OF_HALF NAME(half_row)
 #endif
 
-/* One block of 16-bit weights: w = round(w + up . panel) where that is certain. Doubtful elements keep their old code and are marked. */
-TARGET static inline __attribute__((always_inline)) int NAME(block16)(
-    uint16_t *const *w, const float *const *up, const float *panel, long rank, const float *reach, int half, int exact, long *changed, uint32_t *marks)
+/* A block of 16-bit weights whose sums are known and whose weights are still to be changed. */
+typedef struct {
+    VF sum[ROWS][2];
+    uint16_t *w[ROWS];
+    float reach[ROWS];
+    long row, column;
+} NAME(Held);
+
+/* Change row i of a held block: w = round(w + sum) where that is certain. Doubtful elements keep their old code and are marked. */
+TARGET static inline __attribute__((always_inline)) uint32_t NAME(finish_row)(const NAME(Held) *held, int i, int half, int exact, long *changed)
 {
-    VF sum[ROWS][2], part[ROWS][2];
+    return half ? ROW_OF_HALF(held->w[i], held->sum[i], held->reach[i], exact, changed)
+                : ROW_OF_BFLOAT(held->w[i], held->sum[i], held->reach[i], exact, changed);
+}
+
+/* sum = up . panel for ROWS rows and 2 * LANES columns, over the ranks from `from` to `to`. A block that is held is finished meanwhile, row
+ * by row: what rounds and what multiplies are different units of a processor, and one block alone keeps only one of them busy. */
+TARGET static inline __attribute__((always_inline)) void NAME(sums16)(
+    VF (*sum)[2], const float *const *up, const float *panel, long from, long to, const NAME(Held) *held, int half, int exact, long *changed, uint32_t *marks)
+{
+    for (int i = 0; i < ROWS; i++)
+        sum[i][0] = sum[i][1] = (VF){0};
+#pragma GCC unroll 16
+    for (long k = from; k < to; k++) {
+        VF d0, d1;
+        memcpy(&d0, panel + k * WIDE, sizeof d0);
+        memcpy(&d1, panel + k * WIDE + LANES, sizeof d1);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            VF u = up[i][k] - (VF){0};
+            sum[i][0] = FMA(u, d0, sum[i][0]);
+            sum[i][1] = FMA(u, d1, sum[i][1]);
+        }
+        if (held && k * ROWS / CHUNK != (k + 1) * ROWS / CHUNK)
+            marks[k * ROWS / CHUNK] = NAME(finish_row)(held, (int)(k * ROWS / CHUNK), half, exact, changed);
+    }
+}
+
+/* The sums of one block of 16-bit weights, CHUNK ranks at a time, while the block before is finished. */
+TARGET static inline __attribute__((always_inline)) void NAME(block16)(
+    VF (*sum)[2], const float *const *up, const float *panel, long rank, const NAME(Held) *held, int half, int exact, long *changed, uint32_t *marks)
+{
+    VF part[ROWS][2];
     if (rank >= CHUNK)
-        NAME(sums16)(sum, up, panel, 0, CHUNK); /* of constant length: the compiler unrolls it */
-    else
-        NAME(sums16)(sum, up, panel, 0, rank);
+        NAME(sums16)(sum, up, panel, 0, CHUNK, held, half, exact, changed, marks); /* of constant length: the compiler unrolls it */
+    else {
+        NAME(sums16)(sum, up, panel, 0, rank, 0, half, exact, changed, marks);
+#pragma GCC unroll 8
+        for (int i = 0; held && i < ROWS; i++)
+            marks[i] = NAME(finish_row)(held, i, half, exact, changed);
+    }
     for (long from = CHUNK; from < rank; from += CHUNK) {
-        NAME(sums16)(part, up, panel, from, from + CHUNK < rank ? from + CHUNK : rank);
+        NAME(sums16)(part, up, panel, from, from + CHUNK < rank ? from + CHUNK : rank, 0, half, exact, changed, marks);
         for (int i = 0; i < ROWS; i++) {
             sum[i][0] += part[i][0];
             sum[i][1] += part[i][1];
         }
     }
-    uint32_t any = 0;
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++)
-        any |= marks[i] = half ? ROW_OF_HALF(w[i], sum[i], reach[i], exact, changed) : ROW_OF_BFLOAT(w[i], sum[i], reach[i], exact, changed);
-    return any != 0;
 }
 
 /* The same for float32 weights with sums in float64. */
 TARGET static inline __attribute__((always_inline)) int NAME(block32)(
-    float *const *w, const double *const *up, const double *panel, long rank, const float *reach, int half, int exact, long *changed, uint32_t *marks)
+    float *const *w, const double *const *up, const double *panel, long rank, const float *reach, int exact, long *changed, uint32_t *marks)
 {
-    (void)half;
     VD sum[ROWS][2], part[ROWS][2];
     for (int i = 0; i < ROWS; i++)
         sum[i][0] = sum[i][1] = (VD){0};
@@ -323,76 +340,156 @@ TARGET static __attribute__((noinline)) void NAME(wait)(Waiting *waiting, long r
         NAME(settle)(tile, old.row, old.column, changed, infinite);
 }
 
+/* The doubtful elements of a block's rows are lined up. */
+TARGET static inline void NAME(settle_marks)(
+    Waiting *waiting, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
+{
+    uint32_t any = 0;
+    for (long r = 0; r < rows; r++)
+        any |= marks[r];
+    for (long r = 0; any && r < rows; r++)
+        for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {
+            long c = __builtin_ctz(mark);
+            if (c < wide)
+                NAME(wait)(waiting, row + r, column + c, changed, infinite);
+        }
+}
+
+/* Finish the block that is held, if one is. */
+TARGET static inline __attribute__((always_inline)) void NAME(finish)(
+    NAME(Held) *held, Waiting *waiting, int half, int exact, long *changed, long *infinite)
+{
+    uint32_t marks[ROWS];
+    if (held->row < 0)
+        return;
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+        marks[i] = NAME(finish_row)(held, i, half, exact, changed);
+    NAME(settle_marks)(waiting, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
+    held->row = -1;
+}
+
 /* Panels are taken in groups that fit the first-level cache beside what they change, so that a row's bytes are met in runs of several
  * cache lines: at a stride of 4 KiB single lines would all fight for one cache set. */
-#define TILE(function, block, element, factor, width)                                                                                   \
-    TARGET static void NAME(function)(const Tile *tile, int exact, long *changed_out, long *infinite_out)                                \
-    {                                                                                                                                   \
-        const long rows = tile->rows, columns = tile->columns, rank = tile->rank;                                                       \
-        const factor *up = tile->up, *panels = tile->panels;                                                                            \
-        const int half = tile->kind == HALF;                                                                                            \
-        element *stored = tile->stored;                                                                                                 \
-        long changed = 0, group = GROUP_BYTES / (width * (long)sizeof(factor) * (rank ? rank : 1));                                     \
-        group = (group < 1 ? 1 : group) * width;                                                                                        \
-        uint32_t marks[ROWS];                                                                                                           \
-        element edge[ROWS][width];                                                                                                      \
-        element *w[ROWS];                                                                                                               \
-        const factor *u[ROWS];                                                                                                          \
-        float reach[ROWS];                                                                                                              \
-        Waiting waiting = {.tile = tile};                                                                                               \
-        for (int n = 0; n < WAITING; n++)                                                                                               \
-            waiting.place[n].row = -1;                                                                                                  \
-        for (long first = 0; first < columns; first += group) {                                                                         \
-            long last = columns - first < group ? columns : first + group;                                                              \
-            for (long i = 0; i < rows; i += ROWS) {                                                                                     \
-                long high = rows - i < ROWS ? rows - i : ROWS;                                                                          \
-                for (long r = 0; r < ROWS; r++)                                                                                         \
-                    u[r] = up + (i + (r < high ? r : 0)) * rank;                                                                        \
-                for (long j = first; j < last; j += width) {                                                                            \
-                    const factor *panel = panels + j * rank;                                                                            \
-                    long wide = columns - j < width ? columns - j : width;                                                              \
-                    int whole = high == ROWS && wide == width;                                                                          \
-                    if (!whole)                                                                                                         \
-                        memset(edge, 0, sizeof edge);                                                                                   \
-                    for (long r = 0; r < ROWS; r++) {                                                                                   \
-                        w[r] = whole ? stored + (i + r) * columns + j : edge[r];                                                        \
-                        reach[r] = tile->row_bound[i + (r < high ? r : 0)] * tile->panel_norm[j / width] + 2e-37f;                      \
-                        if (!whole && r < high)                                                                                         \
-                            memcpy(edge[r], stored + (i + r) * columns + j, (size_t)wide * sizeof(element));                            \
-                    }                                                                                                                   \
-                    long before = changed;                                                                                              \
-                    int some = half   ? exact ? NAME(block)(w, u, panel, rank, reach, 1, 1, &changed, marks)                            \
-                                              : NAME(block)(w, u, panel, rank, reach, 1, 0, &changed, marks)                            \
-                               : exact ? NAME(block)(w, u, panel, rank, reach, 0, 1, &changed, marks)                                   \
-                                       : NAME(block)(w, u, panel, rank, reach, 0, 0, &changed, marks);                                  \
-                    if (!whole) {                                                                                                       \
-                        changed = before; /* padding must not count */                                                                  \
-                        for (long r = 0; r < high; r++)                                                                                 \
-                            for (long c = 0; c < wide; c++) {                                                                           \
-                                element *place = stored + (i + r) * columns + j + c;                                                    \
-                                changed += memcmp(place, &edge[r][c], sizeof(element)) != 0;                                            \
-                                *place = edge[r][c];                                                                                    \
-                            }                                                                                                           \
-                    }                                                                                                                   \
-                    if (some)                                                                                                           \
-                        for (long r = 0; r < high; r++)                                                                                 \
-                            for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {                                                    \
-                                long c = __builtin_ctz(mark);                                                                           \
-                                if (c < wide)                                                                                           \
-                                    NAME(wait)(&waiting, i + r, j + c, &changed, infinite_out);                                         \
-                            }                                                                                                           \
-                }                                                                                                                       \
-            }                                                                                                                           \
-        }                                                                                                                               \
-        for (int n = 0; n < WAITING && waiting.place[n].row >= 0; n++)                                                                  \
-            NAME(settle)(tile, waiting.place[n].row, waiting.place[n].column, &changed, infinite_out);                                  \
-        *changed_out = changed;                                                                                                         \
+TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const Tile *tile, int half, int exact, long *changed_out, long *infinite_out)
+{
+    const long rows = tile->rows, columns = tile->columns, rank = tile->rank, group = GROUP(WIDE * sizeof(float), rank) * WIDE;
+    const float *up = tile->up, *panels = tile->panels, *u[ROWS];
+    uint16_t *stored = tile->stored, edge[ROWS][WIDE];
+    long changed = 0, uncounted = 0;
+    uint32_t marks[ROWS];
+    NAME(Held) held = {.row = -1}, partial;
+    VF sum[ROWS][2];
+    Waiting waiting = {.tile = tile};
+    for (int n = 0; n < WAITING; n++)
+        waiting.place[n].row = -1;
+    for (long first = 0; first < columns; first += group) {
+        long last = columns - first < group ? columns : first + group;
+        for (long i = 0; i < rows; i += ROWS) {
+            long high = rows - i < ROWS ? rows - i : ROWS;
+            for (long r = 0; r < ROWS; r++)
+                u[r] = up + (i + (r < high ? r : 0)) * rank;
+            for (long j = first; j < last; j += WIDE) {
+                const float *panel = panels + j * rank;
+                const float norm = tile->panel_norm[j / WIDE];
+                long wide = columns - j < WIDE ? columns - j : WIDE;
+                if (high == ROWS && wide == WIDE) {
+                    if (held.row >= 0) {
+                        NAME(block16)(sum, u, panel, rank, &held, half, exact, &changed, marks);
+                        NAME(settle_marks)(&waiting, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
+                    } else
+                        NAME(block16)(sum, u, panel, rank, 0, half, exact, &changed, marks);
+                    memcpy(held.sum, sum, sizeof sum);
+                    for (long r = 0; r < ROWS; r++) {
+                        held.w[r] = stored + (i + r) * columns + j;
+                        held.reach[r] = tile->row_bound[i + r] * norm + TINY;
+                    }
+                    held.row = i;
+                    held.column = j;
+                    continue;
+                }
+                memset(edge, 0, sizeof edge);
+                NAME(block16)(partial.sum, u, panel, rank, 0, half, exact, &changed, marks);
+                for (long r = 0; r < ROWS; r++) {
+                    partial.w[r] = edge[r];
+                    partial.reach[r] = tile->row_bound[i + (r < high ? r : 0)] * norm + TINY;
+                    if (r < high)
+                        memcpy(edge[r], stored + (i + r) * columns + j, (size_t)wide * sizeof **edge);
+                }
+                for (int r = 0; r < ROWS; r++)
+                    marks[r] = NAME(finish_row)(&partial, r, half, exact, &uncounted); /* padding must not count */
+                for (long r = 0; r < high; r++)
+                    for (long c = 0; c < wide; c++) {
+                        uint16_t *place = stored + (i + r) * columns + j + c;
+                        changed += *place != edge[r][c];
+                        *place = edge[r][c];
+                    }
+                NAME(settle_marks)(&waiting, marks, high, i, j, wide, &changed, infinite_out);
+            }
+        }
     }
+    NAME(finish)(&held, &waiting, half, exact, &changed, infinite_out);
+    for (int n = 0; n < WAITING && waiting.place[n].row >= 0; n++)
+        NAME(settle)(tile, waiting.place[n].row, waiting.place[n].column, &changed, infinite_out);
+    *changed_out = changed;
+}
 
-TILE(tile16, block16, uint16_t, float, WIDE)
-TILE(tile32, block32, float, double, LANES)
+TARGET static void NAME(tile16)(const Tile *tile, int exact, long *changed, long *infinite)
+{
+    if (tile->kind == HALF)
+        exact ? NAME(tile16_of)(tile, 1, 1, changed, infinite) : NAME(tile16_of)(tile, 1, 0, changed, infinite);
+    else
+        exact ? NAME(tile16_of)(tile, 0, 1, changed, infinite) : NAME(tile16_of)(tile, 0, 0, changed, infinite);
+}
 
-#undef TILE
+TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, long *infinite_out)
+{
+    const long rows = tile->rows, columns = tile->columns, rank = tile->rank, group = GROUP(LANES * sizeof(double), rank) * LANES;
+    const double *up = tile->up, *panels = tile->panels, *u[ROWS];
+    float *stored = tile->stored, edge[ROWS][LANES], *w[ROWS], reach[ROWS];
+    long changed = 0;
+    uint32_t marks[ROWS];
+    Waiting waiting = {.tile = tile};
+    for (int n = 0; n < WAITING; n++)
+        waiting.place[n].row = -1;
+    for (long first = 0; first < columns; first += group) {
+        long last = columns - first < group ? columns : first + group;
+        for (long i = 0; i < rows; i += ROWS) {
+            long high = rows - i < ROWS ? rows - i : ROWS;
+            for (long r = 0; r < ROWS; r++)
+                u[r] = up + (i + (r < high ? r : 0)) * rank;
+            for (long j = first; j < last; j += LANES) {
+                const double *panel = panels + j * rank;
+                long wide = columns - j < LANES ? columns - j : LANES, before = changed;
+                int whole = high == ROWS && wide == LANES;
+                if (!whole)
+                    memset(edge, 0, sizeof edge);
+                for (long r = 0; r < ROWS; r++) {
+                    w[r] = whole ? stored + (i + r) * columns + j : edge[r];
+                    reach[r] = tile->row_bound[i + (r < high ? r : 0)] * tile->panel_norm[j / LANES] + TINY;
+                    if (!whole && r < high)
+                        memcpy(edge[r], stored + (i + r) * columns + j, (size_t)wide * sizeof **edge);
+                }
+                int some = exact ? NAME(block32)(w, u, panel, rank, reach, 1, &changed, marks) : NAME(block32)(w, u, panel, rank, reach, 0, &changed, marks);
+                if (!whole) {
+                    changed = before; /* padding must not count */
+                    for (long r = 0; r < high; r++)
+                        for (long c = 0; c < wide; c++) {
+                            float *place = stored + (i + r) * columns + j + c;
+                            changed += memcmp(place, &edge[r][c], sizeof *place) != 0;
+                            *place = edge[r][c];
+                        }
+                }
+                if (some)
+                    NAME(settle_marks)(&waiting, marks, high, i, j, wide, &changed, infinite_out);
+            }
+        }
+    }
+    for (int n = 0; n < WAITING && waiting.place[n].row >= 0; n++)
+        NAME(settle)(tile, waiting.place[n].row, waiting.place[n].column, &changed, infinite_out);
+    *changed_out = changed;
+}
+
 #undef WIDE
 #undef VF
 #undef VU

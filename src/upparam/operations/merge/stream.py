@@ -1,10 +1,11 @@
-"""The moving of bytes: one queue of copies and changed row chunks in file order, worked off by a few threads with fixed buffers."""
+"""The moving of bytes: copies and changed row chunks in file order, worked off by a few threads with fixed buffers."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -208,19 +209,39 @@ class Flusher:
         self._thread.join()
 
 
+class Lanes:
+    """Tasks dealt to workers by the file they write, each file's in order: a file system lets one writer into a file at a time."""
+
+    def __init__(self, tasks: Sequence[Task], workers: int) -> None:
+        files: dict[int | None, list[Task]] = {}
+        for task in tasks:
+            files.setdefault(getattr(task, "fd", None), []).append(task)
+        self._lanes: list[deque[Task]] = [deque() for _ in range(workers)]
+        load = [0] * workers
+        for file in files.values():
+            lane = load.index(min(load))
+            self._lanes[lane] += file
+            load[lane] += sum(task.size for task in file)
+
+    def next(self, worker: int) -> Task | None:
+        """What `worker` does next: of its own files, and when they are done, helping where most is left. Not to be called by two at once."""
+        lane = self._lanes[worker] or max(self._lanes, key=len)
+        return lane.popleft() if lane else None
+
+
 def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Progress, device: Device | None = None) -> None:
-    """Work tasks off in order on `threads` threads, tiles through `device` where one is given. The first exception stops all and is raised; so does a KeyboardInterrupt."""
-    queue = iter(tasks)
-    lock = threading.Lock()
+    """Work tasks off on `threads` threads, tiles through `device` where one is given. The first exception stops all and is raised; so does a KeyboardInterrupt."""
+    count = max(1, min(threads, len(tasks)))
+    lanes, lock = Lanes(tasks, count), threading.Lock()
     total = sum(task.size for task in tasks)
     state: dict[str, Any] = {"done": 0, "what": "", "problem": None, "stop": False}
 
-    def work() -> None:
+    def work(number: int) -> None:
         try:
             buffers = Buffers(elements, device)
             while not state["stop"]:
                 with lock:
-                    task = next(queue, None)
+                    task = lanes.next(number)
                 if task is None:
                     return
                 task.run(buffers)
@@ -232,7 +253,7 @@ def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Prog
                 state["problem"] = state["problem"] or problem
             state["stop"] = True
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(threads, len(tasks))))]
+    workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
     for worker in workers:
         worker.start()
     try:
