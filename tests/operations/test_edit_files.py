@@ -26,7 +26,7 @@ from upparam.tensors import Tensor
 
 torch = pytest.importorskip("torch")
 STRANGE = {"some.mystery": np.arange(15, dtype=np.float32).reshape(3, 5), "odd": np.array([np.nan, 1], np.float16)}
-WRITERS = {"safetensors": "safetensors", "npz": "npz", "torch-zip": "torch"}
+WRITERS = {"safetensors": "safetensors", "npz": "npz", "torch-zip": "torch", "gguf": "gguf"}
 
 
 def with_strangers(path: Path, strangers: dict[str, Any] = STRANGE) -> Path:
@@ -45,7 +45,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 DIALECTS = {
     "peft": "llama-3-8b", "kohya": "sd1.5", "lycoris": "sd1.5", "comfyui": "flux.1-dev", "xlabs": "flux.1-dev", "diffusers": "sd1.5",
-    "diffusers-old": "sd1.5", "cloneofsimo": "sd1.5", "mlx": "llama-3-8b", "loralib": "gpt2",
+    "diffusers-old": "sd1.5", "cloneofsimo": "sd1.5", "mlx": "llama-3-8b", "loralib": "gpt2", "gguf-lora": "llama-3-8b",
 }  # fmt: skip
 
 
@@ -359,6 +359,26 @@ def test_names_nobody_has_are_refused(tmp_path: Path) -> None:
     write_adapter(specimens.plain("sam-vit-b"), tmp_path / "a.safetensors", "sam-lora", verify=False)
     with pytest.raises(RefusedError, match="not read as the same adapter"):
         edit(tmp_path / "a.safetensors", in_place=True, rename=[("w_a_000", "w_a_zero")])
+
+
+@pytest.mark.parametrize("out", [None, "two"])
+def test_the_files_of_a_triad(tmp_path: Path, out: str | None) -> None:
+    """Each keeps its own; what nobody explains goes by its name in the adapter, which is not that in the file."""
+    folder = tmp_path / "one"
+    shutil.copytree(Path(__file__).parents[2] / "demo" / "mystery", folder)
+    downs = torch.load(folder / "down-param.bin", weights_only=True)
+    torch.save({"weird.thing": torch.ones(3, 4), **downs, "other": torch.ones(2)}, folder / "down-param.bin")
+    ups, config = digest(folder / "up-param.bin"), digest(folder / "config.json")
+    where: dict[str, Any] = {"in_place": True} if out is None else {"out": tmp_path / out}
+    receipt = edit(folder, remove=["weird*"], **where)
+    after = folder if out is None else tmp_path / out
+    assert (digest(after / "up-param.bin"), digest(after / "config.json")) == (ups, config)
+    assert list(torch.load(after / "down-param.bin", weights_only=True)) == [*downs, "other"]
+    assert receipt.counts["tensors_gone"] == 1 and receipt.counts["tensors_kept"] == 29
+    edit(after, in_place=True, dtype="bf16", remove=["*layers.0*"])
+    left = torch.load(after / "down-param.bin", weights_only=True)
+    assert list(left) == [*(name for name in downs if "layers.0" not in name), "other"]
+    assert left.pop("other").tolist() == [1, 1] and all(torch.equal(tensor, downs[name].bfloat16()) for name, tensor in left.items())
 
 
 def test_what_the_dialect_cannot_say_is_a_refusal(tmp_path: Path) -> None:

@@ -106,7 +106,12 @@ def edit(
 
 def _carried(adapter: Adapter) -> Finding:
     names = list(adapter.leftovers)
-    return info("carried", names[0], f"{len(names)} tensors that no rule explains were carried bit for bit", *names[:_SHOWN])
+    return info(
+        "carried",
+        names[0],
+        f"{len(names)} {'tensor that no rule explains was' if len(names) == 1 else 'tensors that no rule explains were'} carried bit for bit",
+        *names[:_SHOWN],
+    )
 
 
 _SHOWN = 5

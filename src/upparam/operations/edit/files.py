@@ -58,9 +58,10 @@ def compare_files(source: Adapter, written: Path) -> Compared:
 def _tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
     """Every tensor by name, by its folder and name where several files hold some."""
     found: dict[str, Tensor] = {}
-    files = [(path, opened) for path in paths if (opened := _opened(path))]
+    files = [(path.absolute(), opened) for path in paths if (opened := _opened(path))]
+    root = os.path.commonpath([path.parent for path, _ in files]) if files else ""
     for path, tensors in files:
-        prefix = f"{path.parent.name}/{path.name}:" if len(files) > 1 else ""
+        prefix = f"{path.relative_to(root).as_posix()}:" if len(files) > 1 else ""
         found |= {prefix + name: tensor for name, tensor in tensors.items()}
     return found
 

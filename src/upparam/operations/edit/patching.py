@@ -24,7 +24,14 @@ from upparam.operations.recast import recast
 from upparam.records import dataclass, replace
 from upparam.tensors import Tensor, same_bits
 
-CONTAINERS = {"safetensors": "safetensors", "npz": "npz", "torch-zip": "torch", "torch-legacy": "torch", "torch-tar": "torch"}
+CONTAINERS = {
+    "safetensors": "safetensors",
+    "npz": "npz",
+    "gguf": "gguf",
+    "torch-zip": "torch",
+    "torch-legacy": "torch",
+    "torch-tar": "torch",
+}
 """Containers that can be written as they came, and what writes them: every torch file becomes a zip, as torch has written it since 1.6."""
 _SHOWN = 5
 
@@ -71,7 +78,7 @@ def patched(source: Adapter, result: Adapter, changes: Changes, root: Path, out:
         metadata = _patched_keys(file.metadata, old.metadata, new.metadata) | changes.strings
         metadata = {key: value for key, value in metadata.items() if value is not None}
         structure = None
-        if file.structure is not None:
+        if file.structure is not None and CONTAINERS[file.container] == "torch":
             others = _others(file.structure)
             if kind == "torch":
                 structure = _restructured(file, tensors)
@@ -102,6 +109,8 @@ def _opened(source: Adapter, root: Path) -> dict[str, TensorFile]:
             relative = path.absolute().relative_to(root.absolute()).as_posix()
         except (UpparamError, OSError, ValueError) as problem:
             raise UnpatchableError(f"{path.name} is not a file of its own") from problem
+        if file.container == "gguf" and isinstance(file.structure, dict) and file.structure.get("quantised"):
+            raise UnpatchableError("quantised tensors are not written")
         if file.container not in CONTAINERS:
             raise UnpatchableError(f"{file.container} files are written anew")
         found[relative] = file
@@ -158,10 +167,12 @@ def _patched_tensors(
         if name not in new or not changes.restates or all(delta.scale is not None for delta in source.deltas.values()):
             raise UnpatchableError(f"the file has no {name}, which the dialect would write")
         added[name] = new[name]  # what states a scale that the file did not say
+    # unexplained tensors that are taken out by name, or given up; a dialect of several files calls them otherwise than the file does
+    gone = {_place(tensor) for name, tensor in source.leftovers.items() if name not in result.leftovers}
     kept: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
-        if name in source.leftovers and name not in result.leftovers:
-            continue  # taken out by its name, or given up
+        if name not in old and _place(tensor) in gone:
+            continue
         if name not in old:
             if name in new:
                 raise UnpatchableError(f"the file has a {name} that is something else")
@@ -175,10 +186,14 @@ def _patched_tensors(
                 kept[name] = recast(tensor, changes.stored)
             else:
                 raise UnpatchableError(f"the dialect writes {name} otherwise than the file has it")
-    gone = [name for name in file.tensors if name not in kept]
-    if gone:
+    if len(kept) < len(file.tensors):
         kept = _without_orphans(source, file, kept, old, new)
     return kept | added
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where a tensor lies: the same for two readings of one file."""
+    return tensor.source.name, getattr(tensor.source, "start", 0) + tensor.offset, tensor.shape, tensor.dtype
 
 
 def _without_orphans(
@@ -188,7 +203,8 @@ def _without_orphans(
     had = {above for name in old if name in file.tensors for above in _above(name)}
     has = {above for name in new for above in _above(name)}
     orphans = [name for name in kept if name not in old and any(above in had and above not in has for above in _above(name))]
-    unexplained = [name for name in orphans if name in source.leftovers]
+    strange = {_place(tensor) for tensor in source.leftovers.values()}
+    unexplained = [name for name in orphans if _place(kept[name]) in strange]
     if unexplained:
         raise RefusedError(
             "tensors that no rule explains belong to modules that are taken out or renamed", file=file.path, tensor=unexplained[0],
