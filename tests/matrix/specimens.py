@@ -221,6 +221,16 @@ def diag_oft(base: str) -> Adapter:
     return adapter(base, deltas)
 
 
+def few_turns(base: str) -> Adapter:
+    """Turns of outputs in as many blocks everywhere, as sd-scripts trains them."""
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        out = module(base, target.module).canonical[0]
+        blocks = values((4, out // 4, out // 4), f"{target}blocks")
+        deltas[target] = DiagOFT(blocks, constraint=0.0009765625, scaling=Scaling(ScaleRule.BAKED, 0.0009765625))
+    return adapter(base, deltas)
+
+
 def butterfly(base: str) -> Adapter:
     """Turns of outputs that lie far apart, and a factor for each row."""
     deltas: dict[Target, Delta] = {}
@@ -315,6 +325,7 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "GLoRA": (glora, ("sd1.5", "llama-3-8b")),
     "IA3": (ia3, ("sd1.5", "llama-3-8b")),
     "Diag-OFT": (diag_oft, ("sd1.5", "llama-3-8b")),
+    "sd-scripts' OFT": (few_turns, ("sd1.5", "flux.1-dev")),
     "BOFT": (butterfly, ("sd1.5",)),
     "AdaLoRA": (adalora, ("sd1.5", "llama-3-8b")),
     "PEFT's IA3": (peft_ia3, ("sd1.5", "llama-3-8b")),

@@ -16,6 +16,7 @@ DIALECTS: dict[str, str] = {
     "onetrainer": "upparam.dialects.onetrainer",
     "lycoris": "upparam.dialects.lycoris",
     "kohya": "upparam.dialects.kohya",
+    "kohya-oft": "upparam.dialects.kohya_oft",
     "comfyui": "upparam.dialects.comfyui",
     "xlabs": "upparam.dialects.xlabs",
     "diffusers": "upparam.dialects.diffusers",
