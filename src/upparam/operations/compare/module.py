@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.base import BAKED, Delta, Update, tiles
 from upparam.algorithms.dora import Decomposed
-from upparam.algorithms.lora import LoRA
-from upparam.algorithms.relation import Cut, Form, Pair, Precision, Relation
+from upparam.algorithms.relation import Cut, Form, Pair, Relation
 from upparam.algorithms.slicing import RowSlice
 from upparam.errors import MalformedError, RefusedError
+from upparam.operations.compare.forms import form_of, precision, stored_form, unit
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
 from upparam.records import dataclass, fields, replace
-from upparam.tensors import DTYPES, DType, Tensor, singles
+from upparam.tensors import Tensor, singles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,6 @@ ARITHMETIC = 16 * 2.0**-24
 """The relative error of factors that were computed in float32 (another gauge, a scale put into them), sums of some hundred products."""
 EQUAL_CAP = 0.02
 """Relative distance beyond which deltas are not called equal however coarsely they are stored: rounding could then hide training."""
-_FLOAT32 = Precision(2.0**-24, 2.0**-150)
 
 
 class Alike(str, Enum):
@@ -160,7 +159,7 @@ def _numbers(found: ModuleComparison, one: Delta, other: Delta, angles: bool) ->
         note = f"the effective scale of {' and '.join(unknown)} is not in the files; compared without scales"
         one, other = _unscaled(one), _unscaled(other)
     found, half_known = replace(found, reason=note), len(unknown) == 1
-    narrow = _stored(one), _stored(other)
+    narrow = stored_form(one, 0), stored_form(other, 1)
     if narrow[0] is not None and narrow[1] is not None:
         apart = _far_apart(found, narrow[0], narrow[1], half_known, angles)
         if apart is not None:
@@ -168,7 +167,7 @@ def _numbers(found: ModuleComparison, one: Delta, other: Delta, angles: bool) ->
         pair = Pair(narrow[0], narrow[1])
         return _judged(found, pair.relation(), pair, half_known, angles)
     mine, theirs = one.load(), other.load()
-    wide = _form(one, mine), _form(other, theirs)
+    wide = form_of(one, mine), form_of(other, theirs)
     if wide[0] is not None and wide[1] is not None:
         pair = Pair(wide[0], wide[1])
         return _judged(found, pair.relation(), pair, half_known, angles)
@@ -212,18 +211,6 @@ def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool
     result = _judged(found, relation, pair, half_known, angles) if plain else None
     told = result is not None and result.alike is Alike.DIFFERENT and (result.columns is not None or not angles)
     return result if told else None
-
-
-def _stored(delta: Delta) -> Form | None:
-    """A plain LoRA with its factors as they are stored; None for others, and where float32 would round them."""
-    if (
-        type(delta) is not LoRA
-        or delta.mid is not None
-        or any(factor.dtype.itemsize > 4 or not factor.dtype.is_float for factor in (delta.up, delta.down))
-    ):
-        return None
-    up, down = delta.up.read().reshape(-1, delta.rank), delta.down.read().reshape(delta.rank, -1)
-    return Form(up, down, delta.known_scale(), _precision(delta, (up, down)))
 
 
 _SEEN = 96
@@ -312,11 +299,6 @@ def _angles(angles: NDArray[np.float64], pair: Pair, dimension: int) -> Angles |
     return Angles(len(angles), degrees(float(angles[0])), degrees(float(angles[-1])), overlap, min(1.0, rank / dimension))
 
 
-def _form(delta: Delta, update: Update) -> Form | None:
-    found = update.low_rank()
-    return None if found is None else Form(*found, update.scale, _precision(delta, found if type(delta) is LoRA else ()))
-
-
 def _by_rows(one: Delta, other: Delta, mine: Update, theirs: Update) -> Relation:
     """The relation of two deltas of which one has no low-rank form, from tiles of both."""
     squares, inner = [0.0, 0.0], 0.0
@@ -328,7 +310,7 @@ def _by_rows(one: Delta, other: Delta, mine: Update, theirs: Update) -> Relation
     if not sum(squares) < float("inf"):
         raise MalformedError("a factor holds values that are not finite, or too large to square")
     spread = [sqrt(square * len(delta.factors())) for square, delta in zip(squares, (one, other), strict=True)]
-    noise = [_precision(delta).unit * size for delta, size in zip((one, other), spread, strict=True)]
+    noise = [precision(delta).unit * size for delta, size in zip((one, other), spread, strict=True)]
     floor = 2.0**-25 * sqrt(sum(squares))
     return Relation((squares[0], squares[1]), inner, (spread[0], spread[1]), (noise[0], noise[1]), floor)
 
@@ -343,7 +325,7 @@ def _decomposed(found: ModuleComparison, one: Decomposed, other: Decomposed, ang
     first, second = one.magnitude.doubles().reshape(-1), other.magnitude.doubles().reshape(-1)
     size = float(max(np.linalg.norm(first), np.linalg.norm(second)))
     off = float(np.linalg.norm(first - second)) / size if size else 0.0
-    units = [_unit(factor.dtype).unit for factor in (one.magnitude, other.magnitude)]
+    units = [unit(factor.dtype).unit for factor in (one.magnitude, other.magnitude)]
     same = off <= max(sum(units), 2.0**-22) and inside.alike in SAME
     return replace(
         inside, alike=Alike.EQUAL if same else Alike.DIFFERENT, smaller=None,
@@ -366,7 +348,7 @@ def _by_factor(found: ModuleComparison, one: Delta, other: Delta) -> ModuleCompa
         if not size < float("inf"):
             raise MalformedError("a factor holds values that are not finite, or too large to square")
         worst = max(worst, float(np.linalg.norm(first - second)) / size if size else 0.0)
-    allowed = max(_precision(one).unit + _precision(other).unit, 2.0**-22)
+    allowed = max(precision(one).unit + precision(other).unit, 2.0**-22)
     if worst <= allowed:
         return replace(
             found, alike=Alike.EQUAL, distance=worst, tolerance=allowed, reason="distance and tolerance are those of the factors"
@@ -405,37 +387,3 @@ def _dtypes(delta: Delta) -> str:
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1, prod(shape[1:]))
-
-
-def _precision(delta: Delta, values: tuple[NDArray[Any], ...] = ()) -> Precision:
-    """The coarsest precision of its factors; of `values`, factors as they are stored, also one narrower than their dtype.
-
-    A float32 file made from a 16-bit one is no more exact than that.
-    """
-    precisions = [_unit(factor.dtype) for factor in delta.factors().values()] or [_FLOAT32]
-    coarsest = max(precisions)
-    if values and coarsest.unit <= _FLOAT32.unit:
-        for name, zeros in (("bfloat16", 45), ("float16", 42)):
-            if all(_ends_in_zeros(array, zeros) for array in values):
-                return _unit(DTYPES[name])
-    return coarsest
-
-
-def _ends_in_zeros(values: NDArray[np.float64], count: int) -> bool:
-    """True when the last `count` of the 52 bits of every fraction are zero (of float32's 23, where the values are float32)."""
-    import numpy as np
-
-    kind, count = (np.uint64, count) if values.dtype == np.float64 else (np.uint32, count - 29)
-    bits = np.ascontiguousarray(values).reshape(-1).view(kind)
-    mask = kind((1 << count) - 1)
-    return not any(np.bitwise_or.reduce(part) & mask for part in (bits[:64], bits) if part.size)
-
-
-def _unit(dtype: DType) -> Precision:
-    """The precision of a dtype; of one finer than float32, float32's, in which tools compute."""
-    if not dtype.is_float:
-        return _FLOAT32
-    import ml_dtypes
-
-    info = ml_dtypes.finfo(dtype.numpy)
-    return max(Precision(float(info.eps) / 2, float(info.smallest_subnormal) / 2), _FLOAT32)
