@@ -23,6 +23,7 @@ from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.oft import OFT, DiagOFT
+from upparam.algorithms.sparse import SparseLoRA
 from upparam.algorithms.vera import VeRA
 from upparam.bases import inventory
 from upparam.bases.base import Module
@@ -193,6 +194,20 @@ def lokr(base: str) -> Adapter:
     return adapter(base, deltas)
 
 
+def sparse(base: str) -> Adapter:
+    """LoRAs with the largest elements of what they leave out, as LyCORIS' script extracts them."""
+    deltas: dict[Target, Delta] = {}
+    for target in targets(base):
+        plain, (out, into) = lora(base, target.module), module(base, target.module).canonical
+        places = np.random.default_rng(out + into).choice(out * into, 50, replace=False)
+        indices = np.stack(np.divmod(np.sort(places), into)).astype(np.int16)
+        size = np.array([out, into], np.int16)
+        deltas[target] = SparseLoRA(
+            plain.up, plain.down, Tensor.of(indices), values((50,), f"{target}rest"), Tensor.of(size), plain.scaling
+        )
+    return adapter(base, deltas)
+
+
 def glora(base: str) -> Adapter:
     deltas: dict[Target, Delta] = {}
     for target in targets(base):
@@ -322,6 +337,7 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "DoRA": (dora, ("sd1.5", "llama-3-8b")),
     "LoHa": (loha, ("sd1.5", "llama-3-8b")),
     "LoKr": (lokr, ("sd1.5", "llama-3-8b")),
+    "sparse remainder": (sparse, ("sd1.5",)),
     "GLoRA": (glora, ("sd1.5", "llama-3-8b")),
     "IA3": (ia3, ("sd1.5", "llama-3-8b")),
     "Diag-OFT": (diag_oft, ("sd1.5", "llama-3-8b")),

@@ -3,6 +3,7 @@
 ALGORITHMS: dict[str, str] = {
     "lora": "upparam.algorithms.lora:LoRA",
     "expert-lora": "upparam.algorithms.experts:ExpertLoRA",
+    "sparse-lora": "upparam.algorithms.sparse:SparseLoRA",
     "dora": "upparam.algorithms.dora:DoRA",
     "loha": "upparam.algorithms.loha:LoHa",
     "doha": "upparam.algorithms.dora:DoHa",
@@ -23,7 +24,7 @@ ALGORITHMS: dict[str, str] = {
 """Algorithm name to the class whose deltas carry it; each is a dataclass of Tensors, a `scaling` and plain values."""
 
 TITLES: dict[str, str] = {
-    "lora": "LoRA", "expert-lora": "LoRA of stacked experts", "dora": "DoRA", "loha": "LoHa", "doha": "LoHa + DoRA", "lokr": "LoKr", "dokr": "LoKr + DoRA",
+    "lora": "LoRA", "expert-lora": "LoRA of stacked experts", "sparse-lora": "LoRA + sparse remainder", "dora": "DoRA", "loha": "LoHa", "doha": "LoHa + DoRA", "lokr": "LoKr", "dokr": "LoKr + DoRA",
     "glora": "GLoRA", "ia3": "IA3", "diag-oft": "Diag-OFT", "butterfly-oft": "LyCORIS BOFT", "t-lora": "T-LoRA", "adalora": "AdaLoRA", "vera": "VeRA",
     "oft": "OFT", "boft": "BOFT", "full": "full", "norm": "norm",
 }  # fmt: skip

@@ -15,6 +15,7 @@ from upparam.algorithms.boft import ButterflyOFT
 from upparam.algorithms.full import Full
 from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.oft import DiagOFT
+from upparam.algorithms.sparse import SparseLoRA
 from upparam.algorithms.tlora import TLoRA
 from upparam.dialects import lycoris_words, words
 from upparam.dialects.lycoris_words import COMFYUI_FORMS, OWN, words_in
@@ -49,7 +50,7 @@ FOREIGN = OWN | {"set_weight"}
 """Words diffusers does not have."""
 _NORM = regex(r"(.+\.(query_norm|key_norm))\.scale")
 """A norm's weight under its own name, as black-forest-labs' control adapters carry it."""
-ALGORITHMS = tuple(name for name in lycoris_words.ALGORITHMS if name not in (IA3.algorithm, TLoRA.algorithm))
+ALGORITHMS = tuple(name for name in lycoris_words.ALGORITHMS if name not in (IA3.algorithm, TLoRA.algorithm, SparseLoRA.algorithm))
 """The algorithms ComfyUI has words for."""
 
 

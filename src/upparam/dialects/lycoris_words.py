@@ -19,6 +19,7 @@ from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.oft import DiagOFT
+from upparam.algorithms.sparse import SparseLoRA
 from upparam.algorithms.tlora import TLoRA
 from upparam.dialects.refusing import other_scale
 from upparam.dialects.words import LORA, Form, Words, alpha_for, scaling_of
@@ -28,6 +29,7 @@ from upparam.tensors import Tensor
 _LOHA = {role: f"hada_{role}" for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 _LOKR = {role: f"lokr_{role}" for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 _GLORA = {role: f"{role}.weight" for role in ("a1", "a2", "b1", "b2", "bm")}
+_SPARSE = {"indices": "bias_indices", "values": "bias_values", "size": "bias_size"}
 _TLORA = {"up": "p_layer.weight", "values": "lambda_layer", "down": "q_layer.weight"}
 
 
@@ -112,6 +114,10 @@ def _bias(words: Words) -> dict[str, Delta]:
     return {"bias": Full(words["diff_b"])}
 
 
+def _sparse(words: Words) -> dict[str, Delta]:
+    return {"weight": SparseLoRA(words[LORA[0]], words[LORA[1]], scaling=scaling_of(words), **_taken(words, _SPARSE))}
+
+
 def _tlora(words: Words) -> dict[str, Delta]:
     return {"weight": TLoRA(scaling=scaling_of(words), **_taken(words, _TLORA))}
 
@@ -129,8 +135,11 @@ FULL_FORM = Form(("diff",), ("diff_b", "alpha"), _full)
 NORM_FORM = Form(("w_norm",), ("b_norm", "alpha"), _norm)
 BIAS_FORM = Form(("diff_b",), (), _bias)
 
+SPARSE_FORM = Form((*LORA[:2], *_SPARSE.values()), ("alpha",), _sparse, unless=(LORA[2], "dora_scale"))
+"""With a Tucker core the script takes the remainder of another difference than dW: then nothing explains it."""
+
 FORMS = (
-    LORA_FORM, LOHA_FORM, *LOKR_FORMS, GLORA_FORM, FULL_FORM, NORM_FORM, BIAS_FORM,
+    SPARSE_FORM, LORA_FORM, LOHA_FORM, *LOKR_FORMS, GLORA_FORM, FULL_FORM, NORM_FORM, BIAS_FORM,
     Form(("oft_blocks",), ("rescale", "alpha"), turned), Form(("oft_diag",), ("alpha",), _made),
     Form(("on_input", "weight"), ("alpha",), _ia3), Form(tuple(_TLORA.values()), ("alpha",), _tlora),
 )  # fmt: skip
@@ -203,6 +212,7 @@ _SPELLINGS: dict[type[Delta], Callable[..., dict[str, Tensor]]] = {
     LoKr: _spell_lokr,
     DoKr: lambda delta: _spell_lokr(delta) | _magnitude(delta),
     GLoRA: lambda delta: _named(delta, _GLORA),
+    SparseLoRA: lambda delta: {LORA[0]: delta.up, LORA[1]: delta.down} | _named(delta, _SPARSE),
     TLoRA: lambda delta: _named(delta, _TLORA),
     IA3: _spell_ia3,
     DiagOFT: _spell_turn,

@@ -53,11 +53,12 @@ def scaling_of(words: Words) -> Scaling:
 
 
 class Form(NamedTuple):
-    """One way words spell deltas: the words it needs, those it may have, and what they build (by base parameter)."""
+    """One way words spell deltas: the words it needs, those it may have, what they build (by base parameter), and words that rule it out."""
 
     needs: tuple[str, ...]
     may: tuple[str, ...]
     build: Callable[[Words], dict[str, Delta]]
+    unless: tuple[str, ...] = ()
 
 
 def _lora(words: Words) -> dict[str, Delta]:
@@ -80,7 +81,7 @@ def build(words: Words, forms: Sequence[Form]) -> Built:
     deltas: dict[str, Delta] = {}
     left = dict(words)
     for form in forms:
-        if all(word in left for word in form.needs):
+        if all(word in left for word in form.needs) and not any(word in left for word in form.unless):
             found = form.build(left)
             if found.keys() & deltas.keys():
                 continue
