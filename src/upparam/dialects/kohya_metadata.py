@@ -71,11 +71,15 @@ def written(adapter: Adapter, tensors: Mapping[str, Tensor], base: Base | None, 
     return stamped(tensors, metadata)
 
 
+HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+"""The keys that state hashes, as `hashes` returns them."""
+
+
 def stamped(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """The metadata with its hashes, where it has them, computed anew."""
     metadata = dict(metadata)
-    if "sshs_model_hash" in metadata:
-        metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = hashes(tensors, metadata)
+    if HASHES[0] in metadata:
+        metadata |= zip(HASHES, hashes(tensors, metadata), strict=True)
     return metadata
 
 

@@ -16,7 +16,7 @@ from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.containers import open_file
 from upparam.containers.base import LONE, Opaque, TensorFile, leaves
 from upparam.dialects.base import NamedTensors, Package
-from upparam.dialects.kohya_metadata import stamped
+from upparam.dialects.kohya_metadata import HASHES, stamped
 from upparam.errors import RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, warning
 from upparam.operations.edit.changes import Changes, Each
@@ -124,13 +124,14 @@ def _same(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 
 
 def _scaled(adapter: Adapter, stand_in: Scaling) -> Adapter:
-    """The adapter with any scale where it is not known: what is written on both sides changes nothing."""
+    """The adapter with any scale where it is not known, and without hashes: what is written on both sides changes nothing."""
     each = Each()
     deltas = {
         target: delta if delta.scale is not None else each(delta, lambda whole: replace(whole, scaling=stand_in))
         for target, delta in adapter.deltas.items()
     }
-    return replace(adapter, deltas=deltas, leftovers={})
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in HASHES}  # those of the file are made at the end
+    return replace(adapter, deltas=deltas, leftovers={}, metadata=metadata)
 
 
 def _named(package: Package) -> dict[str, NamedTensors]:
