@@ -322,6 +322,23 @@ def test_vectors_of_convolutions_need_the_config(tmp_path: Path) -> None:
     assert set(adapter.leftovers) == {"base_model.model.first.ia3_l", "base_model.model.second.ia3_l"}
 
 
+def test_vectors_of_convolutions_are_told_by_the_sizes_of_the_base(tmp_path: Path) -> None:
+    folder = without_config("ia3 conv", tmp_path / "theirs")
+    with_config = tmp_path / "with"
+    trained("ia3 conv", with_config)
+    saved_base(ConvNet(), tmp_path / "base")
+    base = find_base(str(tmp_path / "base"))
+    told, known = (open_adapter(one, options=ReadOptions(base=base)) for one in (folder, with_config))
+    sides = {found.path: found.canonical[:2] for found in base.modules}
+    for target, delta in known.deltas.items():
+        out, into = sides.get(target.module, (1, 0))
+        if target in told.deltas:
+            assert told.deltas[target].on_input == delta.on_input  # type: ignore[attr-defined]
+        else:
+            assert out == into
+    assert len(told.deltas) > 1
+
+
 def test_words_of_feedforward_modules_end_any_path(tmp_path: Path) -> None:
     """PEFT takes `dense` for `output.dense` and `xdense` too, so whole paths are written where an ending would mean too much."""
     config = peft.IA3Config(target_modules=["output.dense", "attention.output.dense"], feedforward_modules=["attention.output.dense"])

@@ -189,3 +189,22 @@ def test_every_module_in_the_way_is_told_and_cured_at_once(tmp_path: Path) -> No
     assert all(
         (dense(after.deltas[target]) == dense(delta)).all() for target, delta in deltas.items() if target.module.endswith("0.attn.to_v")
     )
+
+
+@pytest.mark.parametrize("stem", ["lora_unet_final_layer_adaLN_modulation_1", "diffusion_model.final_layer.adaLN_modulation.1"])
+def test_a_file_is_read_though_one_of_its_modules_cannot_be_turned_round(stem: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    out = specimens.module("flux.1-dev", NORM_OUT).canonical[0]
+    other = stem.replace("final_layer_adaLN_modulation_1", "double_blocks_0_img_mlp_0").replace(
+        "final_layer.adaLN_modulation.1", "double_blocks.0.img_mlp.0"
+    )
+    tensors = {
+        f"{stem}.oft_blocks": np.zeros((2, 2, out // 2, out // 2), np.float16), f"{stem}.alpha": np.float16(0.0),
+        f"{other}.lora_up.weight": np.ones((12288, 2), np.float16), f"{other}.lora_down.weight": np.ones((2, 3072), np.float16),
+    }  # fmt: skip
+    save_file({name: np.asarray(value) for name, value in tensors.items()}, tmp_path / "x.safetensors")
+    adapter = open_adapter(tmp_path / "x.safetensors", options=ReadOptions(base=inventory.load("flux.1-dev")))
+    assert list(adapter.deltas) == [Target("transformer.transformer_blocks.0.ff.net.0.proj")]
+    assert set(adapter.leftovers) == {f"{stem}.oft_blocks", f"{stem}.alpha"}
+    assert "rows-in-another-order" in {finding.code for finding in adapter.findings}

@@ -214,9 +214,17 @@ def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: wo
             )
         )  # fmt: skip
         return
-    for parameter, delta in built.items():
-        for target, piece in to_targets(found.layout, foreign, delta, told).items():
-            adapter.deltas[target._replace(parameter=parameter)] = piece
+    try:
+        adapter.deltas |= {
+            target._replace(parameter=parameter): piece
+            for parameter, delta in built.items()
+            for target, piece in to_targets(found.layout, foreign, delta, told).items()
+        }
+    except RefusedError as problem:
+        from upparam.dialects.spoken import out_of_order
+
+        adapter.leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
+        adapter.findings.append(out_of_order(module, problem))
 
 
 def _spelling(groups: Mapping[str, words.Words], found: Resolved | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from upparam.algorithms.base import Delta
 from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.slicing import same_tensor
 from upparam.algorithms.vera import VeRA
-from upparam.bases.base import Module
+from upparam.bases.base import Base, Module
 from upparam.dialects.peft_config import matches
 from upparam.dialects.peft_method import Given, Method, Written
 from upparam.dialects.peft_projections import missing
@@ -26,8 +26,13 @@ def _read_ia3(given: Given) -> Delta | str:
     on_input = _by_shape(vector)
     if on_input is None and given.config is not None:
         on_input = fed_forward(given.config.get("feedforward_modules"), given.module)
+    if on_input is None and given.options.base is not None:
+        on_input = _by_base(vector, given.module, given.options.base)
     if on_input is None:
-        return "whether it multiplies inputs or outputs is in the config alone (feedforward_modules)"
+        return (
+            "whether it multiplies inputs or outputs is in the config alone (feedforward_modules), unless the base, named with --base, has as many "
+            "of only one of them"
+        )
     return IA3(vector, on_input, with_bias=not on_input)
 
 
@@ -37,6 +42,13 @@ def _by_shape(vector: Tensor) -> bool | None:
     if len(shape) != 2 or shape[0] == shape[1]:
         return None
     return shape[0] == 1
+
+
+def _by_base(vector: Tensor, module: str, base: Base) -> bool | None:
+    """Whether a vector multiplies inputs, where every module of that name in the base has as many of them, and not as many outputs."""
+    sides = {found.canonical[:2] for path, found in base.by_path.items() if path == module or path.endswith(f".{module}")}
+    told = {into == vector.numel for out, into in sides if (out == vector.numel) is not (into == vector.numel)}
+    return told.pop() if len(told) == 1 and len(sides) == 1 else None
 
 
 def fed_forward(listed: Any, module: str) -> bool:

@@ -15,8 +15,8 @@ from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
 from upparam.dialects.placing import Parts, to_targets
 from upparam.dialects.words import alpha_tensor
-from upparam.errors import MalformedError
-from upparam.findings import error, warning
+from upparam.errors import MalformedError, RefusedError
+from upparam.findings import Finding, error, warning
 from upparam.records import dataclass
 from upparam.tensors import DTYPES, Tensor
 
@@ -65,7 +65,12 @@ def settle(adapter: Adapter, module: str, built: words.Built, group: words.Group
     if known is None and "weight" not in built.deltas:
         # A bias or a norm alone: its name was no part of what the base was recognised by.
         known = found.locate(module)
-    targets = None if known is None else _targets(*known, built, told)
+    try:
+        targets = None if known is None else _targets(*known, built, told)
+    except RefusedError as problem:
+        adapter.leftovers |= {group.names[role]: tensor for role, tensor in group.roles.items()}
+        adapter.findings.append(out_of_order(module, problem))
+        return
     if targets is not None and known is not None and not targets.keys() & adapter.deltas.keys():
         adapter.deltas |= targets
         if built.saved is not None:
@@ -76,6 +81,11 @@ def settle(adapter: Adapter, module: str, built: words.Built, group: words.Group
         adapter.findings.append(error("named-twice", module, "another name in the file means the same module"))
     else:
         adapter.findings.append(warning("unknown-module", module, f"{found.base.name} has no such module of this shape"))
+
+
+def out_of_order(module: str, problem: RefusedError) -> Finding:
+    """What is said of a delta that cannot be turned from the order of the file's rows into the reference's."""
+    return error("rows-in-another-order", module, f"{problem.message}, and here they lie in another order than in the reference names")
 
 
 def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> dict[Target, Delta] | None:
