@@ -9,10 +9,10 @@ setup(
         Extension(
             f"upparam._native.{name}",
             [f"src/upparam/_native/{name}.c"],
-            depends=[f"src/upparam/_native/{name}_kernels.h"],
+            depends=[f"src/upparam/_native/{name}_kernels.h"] if kernels else [],
             extra_compile_args=FLAGS,
             optional=True,
         )
-        for name in ("tile", "gram")
+        for name, kernels in (("tile", True), ("gram", True), ("spread", False))
     ]
 )

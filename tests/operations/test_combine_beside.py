@@ -7,9 +7,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upparam.operations.combine import beside as module
 from upparam.operations.combine.beside import beside, widened
 from upparam.tensors import DTYPES, FileSource, Tensor, same_bits
 
@@ -63,6 +65,23 @@ def test_widened_in_pieces_is_what_numpy_makes_of_it(tmp_path: Path) -> None:
         meant = codes.view(dtype).astype(np.float32)
         np.testing.assert_array_equal(widened(stored, DTYPES["float32"]).read().reshape(-1), meant)
         np.testing.assert_array_equal(widened(Tensor.of(codes.view(dtype)), DTYPES["float32"]).read(), meant)
+
+
+def test_compiled_and_numpy_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every finite float16 and bfloat16, and as many float32, times numbers that round, overflow and vanish."""
+    if module._compiled() is None:
+        pytest.skip("the compiled module is not built")
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+        values = codes.view(dtype) if np.dtype(dtype).itemsize == 2 else (codes.astype(np.uint32) << 16 | codes[::-1]).view(np.float32)
+        with np.errstate(invalid="ignore"):
+            values = values[np.isfinite(values.astype(np.float64))]
+        parts = [Tensor.of(values[: len(values) // rank * rank].reshape(-1, rank)[:2000]) for rank in (3, 8, 29)]
+        for factors in ([1 / 3, -1.7, 1e-30], [2.0, 1e39, 0.0]):
+            made = beside(parts, factors, DTYPES["float32"]).raw(), widened(parts[0], DTYPES["float32"]).raw()
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "_compiled", lambda: None)
+                assert made == (beside(parts, factors, DTYPES["float32"]).raw(), widened(parts[0], DTYPES["float32"]).raw())
 
 
 def test_one_changed_byte_is_seen_wherever_it_lies(tmp_path: Path) -> None:
