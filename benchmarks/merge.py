@@ -113,19 +113,9 @@ def contenders(base: Path, adapters: list[Path], peft: bool, args: argparse.Name
     if peft:
         found.append(("peft", lambda out: timed([sys.executable, "-c", PEFT, str(base), names[0], str(out)])))
     if args.sd_scripts is not None and base.is_file():
-        script = [
-            sys.executable,
-            str(args.sd_scripts / "networks" / "merge_lora.py"),
-            "--sd_model",
-            str(base),
-            "--models",
-            names[0],
-            "--ratios",
-            "1.0",
-        ]
-        found.append(
-            ("sd-scripts", lambda out: timed([*script, "--save_to", str(out), "--precision", "float", "--save_precision", "fp16"]))
-        )
+        script = [sys.executable, str(HERE / "sd_scripts.py"), str(args.sd_scripts), "merge", "--sd_model", str(base), "--models", names[0]]
+        ratio = ["--ratios", "1.0", "--precision", "float", "--save_precision", "fp16"]
+        found.append(("sd-scripts", lambda out: timed([*script, *ratio, "--save_to", str(out)])))
     return found
 
 
@@ -204,7 +194,13 @@ def main() -> None:
         ten = [made(f"r16-{number}", f"peft(path, seed={number})") for number in range(10)]
         case("ten adapters in one pass", llama, ten, args)
     if "sd15" in wanted:
-        base = made("sd15.safetensors", "sd15(path)")
+        if args.sd_scripts is None:
+            base = made("sd15.safetensors", "sd15(path)")
+        else:  # whose loader wants every tensor under its name
+            base = args.scratch / "sd15-whole.safetensors"
+            if not base.exists():
+                command = [sys.executable, str(HERE / "sd_scripts.py"), str(args.sd_scripts), "checkpoint", str(base)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         case("2.13 GB SD1.5 fp16, kohya r=32", base, [made("kohya.safetensors", "kohya(path)")], args, suffix=".safetensors")
     if "growth" in wanted:
         print("\n## peak memory against the size of the base (all linears, r=16)")
