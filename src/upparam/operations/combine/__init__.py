@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upparam.adapter import Adapter
 from upparam.algorithms.base import Delta
+from upparam.algorithms.lora import LoRA
 from upparam.atomic import refuse_existing
 from upparam.dialects.base import ReadOptions
 from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
@@ -152,7 +153,10 @@ def combined(
     work = _worker(chosen, method, how, rule, keep)
     deltas = {}
     modules: list[dict[str, Any]] = []
-    for place, (delta, facts) in zip(found, in_threads(work, found, [place.size for place in found], threads, progress), strict=True):
+    # LoRAs that are only put side by side cost nothing before they are written.
+    lazy = method == "concat" and rule is None and all(type(piece.delta) is LoRA for place in found for piece in place.pieces)
+    made = map(work, found) if lazy else in_threads(work, found, [place.size for place in found], threads, progress)
+    for place, (delta, facts) in zip(found, made, strict=True):
         deltas.update(place.job.parts(delta))
         if facts:
             modules.append(facts)

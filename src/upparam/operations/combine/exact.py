@@ -78,7 +78,8 @@ def _concatenated(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
     scale, dtype = (loras[0][1], dtypes[0]) if as_stored else (1.0, _wide(dtypes))
     shape = (first.up.shape[0], rank, *first.up.shape[2:])
     down = Tensor.stack([delta.down if as_stored else widened(delta.down, dtype) for delta, _ in loras])
-    ups, own = [delta.up.reshape(delta.up.shape[:2]) for delta, _ in loras], None if as_stored else [scale for _, scale in loras]
+    ups = [delta.up if len(delta.up.shape) == 2 else delta.up.reshape(delta.up.shape[:2]) for delta, _ in loras]
+    own = None if as_stored else [scale for _, scale in loras]
     return LoRA(beside(ups, own, dtype).reshape(shape), down, Scaling(alpha=scale * rank), embedding=first.embedding)
 
 

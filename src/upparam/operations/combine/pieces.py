@@ -62,11 +62,14 @@ def places(items: Sequence[Weighted], block_weight: BlockWeight | None = None) -
     """
     jobs = [jobs_of(adapter) for adapter, _ in items]
     keys = [{target: job.targets for job in own for target in job.targets} for own in jobs]
+    fused = {target for own in jobs for job in own if len(job.targets) > 1 for target in job.targets}
     found: dict[tuple[Target, ...], list[Piece]] = {}
     shapes: dict[tuple[Target, ...], Job] = {}
     for number, ((adapter, multiplier), own) in enumerate(zip(items, jobs, strict=True)):
         for job in own:
-            together = all(key.get(target, job.targets) == job.targets for key in keys for target in job.targets)
+            together = not fused.intersection(job.targets) or all(
+                key.get(target, job.targets) == job.targets for key in keys for target in job.targets
+            )
             parts = [job] if together else [_alone(target, adapter.deltas[target]) for target in job.targets]
             for part in parts:
                 weight = multiplier * (1.0 if block_weight is None else block_weight(part.targets[0]))
