@@ -191,6 +191,25 @@ def test_a_torch_file_that_holds_objects_is_written_as_safetensors_only(tmp_path
     assert open_adapter(tmp_path / "b.safetensors").dtypes() == {"bfloat16": 6}
 
 
+def test_code_is_never_carried(tmp_path: Path) -> None:
+    """Not even where only the config changes and the file could have been copied."""
+    import zipfile
+
+    folder = peft_folder(tmp_path / "one", 1, 4, 8)
+    weights, path = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    inner = {name: torch.from_numpy(tensor.read().copy()) for name, tensor in open_file(weights).tensors.items()}
+    torch.save(inner, path)
+    weights.unlink()
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("adapter_model/code/evil.py", "import os")
+    receipt = edit(folder, tmp_path / "two", metadata={"config.lora_dropout": "0.5"})
+    assert "left-behind" in [finding.code for finding in receipt.findings]
+    with zipfile.ZipFile(tmp_path / "two" / "adapter_model.bin") as archive:
+        assert not [name for name in archive.namelist() if "evil" in name]
+    found = torch.load(tmp_path / "two" / "adapter_model.bin", weights_only=True)
+    assert found.keys() == inner.keys() and all(torch.equal(tensor, inner[name]) for name, tensor in found.items())
+
+
 def test_the_real_peft_loads_an_edited_bin(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from tests.operations.test_combine_methods import llama

@@ -18,7 +18,7 @@ from upparam.containers.base import LONE, Opaque, TensorFile, leaves
 from upparam.dialects.base import NamedTensors, Package
 from upparam.dialects.kohya_metadata import HASHES, stamped
 from upparam.errors import RefusedError, UpparamError, UsageError
-from upparam.findings import Finding, warning
+from upparam.findings import Finding, Severity, warning
 from upparam.operations.edit.changes import Changes, Each
 from upparam.operations.recast import recast
 from upparam.records import dataclass, replace
@@ -87,7 +87,10 @@ def patched(source: Adapter, result: Adapter, changes: Changes, root: Path, out:
                 findings.append(warning("no-tensors", file.name, shown, *others[:_SHOWN]))
         if kind == "safetensors":
             metadata = stamped(tensors, metadata)
-        if kind == CONTAINERS[file.container] and metadata == file.metadata and _same(tensors, file.tensors):
+        code = [finding.message for finding in file.findings if finding.severity is Severity.ERROR]
+        if code:  # written anew there is nothing of it any more
+            findings.append(warning("left-behind", file.name, "what is more than data in this file is not carried", *code[:_SHOWN]))
+        elif kind == CONTAINERS[file.container] and metadata == file.metadata and _same(tensors, file.tensors):
             untouched[relative] = file.path
             continue
         package.files[relative] = NamedTensors(tensors, metadata, kind, structure)
