@@ -113,6 +113,65 @@ def test_what_is_written_is_what_load_adapters_makes_room_for(base: str, modules
         assert again.deltas[target].embedding is delta.embedding  # type: ignore[attr-defined]
 
 
+DORA = {"model.layers.3.self_attn.q_proj": (2048, 2048), "model.layers.9.mlp.up_proj": (8192, 2048), "model.embed_tokens": (128256, 2048)}
+
+
+def test_dora_is_read_as_mlx_fuses_it_and_written_back() -> None:
+    """mlx_lm/tuner/dora.py: m / ||W + scale B A|| for each row, embeddings' too; all modules of an adapter or none."""
+    shapes: dict[str, list[int]] = {}
+    for name, (out, into) in DORA.items():
+        sides = (out, into) if name.endswith("embed_tokens") else (into, out)
+        shapes |= {f"{name}.lora_a": [sides[0], 2], f"{name}.lora_b": [2, sides[1]], f"{name}.m": [out]}
+    tensors, known = filled(shapes), inventory.load("llama-3.2-1b")
+    adapter = read("mlx", tensors, scale=4.0, base=known)
+    assert adapter.algorithms() == {"dora": 3} and not adapter.leftovers
+    weight = np.random.default_rng(0).standard_normal((40, 2048))
+    for name in DORA:
+        a, b, m = (tensors[f"{name}.{word}"].read().astype(np.float64) for word in ("lora_a", "lora_b", "m"))
+        change = (4.0 * a[:40]) @ b if name.endswith("embed_tokens") else (4.0 * b.T[:40]) @ a.T
+        fused = (m[:40] / np.linalg.norm(weight + change, axis=1))[:, None] * (weight + change)
+        found = adapter.deltas[Target(name)].load().merged(lambda start, stop: weight[start:stop].copy(), 0, 40)
+        assert np.allclose(found, fused, rtol=1e-12, atol=1e-14)
+    package = dialects.get("mlx").write(adapter, {"base": known})
+    content, config = package.files["adapters.safetensors"], json.loads(bytes(package.files["adapter_config.json"]))  # type: ignore[arg-type]
+    assert isinstance(content, NamedTensors) and config["fine_tune_type"] == "dora"
+    same(dict(content.tensors), tensors)
+    loads("llama-3.2-1b", {name: tensor for name, tensor in content.tensors.items() if not name.endswith(".m")}, config)
+
+
+def test_dora_between_peft_and_mlx(tmp_path: Path) -> None:
+    from tests.matrix.specimens import dora
+
+    from upparam.operations.convert import write_adapter
+    from upparam.operations.proof import same_delta
+
+    options, adapter = ReadOptions(base=inventory.load("llama-3-8b")), dora("llama-3-8b")
+    write_adapter(adapter, tmp_path / "peft", "peft", read=options)
+    convert(tmp_path / "peft", tmp_path / "mlx", "mlx", read=options)
+    convert(tmp_path / "mlx", tmp_path / "again", "peft", read=options)
+    again = open_adapter(tmp_path / "again", options=options)
+    assert all(same_delta(delta, again.deltas[target]) for target, delta in adapter.deltas.items())
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["use_dora"] is True
+
+
+def test_dora_of_some_modules_is_refused(tmp_path: Path) -> None:
+    from tests.matrix.specimens import adapter as of
+    from tests.matrix.specimens import dora, plain
+
+    mixed = of("llama-3-8b", {**plain("llama-3-8b").deltas, **dict(list(dora("llama-3-8b").deltas.items())[:1])})
+    with pytest.raises(RefusedError, match=r"a DoRA beside plain LoRAs.*one kind"):
+        written("mlx", mixed)
+    tensors = filled(
+        {
+            "model.layers.0.self_attn.q_proj.lora_a": [64, 2],
+            "model.layers.0.self_attn.q_proj.lora_b": [2, 64],
+            "model.layers.0.self_attn.q_proj.m": [63],
+        }
+    )
+    with pytest.raises(MalformedError, match="one norm for each row"):
+        read("mlx", tensors, scale=1.0)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen", "gemma", "phi", "gpt2", "neox"])
 def test_names_go_there_and_back(family: str) -> None:
     for name, fact in inventory.known().items():

@@ -16,6 +16,7 @@ from typing import Any
 from upparam.adapter import Adapter, Target
 from upparam.algorithms import called
 from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import stack
 from upparam.bases import inventory
@@ -24,8 +25,8 @@ from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import reference_deltas
 from upparam.dialects.placing import base_of, resolve
-from upparam.dialects.refusing import other_rank, other_scale, refuse
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
+from upparam.dialects.refusing import LOWER, other_rank, other_scale, refuse
+from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError, UsageError
 from upparam.findings import error, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
@@ -58,7 +59,7 @@ class Mlx:
     name = "mlx"
     title = "MLX (mlx-lm adapters)"
     writable = True
-    algorithms: tuple[str, ...] = ("lora",)
+    algorithms: tuple[str, ...] = ("lora", "dora")
 
     def match(self, file: TensorFile) -> Match | None:
         """Names `<module>.lora_a` and `<module>.lora_b`, without `.weight` before or after."""
@@ -108,7 +109,8 @@ class Mlx:
         problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         problems += [f"{target}: {problem}" for target, delta in deltas.items() if (problem := _unloadable(target, delta)) is not None]
         refuse(self.name, problems)
-        named = {_renamed(target.module, _FROM_HF): delta for target, delta in deltas.items() if isinstance(delta, LoRA)}
+        refuse(self.name, _mixed(deltas))
+        named = {_renamed(target.module, _FROM_HF): delta for target, delta in deltas.items() if isinstance(delta, (LoRA, DoRA))}
         scale, rank = _scale(named), _rank(named)
         base = base_of(adapter, options)
         tensors = _tensors(adapter, named, base)
@@ -116,6 +118,7 @@ class Mlx:
         # Look-alikes may be deeper than the base that was inferred: its depth is taken only where it is certain.
         certain = "base" in options or (adapter.base is not None and (adapter.base.stated or not adapter.base.lookalikes))
         config = _config(adapter, list(modules), rank, scale, base if certain else None)
+        config["fine_tune_type"] = "dora" if any(isinstance(delta, DoRA) for delta in named.values()) else "lora"
         metadata = dict(adapter.metadata) if adapter.dialect == self.name else {**adapter.metadata, "format": "mlx"}
         text = json.dumps(config, indent=4, ensure_ascii=False) + "\n"
         return Package({WEIGHTS: NamedTensors(tensors, metadata), CONFIG: text.encode()})
@@ -131,7 +134,7 @@ def _modules(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]
         else:
             found.setdefault(match.group(1), {})[match.group(2)] = tensor
     for module, factors in list(found.items()):
-        if factors.keys() == {"lora_a", "lora_b"}:
+        if {"lora_a", "lora_b"} <= factors.keys():
             continue
         adapter.leftovers |= {f"{module}.{role}": tensor for role, tensor in found.pop(module).items()}
         if factors.keys() != {"m"}:
@@ -176,17 +179,21 @@ def _stored_scale(config: Mapping[str, Any]) -> tuple[float | None, str]:
 
 def _deltas(adapter: Adapter, module: str, factors: Mapping[str, Tensor], scaling: Scaling) -> dict[str, Delta]:
     """The deltas of one module by transformers' names; one for each expert where they are stacked."""
-    down, up = factors["lora_a"], factors["lora_b"]
-    if len(up.shape) == 3:
+    down, up, magnitude = factors["lora_a"], factors["lora_b"], factors.get("m")
+    if len(up.shape) == 3 and magnitude is None:
         return _experts(adapter, module, down, up, scaling)
     if len(down.shape) != 2 or len(up.shape) != 2 or down.shape[1] != up.shape[0]:
         raise MalformedError(
             "lora_a and lora_b do not fit together", expected="lora_a (in, r), lora_b (r, out)", found=f"{down.shape}, {up.shape}"
         )
     name = _renamed(module, _TO_HF)
-    if _EMBEDDING.search(name):
-        return {name: LoRA(down, up, scaling, embedding=True)}
-    return {name: LoRA(up.T, down.T, scaling)}
+    embedding = _EMBEDDING.search(name) is not None
+    lora = LoRA(down, up, scaling, embedding=True) if embedding else LoRA(up.T, down.T, scaling)
+    if magnitude is None:
+        return {name: lora}
+    if magnitude.shape != lora.shape[:1]:
+        raise MalformedError("m is not one norm for each row", expected=f"({lora.shape[0]},)", found=magnitude.shape)
+    return {name: DoRA(lora.up, lora.down, magnitude, scaling, embedding=embedding)}
 
 
 def _experts(adapter: Adapter, module: str, down: Tensor, up: Tensor, scaling: Scaling) -> dict[str, Delta]:
@@ -265,8 +272,10 @@ def _check_rank(adapter: Adapter, modules: Mapping[str, Mapping[str, Tensor]]) -
 def _unloadable(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
-    if type(delta) is not LoRA:
+    if not isinstance(delta, (LoRA, DoRA)):
         return f"{called(delta.algorithm)} delta"
+    if isinstance(delta, DoRA) and (not delta.per_row or _EXPERT.fullmatch(target.module)):
+        return "a DoRA with a norm for each column" if not delta.per_row else "a DoRA of a mixture's expert"
     if delta.mid is not None:
         return "a Tucker core"
     if len(delta.shape) != 2:
@@ -274,7 +283,18 @@ def _unloadable(target: Target, delta: Delta) -> str | None:
     return None if _OWN.match(_renamed(target.module, _FROM_HF)) else "not a module of a language model that mlx-lm runs"
 
 
-def _scale(deltas: Mapping[str, LoRA]) -> float:
+def _mixed(deltas: Mapping[Target, Delta]) -> list[Problem]:
+    """DoRAs beside plain LoRAs: mlx-lm makes all modules of one kind."""
+    decomposed = [target for target, delta in deltas.items() if isinstance(delta, DoRA)]
+    if len(decomposed) in (0, len(deltas)):
+        return []
+    return [
+        Problem(str(target), "a DoRA beside plain LoRAs, and mlx-lm makes all modules of one kind", (target,), LOWER)
+        for target in decomposed
+    ]
+
+
+def _scale(deltas: Mapping[str, LoRA | DoRA]) -> float:
     """The multiplier all deltas share. Raises RefusedError where they differ: the config has one for all."""
     counts = Counter(delta.known_scale() for delta in deltas.values())
     common, _ = counts.most_common(1)[0]
@@ -285,17 +305,18 @@ def _scale(deltas: Mapping[str, LoRA]) -> float:
     return common
 
 
-def _rank(deltas: Mapping[str, LoRA]) -> int:
+def _rank(deltas: Mapping[str, LoRA | DoRA]) -> int:
     """The rank all deltas share. Raises RefusedError where they differ."""
-    largest = max(delta.rank for delta in deltas.values())
-    refuse("mlx", [other_rank(_renamed(name, _TO_HF), delta.rank, largest) for name, delta in deltas.items() if delta.rank != largest])
+    ranks = {name: delta.down.shape[0] for name, delta in deltas.items()}
+    largest = max(ranks.values())
+    refuse("mlx", [other_rank(_renamed(name, _TO_HF), rank, largest) for name, rank in ranks.items() if rank != largest])
     return largest
 
 
-def _tensors(adapter: Adapter, deltas: Mapping[str, LoRA], base: Base | None) -> dict[str, Tensor]:
+def _tensors(adapter: Adapter, deltas: Mapping[str, LoRA | DoRA], base: Base | None) -> dict[str, Tensor]:
     """Everything under mlx-lm's names, experts stacked."""
     found: dict[str, Tensor] = {}
-    stacks: dict[str, dict[int, LoRA]] = {}
+    stacks: dict[str, dict[int, LoRA | DoRA]] = {}
     spelling = adapter.spelling if adapter.dialect == "mlx" else {}
     for name, delta in deltas.items():
         match = _EXPERT.fullmatch(name)
@@ -305,6 +326,8 @@ def _tensors(adapter: Adapter, deltas: Mapping[str, LoRA], base: Base | None) ->
             found[f"{name}.lora_a"], found[f"{name}.lora_b"] = delta.up, delta.down
         else:
             found[f"{name}.lora_a"], found[f"{name}.lora_b"] = delta.down.T, delta.up.T
+        if isinstance(delta, DoRA):
+            found[f"{name}.m"] = delta.magnitude.reshape((delta.shape[0],))
     for name, members in stacks.items():
         if sorted(members) != list(range(len(members))) or len(members) != _expert_count(base, name, len(members)):
             refuse("mlx", [f"{name}: only experts {', '.join(map(str, sorted(members)))}; mlx-lm stacks all of them in one tensor"])
