@@ -116,10 +116,11 @@ def _init(cls: Any, fields: Mapping[str, _Field]) -> Callable[..., None]:
         held.update(zip(names, args))  # noqa: B905 - too many are told below
         if kwargs:
             held.update(kwargs)
-        for name, make in makers:
-            if name not in held:
-                held[name] = make()
-        if len(held) != count or len(args) > len(names) or not allowed[len(args)].issuperset(kwargs):
+        if len(held) != count:
+            for name, make in makers:
+                if name not in held:
+                    held[name] = make()
+        if len(held) != count or len(args) > len(names) or (kwargs and not allowed[len(args)].issuperset(kwargs)):
             raise TypeError(_misfit(type(self), names, len(args), kwargs, held))
         if finish:
             self.__post_init__()

@@ -51,8 +51,18 @@ class _Help(argparse.HelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; every expected failure is one line on stderr (or a JSON object on stdout with --json)."""
-    gc.set_threshold(100_000)  # many small objects are made and few of them are garbage: looking for it takes a twentieth of the start
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _command(list(argv))
+    # The process is ours and short: of its many small objects few are garbage, and looking for it would take a tenth of a small command,
+    # half of that at the very end.
+    gc.set_threshold(100_000)
+    try:
+        return _command(sys.argv[1:])
+    finally:
+        gc.freeze()
+
+
+def _command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="upparam",
         description="The truth about low-rank adapter files. Nothing in a file is ever executed.",

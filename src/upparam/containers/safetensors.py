@@ -98,7 +98,8 @@ def _check_surrogates(path: Path, header: Mapping[str, Any], metadata: Mapping[s
 def _tensor(source: Source, path: Path, key: str, entry: Any, data: int) -> tuple[Tensor, int, int]:
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        integers = type(shape) is list and all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, start, stop))
+        numbers = (*shape, start, stop)
+        integers = type(shape) is list and set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < 1 << 63
     except (TypeError, KeyError, ValueError):
         integers, code, shape, start, stop = False, None, (), 0, 0
     if not integers or start > stop:
