@@ -7,7 +7,6 @@ The loader takes the number of blocks and alpha from the first names it finds, b
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,16 +24,17 @@ from upparam.dialects.refusing import refuse
 from upparam.dialects.words import alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, Problem
 from upparam.findings import warning
+from upparam.patterns import regex
 from upparam.tensors import DTYPES, Tensor
 
-_NAME = re.compile(r"(oft_unet_\w+)\.(?:oft_blocks(?:\.(\d))?|alpha)")
+_NAME = regex(r"(oft_unet_\w+)\.(?:oft_blocks(?:\.(\d))?|alpha)")
 _OURS, _THEIRS = "lora_unet_", "oft_unet_"
 _LAYOUTS = ("kohya", "kohya-diffusers", "kohya-original")
 _FAMILIES = {"sd": "networks.oft", "flux": "networks.oft_flux"}
 """Families of bases that have such a network, and its module."""
-_ATTENTION = re.compile(r".*_attn[12]_to_(q|k|v|out_0)|.*_(img|txt)_attn_(qkv|proj)")
-_TRANSFORMER = re.compile(r".*_(transformer_blocks_\d+_\w+|proj_in|proj_out)|.*(double|single)_blocks_\d+_\w+")
-_WHOLE = re.compile(r".*(_ff_|_mlp).*")
+_ATTENTION = regex(r".*_attn[12]_to_(q|k|v|out_0)|.*_(img|txt)_attn_(qkv|proj)")
+_TRANSFORMER = regex(r".*_(transformer_blocks_\d+_\w+|proj_in|proj_out)|.*(double|single)_blocks_\d+_\w+")
+_WHOLE = regex(r".*(_ff_|_mlp).*")
 """A name by which the loader knows that more than attention was trained."""
 
 

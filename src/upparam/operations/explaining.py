@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +11,7 @@ from upparam.containers.base import TensorFile
 from upparam.errors import NotAnAdapterError, UnreadableError, UpparamError
 from upparam.operations.kinds import classify
 from upparam.operations.kinds_other import other
+from upparam.patterns import regex
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".gguf")
 """How files are named in which people look for weights."""
@@ -42,8 +42,8 @@ def explain_nothing(path: Path, dialect: str | None, files: Sequence[TensorFile]
     )
 
 
-_ADAPTER = re.compile(r"adapter_config\.json|(adapter_model|adapters|pytorch_lora_weights)\.\w+")
-_STATE = re.compile(r"\D*?(\d+)")
+_ADAPTER = regex(r"adapter_config\.json|(adapter_model|adapters|pytorch_lora_weights)\.\w+")
+_STATE = regex(r"\D*?(\d+)")
 """How folders of a training's states are named: `checkpoint-500`, `epoch_3`, `0000500`."""
 
 
