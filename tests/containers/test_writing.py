@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +99,25 @@ def test_a_bit_at_either_end_is_seen(tmp_path: Path) -> None:
         other = Tensor(DTYPES["uint8"], (size,), FileSource(tmp_path / f"other {number}"))
         assert same_bits(one, other) is (place is None)
         assert same_bits(one, Tensor.of(other.read())) is (place is None)
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_file_systems_that_reserve_no_room_are_written_too(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    values = {f"t{index}": np.full((3 << 18,), index, np.float32) for index in range(4)}
+    with (tmp_path / "x.safetensors").open("wb") as stream:
+        ours.write(stream, {name: Tensor.of(array) for name, array in values.items()})
+    found = safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    assert all(np.array_equal(found[name], array) for name, array in values.items())
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with (tmp_path / "x.safetensors").open("wb") as stream, pytest.raises(OSError, match="No space"):
+        ours.write(stream, {"t": Tensor.of(np.zeros(2 << 20, np.float32))})

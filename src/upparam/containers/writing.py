@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from io import BufferedWriter
@@ -38,11 +39,7 @@ def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded:
         at += padded(tensor.nbytes)
     stream.flush()
     descriptor = stream.fileno()
-    if hasattr(os, "posix_fallocate"):
-        # Room found at once costs less than room found page by page, and a full disk is told before the work.
-        os.posix_fallocate(descriptor, 0, at)
-    else:
-        os.ftruncate(descriptor, at)
+    _make_room(descriptor, at)
 
     def work(group: Sequence[tuple[int, Tensor]]) -> None:
         for offset, tensor in group:
@@ -57,6 +54,17 @@ def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded:
         finally:
             pool.shutdown(cancel_futures=True)
     stream.seek(at)
+
+
+def _make_room(descriptor: int, size: int) -> None:
+    """Give a file its size. Room found at once costs less than room found page by page, and a full disk is told before the work."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as problem:
+            if problem.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # file systems that know no such thing
+                raise
+    os.ftruncate(descriptor, size)
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:

@@ -1,0 +1,63 @@
+"""Bringing a file to the disk while it is written: nothing depends on it, and it ends with the writing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from upparam.atomic import atomic_file, atomic_folder, reaching_disk
+
+
+def settled(before: int) -> bool:
+    """True when the threads of the test are gone within a second."""
+    end = time.monotonic() + 1
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    return threading.active_count() <= before
+
+
+def test_it_begins_before_the_file_is_complete_and_ends_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr("upparam.atomic.os.fsync", lambda descriptor: (sizes.append(os.fstat(descriptor).st_size), real(descriptor)))
+    before, path = threading.active_count(), tmp_path / "x"
+    with path.open("xb", buffering=0) as stream, reaching_disk(path):
+        stream.write(b"a" * 10)
+        time.sleep(0.2)
+        stream.write(b"b" * 10)
+    assert settled(before)
+    assert sizes[0] == 10 and sizes[-1] == 20
+
+
+def test_it_ends_where_the_writing_fails(tmp_path: Path) -> None:
+    before, path = threading.active_count(), tmp_path / "x"
+    with pytest.raises(ZeroDivisionError), path.open("xb"), reaching_disk(path):
+        raise ZeroDivisionError
+    assert settled(before)
+
+
+def test_without_sync_it_starts_nothing(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with reaching_disk(tmp_path / "absent", sync=False):
+        assert threading.active_count() == before
+
+
+def test_temporary_folders_are_gone_whether_or_not_it_worked(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "file") as path:
+        path.write_bytes(b"x")
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "x").write_bytes(b"x")
+    for atomic, name in ((atomic_file, "broken file"), (atomic_folder, "broken folder")):
+        with pytest.raises(ZeroDivisionError), atomic(tmp_path / name) as place:
+            (place if name.endswith("folder") else place.parent).joinpath("half").write_bytes(b"x")
+            raise ZeroDivisionError
+    with atomic_folder(tmp_path / "folder", force=True) as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "x").write_bytes(b"y")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder", "folder/inside", "folder/inside/x"]
+    assert (tmp_path / "folder" / "inside" / "x").read_bytes() == b"y"
