@@ -34,7 +34,7 @@ import re
 compiled = []
 inner = re._compiler.compile
 re._compiler.compile = lambda *args, **more: compiled.append(args[0]) or inner(*args, **more)
-import json, pathlib, argparse, textwrap, string
+import argparse, dataclasses, json, pathlib, string, textwrap
 before = len(compiled)
 import upparam.dialects, upparam.operations.opening
 import upparam.dialects.peft, upparam.dialects.kohya, upparam.dialects.diffusers, upparam.dialects.mlx

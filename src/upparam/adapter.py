@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
 from upparam.algorithms.base import Delta
 from upparam.findings import Finding
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 FROM_BASE = "the initial factors were taken out of the base's weights"

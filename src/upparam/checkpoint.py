@@ -8,6 +8,7 @@ not part of the model so chosen are listed in `unread`, never silently mixed in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,7 +20,6 @@ from upparam.containers.side import read_json
 from upparam.errors import AmbiguousError, MalformedError, UnreadableError
 from upparam.findings import Finding
 from upparam.patterns import regex
-from upparam.records import dataclass, field
 from upparam.tensors import DTYPES, FileSource, Tensor
 
 INDEX_SUFFIX = ".index.json"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from upparam.errors import EXIT_FINDINGS, EXIT_OK
-from upparam.records import dataclass
 
 
 class Severity(IntEnum):

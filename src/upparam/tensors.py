@@ -9,13 +9,13 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upparam.errors import MalformedError, UnreadableError
-from upparam.records import dataclass, field, replace
 
 if TYPE_CHECKING:
     import numpy as np

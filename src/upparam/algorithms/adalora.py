@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import Delta, Scaling
 from upparam.algorithms.lora import LowRankUpdate
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

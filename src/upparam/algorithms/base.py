@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upparam.algorithms import called
 from upparam.errors import MalformedError, Problem, RefusedError
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

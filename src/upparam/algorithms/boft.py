@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import BAKED, Delta, DependentUpdate, RowReader, Scaling
 from upparam.algorithms.oft import OutputTurn, cayley, limited, turned_rows
 from upparam.errors import MalformedError
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

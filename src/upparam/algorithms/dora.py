@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,7 +18,6 @@ from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field, fields, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

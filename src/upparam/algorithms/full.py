@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import BAKED, Delta, Scaling, Update, refuse_empty
 from upparam.errors import MalformedError
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import Delta, DependentUpdate, RowReader, Scaling
 from upparam.algorithms.lora import LoRA, LowRankUpdate
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

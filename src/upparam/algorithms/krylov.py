@@ -10,12 +10,12 @@ of the truncation cannot be lowered by the tolerance any more.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Protocol
 
 from upparam.algorithms.base import tiles
 from upparam.errors import MalformedError
-from upparam.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upparam.algorithms.base import Delta, Scaling, Update, refuse_empty
 from upparam.algorithms.lora import LowRankUpdate
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update, refuse_empty
 from upparam.algorithms.loha import tucker
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

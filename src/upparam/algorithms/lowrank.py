@@ -7,12 +7,12 @@ the truncation asked for, both factors go through QR instead, whose error is eps
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 from upparam.algorithms.gram import INDEPENDENT, Root, root
 from upparam.errors import MalformedError, UsageError
-from upparam.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

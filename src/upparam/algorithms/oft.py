@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isqrt, sqrt
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import BAKED, Delta, DependentUpdate, RowReader, Scaling
 from upparam.errors import MalformedError, RefusedError
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

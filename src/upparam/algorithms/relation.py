@@ -7,13 +7,13 @@ Subtracting squares costs half the digits: a distance is known to about sqrt(ran
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.gram import Root, gram, root
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,6 +6,7 @@ Nothing is computed when the parts share their down factor: `up` is cut and stac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import isclose
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from upparam.algorithms import TITLES, called
 from upparam.algorithms.base import BAKED, Delta, FactorChange, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import Problem, RefusedError
-from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor, same_bits
 
 if TYPE_CHECKING:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import Delta, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import MalformedError
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
 
 from upparam.algorithms.base import Delta, Scaling, Update
 from upparam.errors import MalformedError, RefusedError
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 REASON = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING, ClassVar
 
 from upparam.algorithms.base import BAKED, Delta, Scaling
 from upparam.algorithms.lora import LowRankUpdate
 from upparam.errors import MalformedError, RefusedError
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

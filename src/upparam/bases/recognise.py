@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from upparam.adapter import BaseHint
 from upparam.algorithms.base import fits_weight
 from upparam.bases import inventory
 from upparam.patterns import regex
-from upparam.records import dataclass, field
 
 Shape = tuple[int, ...]
 

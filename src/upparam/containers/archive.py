@@ -10,6 +10,7 @@ import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,6 @@ from upparam.errors import LimitError, MalformedError, UnreadableError
 from upparam.findings import Finding, error
 from upparam.limits import MAX_INFLATE_RATIO, MAX_INFLATED, MAX_UNPACKED_IN_MEMORY
 from upparam.patterns import regex
-from upparam.records import dataclass, field
 from upparam.tensors import Source
 
 _CHUNK = 1 << 20

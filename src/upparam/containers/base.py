@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from upparam.errors import LimitError
 from upparam.findings import Finding
-from upparam.records import dataclass, field
 from upparam.tensors import Source, Tensor
 
 LONE = "."

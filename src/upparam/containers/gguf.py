@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ from upparam.containers.writing import put
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Finding, info, warning
 from upparam.limits import MAX_DIMS, MAX_GGUF_ARRAY_SHOWN, MAX_GGUF_HEADER, MAX_GGUF_KEYS, MAX_GGUF_NESTING, MAX_TENSORS
-from upparam.records import dataclass
 from upparam.tensors import DTYPES, Source, Tensor
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import log2
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from upparam.containers.base import Head
 from upparam.containers.zips import find_end, read_archive
 from upparam.errors import UpparamError
 from upparam.limits import MAX_SAFETENSORS_HEADER
-from upparam.records import dataclass
 
 _HEADER_READ = 4 << 20
 """Bytes of a safetensors header looked at for where its data should end."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from operator import length_hint
 from typing import Any
 
@@ -37,7 +38,6 @@ from upparam.limits import (
     MAX_PICKLE_OBJECTS,
     MAX_PICKLE_OPCODES,
 )
-from upparam.records import dataclass, field
 from upparam.tensors import DType, MemorySource, Source, Tensor
 
 KEPT_BYTES = 256

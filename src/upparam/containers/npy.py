@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,6 @@ from upparam.containers.zips import ZipMember, read_archive
 from upparam.errors import LimitError, MalformedError, RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.limits import MAX_DIMS, MAX_NPY_HEADER, MAX_TENSORS
-from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Source, Tensor, contiguous_strides
 
 MAGIC = b"\x93NUMPY"

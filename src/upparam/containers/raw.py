@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp, log, log2
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from upparam.containers.base import LONE, TensorFile
 from upparam.containers.writing import chunks
 from upparam.errors import MalformedError
 from upparam.patterns import regex
-from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Source, Tensor
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ would have got; storages, arrays and blobs are byte ranges of the file.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 from upparam.containers.base import Opaque
 from upparam.errors import LimitError, MalformedError, UpparamError
 from upparam.limits import MAX_EXPANDED, MAX_PICKLE_DEPTH
-from upparam.records import dataclass, field
 from upparam.tensors import DType, MemorySource, Source, Tensor, contiguous_strides
 
 MAX_SUMMARY = 160

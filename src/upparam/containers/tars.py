@@ -7,6 +7,7 @@ Source of the layout: POSIX.1-2017 pax, "pax Interchange Format" and "ustar Inte
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from upparam.containers.base import Head
@@ -14,7 +15,6 @@ from upparam.containers.sources import SpanSource
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
 from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_ODDITIES, MAX_TAR_NAME
-from upparam.records import dataclass
 from upparam.tensors import Source
 
 BLOCK = 512

@@ -10,13 +10,13 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from upparam.containers.sources import InflatedSource, SpanSource
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
 from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_INFLATE_RATIO, MAX_INFLATED, MAX_ODDITIES
-from upparam.records import dataclass, field
 from upparam.tensors import Source
 
 STORED, DEFLATED = 0, 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,6 @@ from upparam.adapter import Adapter
 from upparam.bases.base import Base
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 

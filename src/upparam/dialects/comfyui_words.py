@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from upparam.algorithms import called
@@ -21,7 +22,6 @@ from upparam.dialects import lycoris_words, words
 from upparam.dialects.lycoris_words import COMFYUI_FORMS, OWN, words_in
 from upparam.errors import RefusedError
 from upparam.patterns import regex
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 

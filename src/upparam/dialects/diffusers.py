@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
@@ -26,7 +27,6 @@ from upparam.dialects.words import alpha_for, alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import error, warning
 from upparam.patterns import regex
-from upparam.records import replace
 from upparam.tensors import DTYPES, Tensor
 
 _CLIP = "text_model."

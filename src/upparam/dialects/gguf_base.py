@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 from upparam.adapter import Adapter, BaseHint
@@ -17,7 +18,6 @@ from upparam.dialects.placing import Resolved, alike
 from upparam.errors import UsageError
 from upparam.findings import warning
 from upparam.patterns import regex
-from upparam.records import replace
 
 ARCHITECTURE = "general.architecture"
 _HUB = regex(r"https?://huggingface\.co/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
@@ -20,7 +21,6 @@ from upparam.dialects.refusing import because, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import Finding, error, warning
 from upparam.patterns import regex
-from upparam.records import replace
 from upparam.tensors import DTYPES, Tensor
 
 MODULE = regex(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")

@@ -8,6 +8,7 @@ src/peft/tuners/adalora/{config,model,layer}.py (get_delta_weight, resize_module
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isclose
 from typing import Any
 
@@ -17,7 +18,6 @@ from upparam.bases.base import Module
 from upparam.dialects.peft_config import agreed, number
 from upparam.dialects.peft_method import Given, Method, Written
 from upparam.errors import MalformedError, RefusedError
-from upparam.records import replace
 from upparam.tensors import Tensor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from math import prod
 from typing import Any
 
@@ -21,7 +22,6 @@ from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_method import Given, Method
 from upparam.dialects.peft_names import Sorted
 from upparam.errors import MalformedError, RefusedError, UsageError
-from upparam.records import fields, replace
 from upparam.tensors import Tensor
 
 METHODS: tuple[Method, ...] = (

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import isclose
 from typing import Any
 
@@ -25,7 +26,6 @@ from upparam.dialects.peft_kinds import ALPHA_WORD, PEFT_TYPES, deltas_of, metho
 from upparam.dialects.peft_method import Method, Written
 from upparam.dialects.peft_names import Sorted
 from upparam.errors import RefusedError
-from upparam.records import dataclass
 from upparam.tensors import Tensor
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")

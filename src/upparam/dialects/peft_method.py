@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from upparam.algorithms.base import Delta
 from upparam.bases.base import Base, Module
 from upparam.dialects.base import ReadOptions
-from upparam.records import dataclass
 from upparam.tensors import Tensor
 
 

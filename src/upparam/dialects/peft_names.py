@@ -6,11 +6,11 @@ Sources: huggingface/peft src/peft/utils/save_and_load.py (what a save strips), 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from upparam.errors import AmbiguousError
 from upparam.patterns import regex
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 WRAPPER = "base_model.model."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
@@ -24,7 +25,6 @@ from upparam.dialects.placing import alike
 from upparam.dialects.prefixes import Naming, change, contested
 from upparam.errors import MalformedError
 from upparam.findings import Finding, error, info, warning
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 SLICES_KEY = "upparam.slices"

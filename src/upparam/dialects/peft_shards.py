@@ -6,11 +6,11 @@ Source of the names: huggingface/transformers src/transformers/modeling_utils.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from upparam.containers.base import TensorFile
 from upparam.findings import error
 from upparam.patterns import regex
-from upparam.records import replace
 
 _SHARD = regex(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.\w+)$")
 

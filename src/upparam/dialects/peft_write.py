@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms import TITLES, called
@@ -23,7 +24,6 @@ from upparam.dialects.placing import to_foreign
 from upparam.dialects.prefixes import Naming
 from upparam.dialects.refusing import LOWER, because
 from upparam.errors import Problem, RefusedError
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 WEIGHTS = "adapter_model.safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, BaseHint, Target
@@ -15,7 +16,6 @@ from upparam.bases.layouts import LayoutMap, Place, available, find
 from upparam.bases.recognise import recognise, recognise_underscored
 from upparam.dialects.refusing import BAKE
 from upparam.errors import Problem, RefusedError
-from upparam.records import dataclass
 
 Shape = tuple[int, ...]
 

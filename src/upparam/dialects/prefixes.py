@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from upparam.adapter import BaseHint
 from upparam.algorithms.base import fits_weight
 from upparam.bases import inventory
 from upparam.bases.base import Base
-from upparam.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shared by the dialects that write a module's name and a word of `comfyui_words` 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta
@@ -17,7 +18,6 @@ from upparam.dialects.placing import Parts, to_targets
 from upparam.dialects.words import alpha_tensor
 from upparam.errors import MalformedError, RefusedError
 from upparam.findings import Finding, error, warning
-from upparam.records import dataclass
 from upparam.tensors import DTYPES, Tensor
 
 Named = tuple[LayoutMap, str]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from upparam.containers.base import LONE, TensorFile
 from upparam.patterns import regex
-from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 _ROLES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +17,6 @@ from upparam.dialects.placing import alike
 from upparam.dialects.prefixes import change, contested
 from upparam.errors import AmbiguousError, MismatchError, UsageError
 from upparam.findings import info, warning
-from upparam.records import replace
 
 _LISTED = 8
 """Choices that a refusal lists."""

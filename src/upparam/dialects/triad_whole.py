@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms import ALGORITHMS, called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.errors import MalformedError, RefusedError
-from upparam.records import asdict, fields
 from upparam.tensors import Tensor
 
 KEY = "upparam"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -18,7 +19,6 @@ from upparam.errors import Problem, RefusedError, UpparamError
 from upparam.operations.baking import as_alpha, bakeable
 from upparam.operations.lowering import lowerable
 from upparam.operations.padding import pad, paddable
-from upparam.records import replace
 from upparam.tensors import Tensor
 
 ROUNDS = 8

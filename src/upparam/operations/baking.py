@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import frexp
 from typing import Any
 
@@ -11,7 +12,6 @@ from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import RowSlice
 from upparam.operations.recast import multiplied
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 

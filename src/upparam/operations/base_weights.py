@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
 from upparam.operations.lowering import Weight
-from upparam.records import replace
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,6 +6,7 @@ import importlib
 import time
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Spool
-from upparam.records import replace
 from upparam.tensors import same_bits
 
 WRITERS: dict[str, str] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from upparam.operations.padding import Padded, pad, paddable
 from upparam.operations.spool import Keep
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
-from upparam.records import dataclass, field, replace
 from upparam.tensors import Tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ from upparam.operations.explaining import WEIGHTS
 from upparam.operations.kinds import classify
 from upparam.operations.kinds_other import other
 from upparam.operations.opening import Candidate, Siblings, group, tensor_files
-from upparam.records import dataclass, field
 
 if TYPE_CHECKING:
     from upparam.containers.lookalikes import LookAlike

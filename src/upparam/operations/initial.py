@@ -8,6 +8,7 @@ src/peft/peft_model.py save_pretrained (path_initial_model_for_weight_conversion
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isclose, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import MismatchError, RefusedError
 from upparam.findings import info
 from upparam.operations.opening import open_adapter
-from upparam.records import replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

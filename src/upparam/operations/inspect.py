@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from upparam.errors import UnreadableError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
-from upparam.records import asdict, dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

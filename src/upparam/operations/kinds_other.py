@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.errors import UpparamError
 from upparam.patterns import regex
-from upparam.records import dataclass
 
 
 @dataclass(frozen=True)

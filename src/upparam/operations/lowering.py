@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from upparam.algorithms.lowrank import RankRule, difference
 from upparam.algorithms.slicing import RowSlice
 from upparam.errors import RefusedError
 from upparam.operations.spool import Keep
-from upparam.records import dataclass
 from upparam.tensors import DType, doubles
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from upparam.dialects.base import Bundle, Match, ReadOptions
 from upparam.errors import AmbiguousError, UpparamError
 from upparam.operations.explaining import explain_nothing
 from upparam.operations.kinds_other import other
-from upparam.records import dataclass
 
 
 @dataclass

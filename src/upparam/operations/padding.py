@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import Target
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.operations.baking import as_alpha
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

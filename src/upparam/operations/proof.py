@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import chain
 from math import isclose, sqrt
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from upparam.algorithms.base import Delta, Update, tiles
 from upparam.errors import VerificationError
 from upparam.operations.threads import in_threads
 from upparam.progress import silent
-from upparam.records import fields
 from upparam.tensors import same_bits
 
 TOLERANCE = 1e-6

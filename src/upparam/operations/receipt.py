@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from upparam.findings import Finding
-from upparam.records import dataclass, field
 
 
 @dataclass

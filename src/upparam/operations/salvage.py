@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from upparam.containers.zips import ZipArchive, ZipMember, members_by_headers, r
 from upparam.errors import MalformedError, UpparamError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.operations.receipt import Receipt
-from upparam.records import dataclass, field
 from upparam.tensors import Source, Tensor, same_bits
 
 

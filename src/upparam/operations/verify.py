@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from upparam.findings import Finding, Severity, error, exit_code, info, warning
 from upparam.operations.inspect import ModuleStats, inspect_modules
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
-from upparam.records import dataclass, field
 from upparam.tensors import DTYPES
 
 SCALE_LOW, SCALE_HIGH = 1 / 64, 64.0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.bases.base import Base, Module
 from upparam.errors import MalformedError
 from upparam.patterns import regex
-from upparam.records import dataclass, field
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,6 +5,7 @@ Source: `_save` and `_load` in torch/serialization.py and caffe2/serialize/inlin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from upparam.containers.symbols import Broken, Storage, StorageType, summary
 from upparam.containers.zips import ZipArchive, ZipMember, members_by_headers, read_archive
 from upparam.errors import MalformedError, UpparamError
 from upparam.findings import Finding, error
-from upparam.records import dataclass
 from upparam.tensors import Source
 
 name = "torch-zip"

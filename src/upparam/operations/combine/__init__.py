@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,6 @@ from upparam.operations.resize import cut_job, cuttable
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
 from upparam.operations.combine.beside import beside, widened
 from upparam.operations.combine.pieces import Piece, Place
-from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Tensor
 
 if TYPE_CHECKING:

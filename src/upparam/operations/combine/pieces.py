@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms import called
@@ -12,7 +13,6 @@ from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge.plan import BlockWeight
 from upparam.operations.recast import multiplied
 from upparam.operations.resize import Job, jobs_of
-from upparam.records import dataclass, replace
 from upparam.tensors import DTYPES, same_bits
 
 Weighted = tuple[Adapter, float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from upparam.adapter import Adapter
@@ -15,7 +16,6 @@ from upparam.operations.compare.verdict import ACCEPTED, Comparison, Verdict
 from upparam.operations.opening import candidates, open_adapter
 from upparam.operations.threads import pin_blas
 from upparam.progress import Progress, silent
-from upparam.records import replace
 
 
 def compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,6 @@ from upparam.operations.extract.difference import PLAIN, Difference, Workspace, 
 from upparam.operations.extract.pairing import pair
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from math import degrees, isclose, prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,6 @@ from upparam.errors import MalformedError, RefusedError
 from upparam.operations.compare.forms import form_of, precision, stored_form, unit
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
-from upparam.records import dataclass, fields, replace
 from upparam.tensors import Tensor, singles
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from math import prod, sqrt
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from upparam.errors import EXIT_FINDINGS, EXIT_OK
 from upparam.findings import Finding
 from upparam.operations.compare.module import NEAR, SAME, Alike, ModuleComparison
-from upparam.records import dataclass, field
 
 CHANCE = 6.0
 """Standard deviations of the cosine of independent deltas above which a cosine is not chance."""

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
-from upparam.records import replace
 from upparam.tensors import same_bits
 
 

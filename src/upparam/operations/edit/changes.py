@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import isfinite, sqrt
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.dialects import restated
 from upparam.errors import RefusedError, UsageError
 from upparam.operations.recast import multiplied, recast
-from upparam.records import dataclass, field, replace
 from upparam.tensors import DTYPES, DType, Tensor
 
 CONFIG = "config."

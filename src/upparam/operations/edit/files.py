@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from upparam.atomic import swap
 from upparam.containers import open_file
 from upparam.containers.base import TensorFile
 from upparam.errors import RefusedError, UpparamError
-from upparam.records import dataclass, field
 from upparam.tensors import Tensor, same_bits
 
 

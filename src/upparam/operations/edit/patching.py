@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +22,6 @@ from upparam.errors import RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, Severity, warning
 from upparam.operations.edit.changes import Changes, Each
 from upparam.operations.recast import recast
-from upparam.records import dataclass, replace
 from upparam.tensors import Tensor, same_bits
 
 CONTAINERS = {

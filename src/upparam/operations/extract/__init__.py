@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
-from upparam.records import dataclass
 from upparam.tensors import DTYPES, DType, Tensor
 
 

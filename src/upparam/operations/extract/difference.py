@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from upparam.algorithms.base import tiles
 from upparam.errors import MalformedError, RefusedError
-from upparam.records import dataclass
 from upparam.tensors import DType, Tensor, singles
 
 if TYPE_CHECKING:

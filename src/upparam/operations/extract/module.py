@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from upparam.errors import RefusedError
 from upparam.operations.extract.difference import Difference, Workspace, difference, same_weights, square
 from upparam.operations.extract.pairing import Pair
 from upparam.operations.spool import Keep
-from upparam.records import asdict, dataclass, field, replace
 from upparam.tensors import DTYPES, DType, Tensor
 
 if TYPE_CHECKING:

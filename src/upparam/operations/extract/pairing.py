@@ -6,6 +6,7 @@ Each is located by itself, so a fine-tune in the authors' single file pairs with
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from upparam.checkpoint import Checkpoint
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge.matching import by_component, renaming
 from upparam.patterns import regex
-from upparam.records import dataclass
 from upparam.tensors import Tensor
 
 _PARAMETERS = ("weight", "bias")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from upparam.operations.merge.plan import Ingredient, Plan
 from upparam.operations.merge.stream import Buffers, Task
-from upparam.records import dataclass
 
 _CHUNK = 1 << 20
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from upparam.errors import OutputExistsError, RefusedError, UnreadableError
@@ -37,7 +38,6 @@ from upparam.operations.merge.proof import Samples, check_samples
 from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks, write_all
 from upparam.operations.merge.write import Outcome, allocate, append_changes, append_copy, place, summary, tasks_with_changes
 from upparam.progress import Progress, silent
-from upparam.records import dataclass, field, replace
 from upparam.tensors import FileSource, Tensor
 
 REPLACED_SHARE = 0.4

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from upparam.findings import Finding, warning
 from upparam.operations.merge.stream import Copy, Task, run_tasks, write_all
 from upparam.operations.receipt import Receipt
 from upparam.progress import silent
-from upparam.records import dataclass, field
 from upparam.tensors import FileSource
 
 MAGIC = b"upparam-undo 1\n\0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from upparam.adapter import Target
@@ -13,7 +14,6 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, available, layout
 from upparam.errors import AmbiguousError
 from upparam.patterns import regex
-from upparam.records import dataclass
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior", "decoder")
 """First segments that name a component of a pipeline rather than a module of one network."""

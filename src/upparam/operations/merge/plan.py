@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from upparam.operations.merge import matching
 from upparam.operations.merge.kernel import Device
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.rounding import MERGEABLE
-from upparam.records import dataclass, field, replace
 from upparam.tensors import DType, Tensor
 
 BlockWeight = Callable[[Target], float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from upparam.errors import VerificationError
 from upparam.operations.merge.loaded import Loaded, matrix_shape
 from upparam.operations.merge.rounding import widen
-from upparam.records import dataclass, field
 from upparam.tensors import DType, Tensor
 
 SAMPLE_ELEMENTS = 1 << 22

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,6 @@ from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.plan import Work
 from upparam.operations.merge.rounding import narrow, widen
 from upparam.progress import Progress
-from upparam.records import dataclass, field
 from upparam.tensors import DType, FileSource, Tensor
 
 COPY_CHUNK = 1 << 20

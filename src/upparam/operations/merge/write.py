@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from upparam.operations.merge.stream import (
     write_all,
 )
 from upparam.progress import Progress
-from upparam.records import dataclass, field, replace
 from upparam.tensors import DType, FileSource, Tensor
 
 NOTE_KEY = "upparam.merge"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from upparam.errors import EXIT_FINDINGS, EXIT_OK, EXIT_UNREADABLE
 from upparam.findings import Finding, Severity
-from upparam.records import dataclass, field
 
 
 class Verdict(Enum):
