@@ -54,6 +54,7 @@ def test_without_factors_every_bit_stays(ranks: list[int], dtype: Any, seed: int
     arrays = [np.frombuffer(np.random.default_rng(seed + n).bytes(7 * rank * size), dtype).reshape(7, rank) for n, rank in enumerate(ranks)]
     found = beside([Tensor.of(array) for array in arrays], None, DTYPES[np.dtype(dtype).name])
     assert found.raw() == np.concatenate([array.view(f"u{size}") for array in arrays], axis=1).tobytes()
+    assert found.raw_range(3, 3) == b""
 
 
 def test_widened_in_pieces_is_what_numpy_makes_of_it(tmp_path: Path) -> None:

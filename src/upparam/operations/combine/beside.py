@@ -39,6 +39,8 @@ class RowSource:
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
+        if not len(buffer):
+            return
         start, stop = offset // self._width, -(-(offset + len(buffer)) // self._width)
         skipped = offset - start * self._width
         if not skipped and (stop - start) * self._width == len(buffer):
