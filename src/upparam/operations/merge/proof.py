@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,17 @@ _FLOAT32_ERROR = 2.0**-18
 _REFERENCE_ERROR = 2.0**-46
 """How far the float64 reference itself may be off, relative to the largest sum of its row (thousands of terms, cancellation)."""
 COMPARED_BYTES = 16 << 10
+_BATCH = 1 << 15
+"""Elements that are checked at once."""
+
+
+class Sample(NamedTuple):
+    """A part of one row of a tensor (row, columns) and what it must be before rounding, in float64."""
+
+    name: str
+    row: int
+    columns: slice
+    true: NDArray[np.float64]
 
 
 @dataclass
@@ -31,7 +42,7 @@ class Samples:
     """Rows of the result as float64 says they must be, gathered while the factors are in memory."""
 
     columns: int
-    kept: list[tuple[str, int, slice, NDArray[np.float64]]] = field(default_factory=list)
+    kept: list[Sample] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
@@ -50,32 +61,56 @@ class Samples:
                 part = slice(first, min(columns, first + self.columns))
                 true = loaded.reference(row, part)
                 with self._lock:
-                    self.kept.append((loaded.work.name, row, part, true))
+                    self.kept.append(Sample(loaded.work.name, row, part, true))
 
 
 def check_samples(samples: Samples, written: Mapping[str, Tensor], exact: bool = True) -> str:
     """Compare every sample with what was written (without `exact`, within what float32 sums allow). Returns the proof; raises VerificationError naming the first wrong element."""
     total, wrong, largest = 0, 0, 0.0
-    for name, row, part, true in samples.kept:
-        tensor = written[name]
-        matrix = tensor.reshape(matrix_shape(tensor.shape))
-        stored = matrix.rows(row, row + 1).read()[0, part]
-        error, ulp = error_in_ulp(true, stored, tensor.dtype)
-        reach = np.abs(true).max(initial=0.0) / ulp
+    for batch in _batches(samples, written):
+        dtype = written[batch[0].name].dtype
+        stored = np.concatenate([_row(written[sample.name], sample) for sample in batch])
+        true = np.concatenate([sample.true for sample in batch])
+        sizes = [sample.true.size for sample in batch]
+        starts = np.cumsum([0, *sizes[:-1]])
+        error, ulp = error_in_ulp(true, stored, dtype)
+        sums = np.where(np.isfinite(true), np.abs(true), 0)  # a NaN or Inf of the base says nothing about its row
+        reach = np.repeat(np.maximum.reduceat(sums, starts), sizes) / ulp
         excess = error - 0.5 - (_REFERENCE_ERROR if exact else _FLOAT32_ERROR) * reach
-        worst = int(excess.argmax()) if error.size else 0
-        if error.size and not excess[worst] <= 0:
+        worst = int(excess.argmax())
+        if not excess[worst] <= 0:
+            sample = batch[int(np.searchsorted(starts, worst, "right")) - 1]
+            column = sample.columns.start + worst - int(starts[starts <= worst][-1])
             raise VerificationError(
-                "a merged element is not the correctly rounded sum", tensor=f"{name}[{row}, {part.start + worst}]",
-                expected=f"{true[worst]!r}", found=f"{float(stored[worst])!r} ({error[worst]:.3g} ulp off)",
+                "a merged element is not the correctly rounded sum", tensor=f"{sample.name}[{sample.row}, {column}]",
+                expected=f"{float(true[worst])!r}", found=f"{float(stored[worst])!r} ({error[worst]:.3g} ulp off)",
             )  # fmt: skip
         total += error.size
         wrong += int(np.count_nonzero(error > 0.5 + _REFERENCE_ERROR * reach))
-        largest = max(largest, float(error.max(initial=0.0)))
+        largest = max(largest, float(error.max()))
     return (
         f"{total:,} elements in {len(samples.kept)} sampled rows recomputed in float64 from the adapters and read back: "
         f"{wrong:,} wrongly rounded, largest error {largest:.3f} ulp"
     )
+
+
+def _batches(samples: Samples, written: Mapping[str, Tensor]) -> Iterator[list[Sample]]:
+    """Samples of one dtype together, some tens of thousands of elements at a time: fewer, longer vectors."""
+    by_dtype: dict[DType, list[Sample]] = {}
+    for sample in samples.kept:
+        if not sample.true.size:
+            continue
+        batch = by_dtype.setdefault(written[sample.name].dtype, [])
+        batch.append(sample)
+        if sum(one.true.size for one in batch) >= _BATCH:
+            yield by_dtype.pop(written[sample.name].dtype)
+    yield from by_dtype.values()
+
+
+def _row(tensor: Tensor, sample: Sample) -> NDArray[Any]:
+    matrix = tensor.reshape(matrix_shape(tensor.shape))
+    row: NDArray[Any] = matrix.rows(sample.row, sample.row + 1).read()[0, sample.columns]
+    return row
 
 
 def error_in_ulp(true: NDArray[np.float64], stored: NDArray[Any], dtype: DType) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
