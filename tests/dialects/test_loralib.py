@@ -21,6 +21,7 @@ from upparam.errors import DeadAdapterError, MalformedError, RefusedError, Usage
 from upparam.operations.convert import convert, write_adapter
 from upparam.operations.identify import identify
 from upparam.operations.opening import open_adapter
+from upparam.tensors import Tensor
 
 torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
@@ -273,7 +274,7 @@ def test_biases_heads_and_training_checkpoints(tmp_path: Path) -> None:
     options = ReadOptions(alpha=16.0, base=inventory.load("roberta-base"))
     adapter = open_adapter(saved(tmp_path / "a.bin", state | more), options=options)
     assert [(extra.kind, extra.name) for extra in adapter.extras] == [
-        (ExtraKind.BIAS, f"{path}.bias"), (ExtraKind.SAVED_MODULE, "classifier.out_proj.weight"), (ExtraKind.BIAS, "classifier.out_proj.bias"),
+        (ExtraKind.BIAS, f"{path}.bias"), (ExtraKind.SAVED_MODULE, "classifier.out_proj.weight"), (ExtraKind.SAVED_MODULE, "classifier.out_proj.bias"),
     ]  # fmt: skip
     write_adapter(adapter, tmp_path / "b", "loralib", read=options)
     content = torch.load(tmp_path / "b" / "lora.pt", weights_only=True)
@@ -349,3 +350,31 @@ def test_what_loralib_has_no_layers_for(tmp_path: Path) -> None:
 )
 def test_names_of_others_are_not_taken(names: tuple[str, ...]) -> None:
     assert dialects.get("loralib").match(tensor_file(filled({name: [2, 2] for name in names}))) is None
+
+
+def test_heads_with_a_bias_and_embeddings_of_peft_come_over_with_and_without_a_base(tmp_path: Path) -> None:
+    """A head of weight and bias is one saved module; an embedding is told by its sizes in a base that names no classes, or by the file beside."""
+    peft = pytest.importorskip("peft")
+    safetensors = pytest.importorskip("safetensors.torch")
+    root = nn.ModuleDict({"tokens": nn.Embedding(12, 8), "query": nn.Linear(8, 8), "classifier": nn.Linear(8, 3)})
+    safetensors.save_file(root.state_dict(), tmp_path / "base.safetensors")
+    settings = {"target_modules": ["tokens", "query"], "r": 2, "lora_alpha": 6}
+    wrapped = peft.get_peft_model(root, peft.LoraConfig(**settings, modules_to_save=["classifier"]))
+    torch.manual_seed(0)
+    for parameter in wrapped.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape))
+    wrapped.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    theirs = safetensors.load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    for base in ([], ["--base", str(tmp_path / "base.safetensors")]):
+        there, back = tmp_path / f"there{len(base)}", tmp_path / f"back{len(base)}"
+        assert main(["convert", str(tmp_path / "theirs"), "--to", "loralib", "-o", str(there), *base]) == 0
+        assert main(["convert", str(there), "--to", "peft", "-o", str(back), *base]) == 0
+        ours = safetensors.load_file(back / "adapter_model.safetensors")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_saved_parameter_that_is_neither_weight_nor_bias_is_refused(tmp_path: Path) -> None:
+    delta = LoRA(Tensor.of(np.ones((8, 2), np.float32)), Tensor.of(np.ones((2, 8), np.float32)), Scaling(alpha=2.0))
+    extra = Extra(ExtraKind.SAVED_MODULE, "head.gamma", Tensor.of(np.ones(3, np.float32)))
+    with pytest.raises(RefusedError, match=r"saved-module head\.gamma"):
+        write_adapter(Adapter({Target("query"): delta}, "triad", layout="peft", extras=[extra]), tmp_path / "out", "loralib")

@@ -19,6 +19,7 @@ from tests.dialects.test_peft import TOKENS, loaded_strictly, output, save  # no
 from upparam.adapter import Target  # noqa: E402
 from upparam.algorithms.base import Scaling  # noqa: E402
 from upparam.algorithms.experts import ExpertLoRA  # noqa: E402
+from upparam.cli import main  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError  # noqa: E402
 from upparam.operations.convert import convert  # noqa: E402
@@ -153,3 +154,17 @@ def test_rows_and_norm_agree_with_each_experts_product(swapped: bool) -> None:
 def test_factors_that_do_not_divide_among_the_experts() -> None:
     with pytest.raises(MalformedError, match="experts"):
         ExpertLoRA(Tensor.of(np.ones((5, 10), np.float32)), Tensor.of(np.ones((10, 7), np.float32)), 4)
+
+
+@pytest.mark.parametrize("build", [qwen, gpt_oss])
+def test_inspect_and_verify_tell_the_norm_of_all_experts(build: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrapped = adapted(build(), tmp_path / "theirs", BOTH)
+    wanted = {name: value.clone() for name, value in build().state_dict().items()}
+    assert main(["inspect", str(tmp_path / "theirs"), "--json"]) == 0
+    told = {module["target"]: module for module in json.loads(capsys.readouterr().out)["modules"]}
+    assert main(["verify", str(tmp_path / "theirs")]) == 0
+    merged = wrapped.merge_and_unload().state_dict()
+    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"):
+        change = merged[name].double() - wanted[name].double()
+        assert told[name]["frobenius"] == pytest.approx(float(change.norm()), rel=1e-5)
+        assert told[name]["spectral"] is None

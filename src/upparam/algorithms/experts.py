@@ -81,17 +81,17 @@ class ExpertLoRA(Delta):
         """The same for a weight whose last two axes are the other way round."""
         return replace(self, swapped=not self.swapped)
 
-    def matrices(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def stacks(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(ups (experts, out, r), downs (experts, r, in)) in float64."""
         ups = self.up.doubles().reshape(self.up.shape[0], self.rank, self.experts).transpose(2, 0, 1)
         return ups, self.down.doubles().reshape(self.experts, self.rank, -1)
 
     def load(self) -> ExpertUpdate:
         """Factors in memory as float64."""
-        return ExpertUpdate(*self.matrices(), self.swapped, self.known_scale())
+        return ExpertUpdate(*self.stacks(), self.swapped, self.known_scale())
 
     def frobenius(self) -> float:
         """||scale * dW||_F from the Gram matrices of each expert."""
-        ups, downs = self.matrices()
+        ups, downs = self.stacks()
         square: Any = ((ups.swapaxes(1, 2) @ ups) * (downs @ downs.swapaxes(1, 2))).sum()
         return abs(self.known_scale()) * sqrt(max(float(square), 0.0))

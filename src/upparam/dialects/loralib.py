@@ -137,7 +137,9 @@ def _pairs(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     for name, tensor in rest.items():
         path = name.removeprefix(where)
         if path.endswith((".bias", ".weight")) and ".lora_" not in path and "/" not in path:
-            adapter.extras.append(Extra(ExtraKind.BIAS if path.endswith(".bias") else ExtraKind.SAVED_MODULE, path, tensor))
+            # The bias of a head goes with its weight; one alone is a bias that was trained beside the factors.
+            alone = path.endswith(".bias") and f"{name.removesuffix('bias')}weight" not in rest
+            adapter.extras.append(Extra(ExtraKind.BIAS if alone else ExtraKind.SAVED_MODULE, path, tensor))
         else:
             adapter.leftovers[name] = tensor
     return pairs
@@ -185,7 +187,7 @@ def _told(module: str, pair: Mapping[str, Tensor], layer: Mapping[str, Any], opt
 
 def _guess(module: str, pair: Mapping[str, Tensor], layer: Mapping[str, Any], options: ReadOptions) -> tuple[int, ...]:
     """The shape of the weight: where parts are adapted and nothing tells of how many, of three."""
-    if _EMBEDDING.search(module) and len(pair["A"].shape) == len(pair["B"].shape) == 2:
+    if _embedding(module, pair, None, layer) and len(pair["A"].shape) == len(pair["B"].shape) == 2:
         return pair["A"].shape[1], pair["B"].shape[0]
     try:
         enabled, groups = _told(module, pair, layer, options), _groups(pair)
@@ -213,13 +215,22 @@ def _known(module: str, found: Resolved | None) -> tuple[str, Module | None]:
     return name, found.layout.base.by_path.get(name) if found is not None and module in found.names else None
 
 
+def _embedding(module: str, pair: Mapping[str, Tensor], known: Module | None, layer: Mapping[str, Any]) -> bool:
+    """Whether a module is an embedding: as the base says, the sizes of its weight, the file beside the factors, or else the name."""
+    if known is not None and known.kind:
+        return known.kind == "Embedding"
+    sides = pair["B"].shape[:1] + pair["A"].shape[1:]
+    if known is not None and known.shape in (sides, sides[::-1]) and sides != sides[::-1]:
+        return known.shape == sides[::-1]
+    return "num_embeddings" in layer or bool(_EMBEDDING.search(module))
+
+
 def _deltas(
     module: str, pair: Mapping[str, Tensor], known: Module | None, layer: Mapping[str, Any], options: ReadOptions
 ) -> dict[Target, Delta]:
     """The deltas of one module: one, or one for each enabled block of rows."""
     down, up = pair["A"], pair["B"]
-    embedding = known.kind == "Embedding" if known is not None else bool(_EMBEDDING.search(module))
-    if embedding:
+    if _embedding(module, pair, known, layer):
         if len(down.shape) != 2 or len(up.shape) != 2:
             raise MalformedError(
                 "the factors are no matrices", expected="lora_A (r, tokens), lora_B (dim, r)", found=f"{down.shape}, {up.shape}"

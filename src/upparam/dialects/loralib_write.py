@@ -38,8 +38,9 @@ def package(adapter: Adapter, options: Mapping[str, Any]) -> Package:
         raise RefusedError("loralib saves no adapter without factors", file=adapter.files[0] if adapter.files else None)
     base = base_of(adapter, options)
     problems = [
-        f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind not in (ExtraKind.BIAS, ExtraKind.SAVED_MODULE)
-    ]
+        f"{extra.kind.value} {extra.name}" for extra in adapter.extras
+        if extra.kind not in (ExtraKind.BIAS, ExtraKind.SAVED_MODULE) or not extra.name.endswith((".weight", ".bias"))
+    ]  # fmt: skip
     problems += [f"{target}: {problem}" for target, delta in adapter.deltas.items() if (problem := _problem(target, delta)) is not None]
     refuse("loralib", problems)
     own = adapter.spelling if adapter.dialect == "loralib" else {}
@@ -93,7 +94,9 @@ def _layer(module: str, parts: Parts, out: int | None, *, embedding: bool) -> tu
     downs = [part.down.reshape(part.down.shape[:2]) for _, part in parts]
     ups = [part.up.reshape(part.up.shape[:2]) for _, part in parts]
     if parts[0][0] is None:
-        return (arguments, ups[0].T, downs[0].T) if embedding else (arguments, downs[0], ups[0])
+        if not embedding:
+            return arguments, downs[0], ups[0]
+        return {"num_embeddings": ups[0].shape[0], **arguments}, ups[0].T, downs[0].T
     arguments["enable_lora"] = _enabled(module, parts, out)
     order = sorted(range(len(parts)), key=lambda index: parts[index][0] or (0, 0))
     return arguments, stack([downs[index] for index in order]), stack([ups[index] for index in order])
