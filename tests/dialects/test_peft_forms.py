@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,27 @@ def test_a_checkpoint_inside_a_trainers_wrapper(front: str, nest: str, tmp_path:
     assert theirs.keys() - doubled == ours.keys()
     assert all(torch.equal(theirs[key], ours[key]) for key in ours)
     assert torch.equal(output(loaded_strictly(again, tmp_path / "ours"), TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    "inner", ["_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module._checkpoint_wrapped_module."]
+)
+def test_wrappers_around_single_blocks_are_no_part_of_a_modules_name(inner: str, tmp_path: Path) -> None:
+    """Names that kept them would be of modules no base has, and PEFT would load the result without applying it."""
+    model = bert()
+    again = bert()
+    again.load_state_dict(model.state_dict())
+    wrapped = adapted(model, tmp_path / "theirs", target_modules=["query", "dense"], task_type="SEQ_CLS")
+    theirs = load_file(tmp_path / "theirs/adapter_model.safetensors")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    state = {re.sub(r"(layer\.\d+\.|^)", rf"\1{inner}", key): value for key, value in theirs.items()}
+    torch.save(state, checkpoint / "adapter_model.bin")
+    (checkpoint / "adapter_config.json").write_text((tmp_path / "theirs/adapter_config.json").read_text())
+    convert(checkpoint, tmp_path / "ours", "peft")
+    ours = load_file(tmp_path / "ours/adapter_model.safetensors")
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in ours)
+    assert torch.equal(output(loaded_strictly(again, tmp_path / "ours"), TOKENS), output(wrapped, TOKENS))
 
 
 def test_trained_tokens_ride_along(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 _WRAPPED = regex(r"^(?:[^/.]+/)?(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
 """The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module, in a nested dict (`state_dict/`)."""
 
+_INNER = regex(r"(?:^|(?<=[./]))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+"""Wrappers that FSDP, torch.compile and activation checkpointing put around single blocks, so inside a path; no module of a base has such a name."""
+
 FACTORS = {
     "lora_A": "lora_A", "lora_B": "lora_B", "lora_embedding_A": "lora_embedding_A", "lora_embedding_B": "lora_embedding_B",
     "lora_magnitude_vector": "magnitude", "lora_E": "lora_E", "ranknum": "ranknum",
@@ -47,8 +50,13 @@ class Part(NamedTuple):
 
 
 def unwrapped(name: str) -> str:
-    """A name without PEFT's wrapper in front."""
-    return _WRAPPED.sub("", name)
+    """A name without PEFT's wrapper in front, and without those of training inside."""
+    return _WRAPPED.sub("", _plain(name))
+
+
+def _plain(name: str) -> str:
+    """A name without the wrappers of training that have names of their own."""
+    return _INNER.sub("", name) if "_wrapped_module." in name or "_orig_mod." in name else name
 
 
 def is_adalora(names: Iterable[str]) -> bool:
@@ -69,8 +77,9 @@ def part_of(name: str, bare: bool = False) -> Part | None:
         return None  # loralib's: PEFT's are layers with a weight
     if len(rest) > 1:
         return None
-    module = unwrapped(found["module"])
-    return Part(module, FACTORS[found["word"]], rest[0] if rest else "", bias, module != found["module"])
+    plain = _plain(found["module"])
+    module = _WRAPPED.sub("", plain)
+    return Part(module, FACTORS[found["word"]], rest[0] if rest else "", bias, module != plain)
 
 
 @dataclass
