@@ -31,7 +31,9 @@ def unmerge(merged: Path | str, adapters: Scaled | Sequence[Scaled], out: Path |
     receipt.operation = "unmerge"
     receipt.findings.append(
         info(
-            "unmerge-rounding", str(out), "bits that the merge rounded away are not restored; elements may be one ulp off the original base"
+            "unmerge-rounding",
+            str(out),
+            "bits that the merge rounded away are not restored: an element may be off the original base by one ulp of the larger of its value there and its merged value, and what the merge made infinite or cut off at the largest value stays so",
         )
     )
     return receipt

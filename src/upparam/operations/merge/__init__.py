@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,8 @@ def prepare(
     if not ingredients:
         raise UsageError("no adapter to merge")
     for ingredient in ingredients:
+        if not isfinite(ingredient.multiplier):
+            raise UsageError("the scale is no finite number", file=ingredient.path, found=ingredient.multiplier)
         _refuse_zero(ingredient)
     return make_plan(checkpoint, ingredients, dtype=wanted, only=only, skip=skip, drop=drop)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from math import isfinite
 
 from upparam.adapter import Target
 from upparam.errors import UsageError
@@ -135,7 +136,9 @@ def _range(key: str) -> list[str]:
 
 def _number(text: str, whole: str) -> float:
     try:
-        return float(text)
+        if isfinite(number := float(text)):
+            return number
+        raise ValueError
     except ValueError:
         raise UsageError(
             "not a block weight", expected=f"a preset ({', '.join(PRESETS)}), a vector of numbers, BLOCK=NUMBER or GLOB=NUMBER", found=whole

@@ -53,12 +53,7 @@ def add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start: 
 def store(stored: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> tuple[int, int]:
     """Round float64 values into `stored` (same shape). Returns (elements whose bits changed, elements too large for the dtype)."""
     rounded = _rounded(stored, true, dtype)
-    infinite = 0
-    if true.size and not np.abs(true).max() < largest(dtype):
-        if dtype.name in NO_INFINITY:
-            infinite = int(np.count_nonzero(np.abs(true) > largest(dtype)))
-        else:
-            infinite = overflows(rounded, stored)
+    infinite = too_large(rounded, stored, true, dtype)
     code = np.dtype(f"u{dtype.itemsize}")
     changed = int(np.count_nonzero(stored.view(code) != rounded.view(code)))
     stored[...] = rounded
@@ -72,6 +67,15 @@ def _rounded(before: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> N
     if nan.any():
         result[nan] = before[nan]
     return result
+
+
+def too_large(now: NDArray[Any], before: NDArray[Any], true: NDArray[np.float64], dtype: DType) -> int:
+    """How many elements of `true` are too large for `dtype`: finite in `before` and not in `now`, or saturated where it has no infinity."""
+    if not true.size or np.abs(true).max() < largest(dtype):
+        return 0
+    if dtype.name in NO_INFINITY:
+        return int(np.count_nonzero(np.abs(true) > largest(dtype)))
+    return overflows(now, before)
 
 
 def overflows(now: NDArray[Any], before: NDArray[Any]) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from upparam.algorithms.base import Update
 from upparam.errors import MalformedError
 from upparam.operations.merge.factors import LowRank
-from upparam.operations.merge.in_float64 import store
+from upparam.operations.merge.in_float64 import store, too_large
 from upparam.operations.merge.kernel import Scratch, add_low_rank
 from upparam.operations.merge.packing import decode, encode
 from upparam.operations.merge.plan import Piece, Work
@@ -137,7 +137,7 @@ class Loaded:
             down = down.astype(np.float64, copy=False).reshape(up.shape[1], -1)
             up = up * np.float64(update.scale * piece.multiplier)
             if not (_finite(up) and _finite(down)):
-                raise MalformedError("the factors hold NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
+                raise _not_finite(piece, update)
             start, stop = piece.rows or (0, columns if piece.transposed else rows)
             if piece.transposed:
                 wide = np.zeros((up.shape[1], columns))
@@ -196,8 +196,9 @@ class Loaded:
             packed = encode(self.true(start, stop))
             return packed, int(np.count_nonzero(decode(packed) != decode(stored))), 0
         if dtype != self.base.tensor.dtype:
-            plain = narrow(widen(stored), dtype)
-            return plain, *store(plain, self.true(start, stop), dtype)
+            plain, true = narrow(widen(stored), dtype), self.true(start, stop)
+            changed, _ = store(plain, true, dtype)
+            return plain, changed, too_large(plain, stored, true, dtype)  # also where the base's own value is what is too large
         if self.segments is None:
             return stored, *store(stored, self.true(start, stop), dtype)
         changed = infinite = 0
@@ -229,6 +230,15 @@ class Loaded:
         return row_part
 
 
+def _not_finite(piece: Piece, update: Update) -> MalformedError:
+    """Whether the factors or the scale are to blame."""
+    form = update.low_rank()
+    if form is not None and all(_finite(factor) for factor in form):
+        scale = f"scale {update.scale:g} x multiplier {piece.multiplier:g}"
+        return MalformedError("the factors times the scale are no finite numbers", tensor=str(piece.target), found=scale)
+    return MalformedError("the factors hold NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
+
+
 def _finite(values: NDArray[np.float64]) -> bool:
     """True when no value is NaN or infinite: then their sum is not either, unless it overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -249,7 +259,7 @@ def _changed(before: Rows, piece: Piece, update: Update, count: int) -> Rows:
             else:
                 merged = update.merged(lambda a, b: before(first + a, first + b), low - first, high - first)
                 part += piece.multiplier * (merged.reshape(part.shape) - part)
-            _check_finite(part, piece)
+            _check_finite(part, piece, lambda: before(low, high))
         return result
 
     return rows
@@ -271,6 +281,8 @@ def _transposed(before: Rows, piece: Piece, update: Update, base: BaseRows) -> R
     return lambda start, stop: whole()[start:stop].copy()
 
 
-def _check_finite(rows: NDArray[np.float64], piece: Piece) -> None:
-    if not np.isfinite(rows).all():
+def _check_finite(rows: NDArray[np.float64], piece: Piece, before: Callable[[], NDArray[np.float64]]) -> None:
+    """Raise MalformedError for NaN or Inf where there was none before: the base may hold some of its own."""
+    lost = ~np.isfinite(rows)
+    if lost.any() and np.isfinite(before()[lost]).any():
         raise MalformedError("the changed weight holds NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")

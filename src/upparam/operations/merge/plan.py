@@ -227,7 +227,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
     adapter = ingredient.adapter
     if ingredient.block_weight and adapter.deltas and all(ingredient.block_weight(target) == 1.0 for target in adapter.deltas):
         plan.findings.append(
-            warning("block-weights", str(ingredient.path or adapter.dialect), "the block weights leave every module as it is: none lies in a block they name")
+            warning("block-weights", str(ingredient.path or adapter.dialect), "the block weights weigh nothing: no module lies in a block they name, and all are merged at their full scale")
         )  # fmt: skip
     deltas = {target: adapter.deltas[target] for target in chosen}
     spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)

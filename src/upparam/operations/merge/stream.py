@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upparam.operations.merge.in_float64 import too_large
 from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.plan import Work
@@ -68,14 +69,16 @@ class Copy:
 
 @dataclass
 class Convert:
-    """An untouched tensor written in another dtype, or one that does not lie contiguously in its file."""
+    """An untouched tensor written in another dtype, or one that does not lie contiguously in its file. `overflow` counts what was too large."""
 
+    name: str
     tensor: Tensor
     dtype: DType
     fd: int
     offset: int
     size: int
     what: str = "converting"
+    overflow: int = 0
 
     def run(self, buffers: Buffers) -> None:
         """Round tile by tile, or copy the bytes when the dtype stays."""
@@ -86,7 +89,9 @@ class Convert:
         step = max(1, TILE_ELEMENTS // max(1, rows.columns))
         for start in range(0, rows.count, step):
             stored = rows.stored(start, min(start + step, rows.count))
-            written = narrow(widen(stored), self.dtype)
+            true = widen(stored)
+            written = narrow(true, self.dtype)
+            self.overflow += too_large(written, stored, true, self.dtype)
             write_all(self.fd, as_bytes(written), self.offset + start * rows.columns * self.dtype.itemsize)
 
 
@@ -244,7 +249,8 @@ def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Prog
                     task = lanes.next(number)
                 if task is None:
                     return
-                task.run(buffers)
+                with np.errstate(over="ignore", invalid="ignore"):  # tasks count what overflows, and it is said as a finding
+                    task.run(buffers)
                 with lock:
                     state["done"] += task.size
                     state["what"] = task.what

@@ -17,7 +17,7 @@ from upparam.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointFile, checkpo
 from upparam.containers import open_file
 from upparam.containers.safetensors import header_bytes, layout_order
 from upparam.errors import RefusedError, UnreadableError, VerificationError
-from upparam.findings import Finding, info
+from upparam.findings import Finding, info, warning
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples, check_untouched
 from upparam.operations.merge.rounding import NO_INFINITY
@@ -225,6 +225,7 @@ def _write_files(
         for fd in descriptors:
             os.close(fd)
     outcome = summary(plan, shares)
+    outcome.findings += _converted_overflows([task for task in tasks if isinstance(task, Convert) and task.overflow])
     outcome.bytes = sum(place.stat().st_size for place in places)
     if samples is not None:
         outcome.proofs = _prove(plan, files, places, samples, exact)
@@ -257,7 +258,7 @@ def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared],
         elif tensor.dtype == base.dtype and base.is_contiguous and not base.big_endian and isinstance(base.source, FileSource):
             append_copy(tasks, base.source, base.offset, fd, at, base.nbytes)
         elif tensor.nbytes:
-            tasks.append(Convert(base, tensor.dtype, fd, at, tensor.nbytes))
+            tasks.append(Convert(qualified, base, tensor.dtype, fd, at, tensor.nbytes))
         at += tensor.nbytes
     return tasks
 
@@ -321,17 +322,25 @@ def summary(plan: Plan, shares: list[Shared]) -> Outcome:
         outcome.findings.append(
             info("unchanged-by-merge", still[0], f"{len(still)} targeted tensors came out with every element as in the base", *still[:5])
         )
-    from upparam.findings import warning
-
     for shared in shares:
         if shared.infinite:
             outcome.findings.append(
-                warning(
-                    "overflow", shared.work.name, f"{shared.infinite:,} elements are too large for {shared.work.dtype} and became "
-                    + ("the largest it has" if shared.work.dtype.name in NO_INFINITY else "infinite"),
-                )
-            )  # fmt: skip
+                warning("overflow", shared.work.name, f"{shared.infinite:,} elements are too large for {_became(shared.work.dtype)}")
+            )
     return outcome
+
+
+def _became(dtype: DType) -> str:
+    return f"{dtype} and became " + ("the largest it has" if dtype.name in NO_INFINITY else "infinite")
+
+
+def _converted_overflows(tasks: list[Convert]) -> list[Finding]:
+    """What `--dtype` cost the tensors that no adapter changes."""
+    if not tasks:
+        return []
+    elements = sum(task.overflow for task in tasks)
+    said = f"{elements:,} elements of {len(tasks)} tensors that no adapter changes are too large for {_became(tasks[0].dtype)}"
+    return [warning("overflow", tasks[0].name, said, *(task.name for task in tasks[:5]))]
 
 
 def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Samples, exact: bool) -> list[str]:

@@ -1,0 +1,74 @@
+"""What a merge says of numbers no dtype holds: overflow, scales that are none, holes in the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.operations.merging import adapter, load, lora, save
+
+from upparam.algorithms.ia3 import IA3
+from upparam.algorithms.loha import LoHa
+from upparam.errors import MalformedError, UsageError
+from upparam.operations.merge import merge
+from upparam.operations.merge.blocks import parse
+from upparam.tensors import Tensor
+
+
+@pytest.mark.parametrize(
+    ("wide", "dtype", "became"), [("float32", "float16", "infinite"), ("float16", "float8_e4m3fn", "the largest it has")]
+)
+def test_what_another_dtype_cannot_hold_is_a_finding(tmp_path: Path, wide: str, dtype: str, became: str) -> None:
+    """Also where no adapter reaches, and where it is the base's own value that is too large."""
+    rng = np.random.default_rng(5)
+    weight = rng.standard_normal((6, 8)).astype(wide)
+    weight[1, 2] = 60000 if wide == "float16" else 1e6
+    norm = np.array([1, 2000 if wide == "float16" else -1e6, np.nan], wide)
+    base = save(tmp_path / "base.safetensors", {"m.weight": weight, "norm": norm, "small": norm[:1]})
+    given = adapter({"m": lora(rng.standard_normal((6, 2)) * 0.1, rng.standard_normal((2, 8)) * 0.1)})
+    found = {
+        item.subject: item for item in merge(base, given, tmp_path / "out.safetensors", dtype=dtype).findings if item.code == "overflow"
+    }
+    assert set(found) == {"m.weight", "norm"}
+    assert found["m.weight"].message == f"1 elements are too large for {dtype} and became {became}"
+    assert found["norm"].message == f"1 elements of 1 tensors that no adapter changes are too large for {dtype} and became {became}"
+    assert not [item for item in merge(base, given, tmp_path / "same.safetensors").findings if item.code == "overflow"]
+
+
+@pytest.mark.parametrize("kind", ["loha", "ia3"])
+def test_holes_under_deltas_that_are_not_low_rank(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((6, 8)).astype(np.float32)
+    weight[2, 3] = np.nan
+    weight[4, 0] = np.inf if kind == "loha" else 1
+    base = save(tmp_path / "base.safetensors", {"m.weight": weight})
+
+    def draw(*shape: int) -> Tensor:
+        return Tensor.of(rng.standard_normal(shape).astype(np.float32))
+
+    delta = LoHa(draw(6, 2), draw(2, 8), draw(6, 2), draw(2, 8)) if kind == "loha" else IA3(draw(6, 1))
+    merge(base, adapter({"m": delta}), tmp_path / "out.safetensors")
+    out = load(tmp_path / "out.safetensors")["m.weight"]
+    assert np.isnan(out[2, 3]) and np.isinf(out[4, 0]) == (kind == "loha") and np.isnan(out).sum() == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e39, -1e200])
+def test_a_scale_beyond_float32_is_a_finding_and_nothing_else(tmp_path: Path, scale: float) -> None:
+    base = save(tmp_path / "base.safetensors", {"m.weight": np.ones((6, 8), np.float16)})
+    receipt = merge(base, (adapter({"m": lora(np.ones((6, 2)), np.ones((2, 8)))}), scale), tmp_path / "out.safetensors")
+    assert [item.code for item in receipt.findings] == ["overflow"]
+    assert (load(tmp_path / "out.safetensors")["m.weight"] == np.copysign(np.inf, scale)).all()
+
+
+def test_scales_that_are_no_numbers_are_not_the_factors_fault(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", {"m.weight": np.ones((6, 8), np.float16)})
+    given = adapter({"m": lora(np.full((6, 2), 1e10), np.ones((2, 8)))})
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="the scale is no finite number"):
+            merge(base, (given, scale), tmp_path / "out.safetensors")
+    with pytest.raises(MalformedError, match="the factors times the scale are no finite numbers"):
+        merge(base, (given, 1e300), tmp_path / "out.safetensors")
+    with pytest.raises(UsageError, match="not a block weight"):
+        parse(["*=nan"])
