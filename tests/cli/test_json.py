@@ -61,3 +61,26 @@ def test_one_path_that_cannot_be_opened_does_not_end_the_others(tmp_path: Path, 
     first, second = told(capsys, "identify", missing, adapter)
     assert first["error"]["exit_code"] == 3 and first["path"] == str(missing)
     assert second["adapters"][0]["kind"] == "adapter"
+
+
+@pytest.mark.parametrize("words", [["merge", "base"], ["merge", "b", "a", "--threads", "x"], ["merge", "b", "a", "-o", "c", "--in-place"]])
+def test_a_command_line_that_is_refused_is_json_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"] == "UsageError" and told["exit_code"] == 2 and "argument" in told["message"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert told["message"] in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("upparam.operations.merge.merge", refuse)
+    assert main(["merge", "b", "a", "-o", "c", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "UnreadableError", "exit_code": 3, "message": "Permission denied", "file": str(tmp_path)
+    }  # fmt: skip
+    assert main(["merge", "b", "a", "-o", "c"]) == 3
+    assert capsys.readouterr().err == f"upparam: {tmp_path}: Permission denied\n"

@@ -9,8 +9,12 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
 
 from upparam._version import __version__
+
+if TYPE_CHECKING:
+    from upparam.errors import UpparamError
 
 COMMANDS: dict[str, str] = {
     "identify": "say what files are, with the evidence",
@@ -38,6 +42,18 @@ EPILOG = (
 )
 
 
+class _Misuse(Exception):
+    """A command line that the parser does not take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's own, whose refusals can be told as JSON too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise _Misuse(message, this parser)."""
+        raise _Misuse(message, self)
+
+
 class _Help(argparse.HelpFormatter):
     """argparse's own, told the width: to find it out itself it imports shutil, which costs more than all the parsing."""
 
@@ -63,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="upparam",
         description="The truth about low-rank adapter files. Nothing in a file is ever executed.",
         epilog=EPILOG,
@@ -85,7 +101,15 @@ def _command(argv: list[str]) -> int:
     if not argv:
         parser.print_help()
         return 2
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except _Misuse as misuse:
+        message, refusing = misuse.args
+        if "--json" not in argv:
+            argparse.ArgumentParser.error(refusing, message)
+        from upparam.errors import UsageError
+
+        return _told(argparse.Namespace(json=True), UsageError(message))
     from upparam.cli.screen import screened
 
     with screened():
@@ -93,22 +117,14 @@ def _command(argv: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from upparam.errors import UpparamError
+    from upparam.errors import UnreadableError, UpparamError
 
     try:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
     except UpparamError as problem:
-        if getattr(args, "json", False):
-            import json
-
-            print(json.dumps(problem.facts(), ensure_ascii=False))
-        else:
-            from upparam.report.text import one_line
-
-            print(one_line(f"upparam: {problem.line()}"), file=sys.stderr)
-        return problem.exit_code
+        return _told(args, problem)
     except KeyboardInterrupt:
         print("upparam: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
@@ -116,8 +132,17 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as problem:
+        return _told(args, UnreadableError(problem.strerror or str(problem), file=problem.filename))
+
+
+def _told(args: argparse.Namespace, problem: UpparamError) -> int:
+    """Tell a failure in the form asked for; returns its exit code."""
+    if getattr(args, "json", False):
+        import json
+
+        print(json.dumps(problem.facts(), ensure_ascii=False))
+    else:
         from upparam.report.text import one_line
 
-        where = f"{problem.filename}: " if problem.filename else ""
-        print(one_line(f"upparam: {where}{problem.strerror or problem}"), file=sys.stderr)
-        return 3
+        print(one_line(f"upparam: {problem.line()}"), file=sys.stderr)
+    return problem.exit_code
