@@ -101,6 +101,14 @@ def test_a_new_dtype_rounds_once(tmp_path: Path, dtype: str) -> None:
     assert all(delta.scale == 0.75 for delta in open_adapter(tmp_path / "b.safetensors").deltas.values())
 
 
+def test_how_far_a_module_with_nan_moves_is_not_called_zero(tmp_path: Path) -> None:
+    up = np.ones((320, 1), np.float32)
+    up[0, 0] = np.nan
+    path = save(tmp_path / "a.safetensors", {f"{STEM}q.lora_up.weight": up, f"{STEM}q.lora_down.weight": np.ones((1, 320), np.float32)})
+    receipt = edit(path, tmp_path / "b.safetensors", dtype="bf16")
+    assert receipt.counts["effect_moved"] == "not known for 1 of 1 modules"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.floats(1e-30, 1e30), st.integers(1, 2**29 - 1))
 def test_float64_to_bfloat16_is_one_rounding(value: float, beyond: int) -> None:

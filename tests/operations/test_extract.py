@@ -516,3 +516,14 @@ def test_modules_that_do_not_find_each_other_are_said(tmp_path: Path) -> None:
     tuned = save(tmp_path / "tuned.safetensors", changed | mine)
     found = extracted(Checkpoint.open(tuned), Checkpoint.open(base), RankRule(rank=1)).adapter.findings
     assert [finding.code for finding in found if finding.severity] == ["not-paired"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinity_in_both_models_is_told_once_and_by_name(tmp_path: Path) -> None:
+    """Infinity less infinity is NaN: the error says where, and numpy warns nobody besides."""
+    weight = np.zeros((256, 256), np.float32)
+    weight[3, 3] = np.inf
+    base = base_file(tmp_path / "base.safetensors", **{"layers.0.q_proj.weight": weight})
+    tuned = base_file(tmp_path / "tuned.safetensors", seed=1, **{"layers.0.q_proj.weight": weight + np.float32(1)})
+    with pytest.raises(MalformedError, match=r"layers\.0\.q_proj.*not finite"):
+        extract(tuned, base, tmp_path / "out", "peft", RankRule(rank=2))

@@ -226,15 +226,19 @@ def metadata_of(path: Path | str, *, read: ReadOptions | None = None) -> dict[st
 
 
 def _moved(before: Adapter, after: Adapter, threads: int | None, progress: Progress) -> str:
-    """The largest ||dW - dW'|| / ||dW|| of a module, through the factors."""
+    """The largest ||dW - dW'|| / ||dW|| of a module, through the factors, and for how many modules it cannot be told."""
     from upparam.operations.compare.module import compare_deltas
 
-    def distance(target: Target) -> float:
-        return compare_deltas(str(target), before.deltas[target], after.deltas[target]).distance or 0.0
+    def distance(target: Target) -> float | None:
+        return compare_deltas(str(target), before.deltas[target], after.deltas[target], angles=False).distance
 
     targets = list(after.deltas)
     sizes = [sum(factor.nbytes for factor in delta.factors().values()) for delta in after.deltas.values()]
-    return f"{max(in_threads(distance, targets, sizes, threads, progress)):.2g} or less"
+    found = list(in_threads(distance, targets, sizes, threads, progress))
+    known = [moved for moved in found if moved is not None]
+    said = [f"{max(known):.2g} or less"] if known else []
+    unknown = len(found) - len(known)
+    return "; ".join([*said, *([f"not known for {unknown} of {len(found)} modules"] if unknown else [])])
 
 
 def _container(source: Adapter, written: Path) -> list[Finding]:

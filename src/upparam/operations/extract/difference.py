@@ -118,13 +118,14 @@ def difference(tuned: Tensor, base: Tensor, name: str, space: Workspace | None =
     for start, stop in tiles(shape, _TILE):
         one, other = tuned.rows(start, stop).read(), base.rows(start, stop).read()
         part = matrix[start:stop]
-        if one.dtype.itemsize == 8 or other.dtype.itemsize == 8:
-            part[...] = one.astype(np.float64) - other.astype(np.float64)
-            first = one.astype(np.float32)
-        else:
-            first = singles(one)
-            np.subtract(first, singles(other), out=part)
-        total += square(part)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below, by name
+            if one.dtype.itemsize == 8 or other.dtype.itemsize == 8:
+                part[...] = one.astype(np.float64) - other.astype(np.float64)
+                first = one.astype(np.float32)
+            else:
+                first = singles(one)
+                np.subtract(first, singles(other), out=part)
+            total += square(part)
         sample = first[(-start) % stride :: stride]
         if sample.size:
             variance = _variance(sample, coarse)
