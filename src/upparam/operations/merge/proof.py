@@ -16,8 +16,8 @@ from upparam.operations.merge.loaded import Loaded, matrix_shape
 from upparam.operations.merge.rounding import widen
 from upparam.tensors import DType, Tensor
 
-SAMPLE_ELEMENTS = 1 << 22
-"""Elements recomputed in all (their float64 values are kept until the output is read back: 32 MiB)."""
+SAMPLE_ELEMENTS = 1 << 20
+"""Elements recomputed in all (their float64 values are kept until the output is read back: 8 MiB)."""
 ROWS_PER_TENSOR = 2
 _FLOAT32_ERROR = 2.0**-18
 """The same for float32 sums, allowed where the check of near-ties was left out."""
