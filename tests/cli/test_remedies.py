@@ -78,3 +78,23 @@ def test_what_is_told_is_enough(make: object, to: str, tmp_path: Path, capsys: p
     assert code == 0
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out"), "--base", "llama-3-8b"]) in (0, 1)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "lycoris", "comfyui", "onetrainer", "xlabs"])
+def test_a_base_that_was_named_and_is_another_is_said_to_be_so(dialect: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not that no base is known, with the advice to name one."""
+    factors = {
+        f"base_model.model.model.layers.{n}.self_attn.q_proj.lora_{word}.weight": np.ones((4, 4), np.float32)
+        for n in (0, 1)
+        for word in "AB"
+    }
+    (tmp_path / "a").mkdir()
+    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]})
+    )
+    command = ["convert", str(tmp_path / "a"), "--to", dialect, "-o", str(tmp_path / "out")]
+    assert main(command) == 4 and "is not known" in capsys.readouterr().err
+    assert main([*command, "--base", "sd1.5"]) == 4
+    told = capsys.readouterr().err
+    assert "not the one that could translate them" in told and "sd1.5" in told and "is not known" not in told

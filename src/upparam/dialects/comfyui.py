@@ -22,7 +22,7 @@ from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOpti
 from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, named_alike, resolve
 from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.kohya import bundle_name, bundled
-from upparam.dialects.placing import PARTS_KEY, Parts, Unfit, base_of, layout_for, take_parts, to_foreign
+from upparam.dialects.placing import PARTS_KEY, Parts, Unfit, base_of, layout_for, take_parts, to_foreign, untranslated
 from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Spoken, alpha_of, built, leave, settle
 from upparam.errors import DeadAdapterError, Problem, RefusedError
@@ -151,10 +151,7 @@ class ComfyUI:
                     problems.append(f"{extra.kind.value} {extra.name}")
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}, saved
         if adapter.layout not in ("reference", "diffusers"):
-            raise RefusedError(
-                f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
-                file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
-            )  # fmt: skip
+            raise untranslated(adapter, options)
         one = layout_for(adapter, options, "comfyui")
         naming = _Naming(one, base_of(adapter, options), adapter.spelling if adapter.dialect == self.name else {})
         for extra in adapter.extras:

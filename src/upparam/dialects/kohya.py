@@ -16,7 +16,19 @@ from upparam.algorithms.base import Delta
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import PARTS_KEY, Parts, Resolved, Shape, base_of, layout_for, resolve, take_parts, to_foreign, to_targets
+from upparam.dialects.placing import (
+    PARTS_KEY,
+    Parts,
+    Resolved,
+    Shape,
+    base_of,
+    layout_for,
+    resolve,
+    take_parts,
+    to_foreign,
+    to_targets,
+    untranslated,
+)
 from upparam.dialects.refusing import because, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import Finding, error, warning
@@ -154,10 +166,7 @@ class Kohya:
         if adapter.layout == "kohya":
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
         if adapter.layout != "reference":
-            raise RefusedError(
-                f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
-                file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
-            )  # fmt: skip
+            raise untranslated(adapter, options)
         spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
         one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "kohya")))
         found: dict[tuple[str, str], Delta] = {}

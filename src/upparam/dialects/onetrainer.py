@@ -26,7 +26,7 @@ from upparam.dialects import placing
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.kohya import bundle_name, bundled
-from upparam.dialects.placing import PARTS_KEY, Parts, Shape, alike, layout_for, take_parts, to_foreign
+from upparam.dialects.placing import PARTS_KEY, Parts, Shape, alike, layout_for, take_parts, to_foreign, untranslated
 from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spoken import Named, Spoken, alpha_of, built, leave, settle
 from upparam.errors import DeadAdapterError, Problem, RefusedError
@@ -149,10 +149,7 @@ class OneTrainer:
         if adapter.layout == "onetrainer":
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
         if adapter.layout not in ("reference", "diffusers"):
-            raise RefusedError(
-                f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
-                file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
-            )  # fmt: skip
+            raise untranslated(adapter, options)
         one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "onetrainer")))
         found: dict[tuple[str, str], Delta] = {}
         for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):

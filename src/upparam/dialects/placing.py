@@ -350,6 +350,22 @@ def base_of(adapter: Adapter, options: Mapping[str, object]) -> Base | None:
     return None if name is None else inventory.load(name)
 
 
+def untranslated(adapter: Adapter, options: Mapping[str, object]) -> RefusedError:
+    """Why names that stayed another naming's cannot be written: no base is known, or the one the user named has not these modules."""
+    file, base = adapter.files[0] if adapter.files else None, options.get("base")
+    if not isinstance(base, Base):
+        return RefusedError(
+            f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
+            file=file, remedy="name it with --base",
+        )  # fmt: skip
+    shown = next((f", such as {target} {delta.shape}" for target, delta in adapter.deltas.items()), "")
+    return RefusedError(
+        f"the module names are those of {adapter.layout}, and the base named is not the one that could translate them",
+        file=file, expected=f"most of these {len(adapter.deltas)} modules in their shapes{shown}", found=base.name,
+        remedy="name the base it was made for with --base",
+    )  # fmt: skip
+
+
 def layout_for(adapter: Adapter, options: Mapping[str, object], name: str) -> LayoutMap:
     """The layout in which to name this adapter's targets.
 

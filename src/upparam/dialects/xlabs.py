@@ -19,9 +19,9 @@ from upparam.bases.layouts import LayoutMap, find
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import METADATA_KEY
-from upparam.dialects.placing import PARTS_KEY, Parts, alike, layout_for, take_parts, to_foreign, to_targets
+from upparam.dialects.placing import PARTS_KEY, Parts, alike, layout_for, take_parts, to_foreign, to_targets, untranslated
 from upparam.dialects.refusing import other_rank, other_scale, refuse
-from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
+from upparam.errors import DeadAdapterError, MalformedError, Problem
 from upparam.findings import error, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
@@ -92,10 +92,7 @@ class XLabs:
         if adapter.layout == "reference":
             named = to_foreign(layout_for(adapter, options, "xlabs"), adapter.deltas, told)
         elif adapter.layout != "xlabs":
-            raise RefusedError(
-                f"the module names are those of {adapter.layout}, and the base that could translate them is not known",
-                file=adapter.files[0] if adapter.files else None, remedy="name it with --base",
-            )  # fmt: skip
+            raise untranslated(adapter, options)
         problems: list[str | Problem] = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         problems += [f"{target}: a delta of the {target.parameter}" for target in adapter.deltas if target.parameter != "weight"]
         prefix = adapter.spelling.get("prefix", "") if adapter.dialect == self.name else ""
