@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tests.operations.merging import adapter, lora, save
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.cli import main
 from upparam.errors import MismatchError, RefusedError, UsageError
@@ -135,3 +136,24 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert facts["counts"]["targets"] == 2 and facts["inputs"] == [f"{one}@0.8", f"{other}@1"]
     assert main(["combine", str(one), str(other), "-o", str(tmp_path / "small"), "--rank", "2", "-q"]) == 0
     assert open_adapter(tmp_path / "small").ranks() == {2: 2}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_multiplier_that_overflows_a_factor_is_refused_and_nothing_is_left(tmp_path: Path, dtype: Any) -> None:
+    """Not Inf in a file called fine; Inf that was there before is no overflow."""
+    up, down = factors(0, dtype=dtype)
+    one, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    for path in (one, other):
+        save(path, {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": np.array(3, np.float32)})
+    with pytest.raises(RefusedError, match="too large for float32"):
+        combine([(one, 1e39), (other, 1.0)], tmp_path / "out.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    for multiplier in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="finite"):
+            combine([(one, multiplier), (other, 1.0)], tmp_path / "out.safetensors")
+    up[0, 0] = np.inf
+    save(one, {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": np.array(3, np.float32)})
+    combine([(one, 2.0), (other, 1.0)], tmp_path / "out.safetensors")
+    made = next(iter(open_adapter(tmp_path / "out.safetensors").deltas.values()))
+    assert isinstance(made, LoRA) and np.isinf(made.up.doubles()).sum() == 1

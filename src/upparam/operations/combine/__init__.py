@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,7 +135,7 @@ def combined(
     random pruning (another random generator than torch's: PEFT's draws cannot be repeated). `block_weight` multiplies each target's
     weight; 0 leaves it out. The result does not depend on the number of threads. `keep` takes the arrays that are computed.
 
-    Raises UsageError for no adapter, an unknown method, or a density that is missing, means nothing or is not used; RefusedError for
+    Raises UsageError for no adapter, a multiplier that is not finite, an unknown method, or a density that is missing, means nothing or is not used; RefusedError for
     unknown scales, for deltas that a method cannot add, and for adapters whose module names cannot be brought together; MismatchError
     naming both where shapes or saved tensors (or, for methods that add factors, ranks) differ.
     """
@@ -186,6 +187,9 @@ def _opened(given: Adapter | Path | str, read: ReadOptions | None, drop: Collect
 def _check(items: Sequence[Weighted], chosen: Method, method: str, density: float | None) -> None:
     if not items:
         raise UsageError("nothing to combine")
+    for _, multiplier in items:
+        if not isfinite(multiplier):
+            raise UsageError("a multiplier must be a finite number", found=multiplier)
     if chosen.prune is None and density is not None:
         raise UsageError(f"{method} prunes nothing, so that a density means nothing", found=density)
     if chosen.prune is not None and (density is None or not 0.0 < density <= 1.0):

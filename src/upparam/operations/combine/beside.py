@@ -8,6 +8,7 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from upparam.errors import RefusedError
 from upparam.tensors import DType, Tensor, lies_as_wanted, singles
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class RowSource:
 def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DType) -> Tensor:
     """(rows, sum of ranks): matrices (rows, rank) side by side; with `factors` each times its own in float64, rounded once to `dtype`.
 
-    Without factors the bits stay, and all must be of `dtype`.
+    Without factors the bits stay, and all must be of `dtype`. Raises RefusedError, when read, where a finite value becomes too large.
     """
     import numpy as np
 
@@ -70,6 +71,8 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
         at, count = 0, stop - start
         for number, (part, rank) in enumerate(zip(parts, ranks, strict=True)):
             values = _elements(part, start * rank, count * rank)
+            if factors is not None and abs(factors[number]) > 1.0:
+                _refuse_overflow(values, factors[number], dtype)
             if factors is not None and _spread(buffer, at, width, values, rank, factors[number], dtype):
                 at += rank * dtype.itemsize
                 continue
@@ -81,6 +84,22 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
             at += item.itemsize
 
     return Tensor(dtype, (rows, sum(ranks)), RowSource(rows, width, fill, "combined up"))
+
+
+def _refuse_overflow(values: NDArray[Any], factor: float, dtype: DType) -> None:
+    """Raise where a finite value times the factor does not fit in the dtype."""
+    import ml_dtypes
+    import numpy as np
+
+    wide = singles(values) if values.dtype.itemsize < 4 else values
+    largest = float(ml_dtypes.finfo(dtype.numpy).max)
+    size = max(float(np.fmax.reduce(wide, initial=0.0)), -float(np.fmin.reduce(wide, initial=0.0)))
+    if size == float("inf"):
+        size = float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0))
+    if size * abs(factor) > largest:
+        raise RefusedError(
+            f"a multiplier makes a factor too large for {dtype}", found=f"{size:.3g} times {factor:.3g}", remedy="give a smaller multiplier"
+        )
 
 
 def widened(tensor: Tensor, dtype: DType) -> Tensor:
