@@ -72,3 +72,16 @@ def test_scales_that_are_no_numbers_are_not_the_factors_fault(tmp_path: Path) ->
         merge(base, (given, 1e300), tmp_path / "out.safetensors")
     with pytest.raises(UsageError, match="not a block weight"):
         parse(["*=nan"])
+
+
+def test_globs_that_match_nothing_and_orders_that_matter_are_said(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", {"m.weight": np.ones((6, 8), np.float32), "n.weight": np.ones((6, 8), np.float32)})
+    plain = adapter({"m": lora(np.ones((6, 2)), np.ones((2, 8))), "n": lora(np.ones((6, 2)), np.ones((2, 8)))})
+    scaling = adapter({"m": IA3(Tensor.of(np.full((6, 1), 3.0, np.float32)))})
+    said = {item.code: item for item in merge(base, plain, tmp_path / "a.safetensors", only=["n", "m"], skip=["o", "n"]).findings}
+    assert said["idle-glob"].subject == "o" and len(said) == 1
+    for number, order in enumerate(([plain, scaling], [scaling, plain])):
+        out = tmp_path / f"{number}.safetensors"
+        said = {item.code: item for item in merge(base, order, out).findings}
+        assert said["order-matters"].subject == "m.weight" and len(said) == 1
+        assert (load(out)["m.weight"] == (9 if number == 0 else 5)).all()

@@ -18,6 +18,7 @@ from upparam.findings import Finding, warning
 from upparam.operations.merge import matching
 from upparam.operations.merge.kernel import Device
 from upparam.operations.merge.packing import PACKINGS
+from upparam.operations.merge.remarks import idle_globs, order_matters
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import DType, Tensor
 
@@ -187,6 +188,7 @@ def make_plan(
             file=checkpoint.path,
             found=f"all {len(plan.skipped)} targets left out (scale 0, block weight 0, --only or --skip)" if plan.skipped else "no deltas",
         )
+    plan.findings += [*idle_globs(plan, only, skip), *order_matters(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     plan.works = dict(sorted(plan.works.items(), key=lambda item: order[item[0]]))
     return plan
