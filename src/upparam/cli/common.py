@@ -40,7 +40,15 @@ def add_drop(parser: argparse.ArgumentParser) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """--threads."""
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: the cores, at most 8)")
+    parser.add_argument("--threads", type=_count, metavar="N", help="threads (default: the cores, at most 8)")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1. Raises what argparse makes a usage error."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -257,8 +257,9 @@ def _changed(before: Rows, piece: Piece, update: Update, count: int) -> Rows:
             if piece.delta.additive:
                 part += piece.multiplier * update.rows(low - first, high - first)
             else:
-                merged = update.merged(lambda a, b: before(first + a, first + b), low - first, high - first)
-                part += piece.multiplier * (merged.reshape(part.shape) - part)
+                merged = update.merged(lambda a, b: before(first + a, first + b), low - first, high - first).reshape(part.shape)
+                with np.errstate(invalid="ignore"):
+                    part[...] = np.where(np.isfinite(part), part + piece.multiplier * (merged - part), merged)  # Inf - Inf is none
             _check_finite(part, piece, lambda: before(low, high))
         return result
 
