@@ -14,8 +14,11 @@ import pytest
 from safetensors.numpy import save, save_file
 
 import upparam
+from upparam.algorithms.lowrank import RankRule
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, UnreadableError
+from upparam.operations.convert import convert
 from upparam.operations.identify import Identity, identify
+from upparam.operations.verify import verify
 
 torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(5)
@@ -152,6 +155,29 @@ def test_missing_shards_are_said(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model-00001-of-00002.bin").unlink()
     found = identify(tmp_path)
     assert "1 of the 2 files" in codes(found)["shards-missing"] and found.exit_code == 1
+
+
+def test_half_an_adapter_is_not_converted_as_if_it_were_whole(tmp_path: Path) -> None:
+    """The cut lies between two modules, so that what is there has no half without its other half."""
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    for number, layer in enumerate((0, 1), 1):
+        mine = {name: value for name, value in factors().items() if f".{layer}." in name}
+        assert len(mine) == 2
+        save_file(mine, folder / f"adapter_model-{number:05}-of-00002.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    assert len(upparam.open(folder).deltas) == 2
+    (folder / "adapter_model-00002-of-00002.safetensors").unlink()
+    for use in (
+        lambda: convert(folder, tmp_path / "out", "peft"),
+        lambda: upparam.resize(folder, tmp_path / "out", RankRule(rank=1)),
+        lambda: upparam.combine([(folder, 1.0), (folder, 1.0)], tmp_path / "out"),
+        lambda: upparam.compare(folder, folder),
+    ):
+        with pytest.raises(DeadAdapterError, match="1 of the checkpoint's 2 files"):
+            use()
+    assert not (tmp_path / "out").exists()
+    assert "shards-missing" in {finding.code for finding in verify(folder).findings}
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "gz"])

@@ -13,7 +13,7 @@ from upparam.adapter import Adapter
 from upparam.containers import file_source, head_of, open_all
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, ReadOptions
-from upparam.errors import AmbiguousError, UpparamError
+from upparam.errors import AmbiguousError, DeadAdapterError, UpparamError
 from upparam.operations.explaining import explain_nothing
 from upparam.operations.kinds_other import other
 
@@ -143,8 +143,10 @@ _SHOWN = 6
 """Files that a refusal lists."""
 
 
-def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadOptions | None = None) -> Adapter:
+def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadOptions | None = None, whole: bool = True) -> Adapter:
     """The adapter at `path`, a file or a folder, in canonical form; factors are read when needed.
+
+    Without `whole` an adapter of which some files are missing is opened too, with what is there and a finding.
 
     Raises NotAnAdapterError when there is none, AmbiguousError when there are several, DeadAdapterError when a part is missing,
     and what the containers raise for files that break their format.
@@ -163,4 +165,11 @@ def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadO
             remedy="name the file you mean; 'upparam identify' compares them",
         )
     name = dialect or found[0].match.dialect
-    return dialects.get(name).read(found[0].bundle, options or ReadOptions())
+    adapter = dialects.get(name).read(found[0].bundle, options or ReadOptions())
+    lost = next((finding for finding in adapter.findings if finding.code == "shards-missing"), None) if whole else None
+    if lost is not None:
+        raise DeadAdapterError(
+            "a part of the adapter is missing", file=path, found=f"{lost.message}: {'; '.join(lost.evidence)}",
+            remedy="bring the other files here; 'upparam verify' says what is there",
+        )  # fmt: skip
+    return adapter

@@ -56,7 +56,7 @@ def verify(path: Path | str, *, base: Path | str | None = None, options: ReadOpt
 
     Every factor is read once. Raises what `open_adapter` raises when the files cannot be read as an adapter at all.
     """
-    adapter = open_adapter(path, options=options)
+    adapter = open_adapter(path, options=options, whole=False)
     verdict = Verdict(Path(path), adapter.dialect, len(adapter.deltas))
     subject = Path(path).name
     verdict.findings += adapter.findings
