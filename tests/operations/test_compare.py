@@ -395,3 +395,50 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["compare", str(one), str(tmp_path / "absent")]) == 3
     assert main(["compare", str(one), str(other), "--all"]) == 1
     assert "self_attn.q_proj" in capsys.readouterr().out
+
+
+def stored(delta: LoRA, dtype: Any, share: float = 1.0) -> LoRA:
+    """share * dW through the same factors in another dtype."""
+    up, down = delta.matrices()
+    return lora((up * share).astype(dtype), down.astype(dtype), delta.alpha)
+
+
+def test_a_hundredth_is_not_rounding() -> None:
+    """bf16 rounds by up to 0.4 %, this way and that: a multiplier that every module shares is none of it, nor is 1 % of noise."""
+    one = several(1)
+    narrow = mapped(one, lambda delta: stored(delta, ml_dtypes.bfloat16))
+    for share in (1.01, 0.99, 1.004):
+        for first in (one, narrow):
+            kind, found = verdict(first, mapped(one, lambda delta, share=share: stored(delta, ml_dtypes.bfloat16, share)))
+            assert kind is Verdict.SCALED and found.exit_code == 1
+            assert found.multiplier == pytest.approx(share, abs=5e-4)
+    rng = np.random.default_rng(5)
+
+    def noisy(delta: LoRA) -> LoRA:
+        up, down = delta.matrices()
+        return lora(*((part * (1 + 0.01 * rng.standard_normal(part.shape))).astype(ml_dtypes.bfloat16) for part in (up, down)), 4.0)
+
+    assert verdict(narrow, mapped(one, noisy))[0] is Verdict.NEAR
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 4, 16]), st.sampled_from([np.float16, ml_dtypes.bfloat16]))
+def test_rounding_twice_is_still_equal(seed: int, rank: int, dtype: Any) -> None:
+    """Through fp16 and back, and another gauge made of the rounded factors and rounded again."""
+    delta = lora(*pair(seed, rank, shape=(256, 192)), 4.0)
+    narrow = stored(delta, dtype)
+    left, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((rank, rank)))
+    for other in (stored(stored(delta, np.float16), dtype), turned(narrow, left, dtype), turned(turned(narrow, left, dtype), left, dtype)):
+        for one in (delta, narrow):
+            found = compare_deltas("m", one, other)
+            assert found.alike in (Alike.BITS, Alike.ROUNDED, Alike.EQUAL), (found.distance, found.tolerance, found.multiplier)
+
+
+def test_a_distance_that_float64_cannot_tell_is_said_as_that() -> None:
+    """Subtracting squares leaves 1e-8 to 1e-7 of the norms: less is not said, nor is 0 of factors that differ."""
+    for seed in range(20):
+        delta = lora(*pair(seed), 4.0)
+        other = turned(delta, np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 8)))[0], np.float32)
+        found = compare_deltas("m", delta, other)
+        gap = np.linalg.norm(dense(delta) - dense(other)) / np.linalg.norm(dense(delta))
+        assert found.alike is Alike.EQUAL and found.distance is not None and 0.5 * gap < found.distance < 2e-6

@@ -1,8 +1,8 @@
 """How two matrices known by their factors relate: norms, inner product, distance, principal angles; neither matrix is ever formed.
 
 Everything follows from the Gram matrices of the factors, multiplied in float64, or in float32 to tell whether two matrices are far apart.
-Subtracting squares costs half the digits: a distance is known to about sqrt(rank eps) |up| |down|, some 1e-8 of the norms in float64, which
-`Relation.floor` states.
+Subtracting squares costs half the digits: a distance is known to about sqrt(8 rank eps) of the norms, some 1e-7 in float64, which `Relation.floor`
+states.
 """
 
 from __future__ import annotations
@@ -126,17 +126,35 @@ class Pair:
 
     def relation(self) -> Relation:
         """The numbers."""
+        import numpy as np
+
         squares, spreads, noises, sizes = [], [], [], []
         for form, up, down in zip((self.one, self.other), self._ups, self._downs, strict=False):
             squares.append(max(form.scale**2 * float((up * down).sum()), 0.0))
             spread, noise = _noise(form, up.diagonal(), down.diagonal())
             spreads.append(spread)
             noises.append(noise)
-            sizes.append(form.scale**2 * float(up.trace()) * float(down.trace()))
+            sizes.append(form.scale**2 * float(np.sqrt(up.diagonal() * down.diagonal()).sum()) ** 2)
         inner = self.one.scale * self.other.scale * float((self._ups[2] * self._downs[2]).sum())
-        rank = self.one.up.shape[1] + self.other.up.shape[1]
-        floor = sqrt(rank * (2.0**-23 if self.coarse else 2.0**-52) * sum(sizes))
+        # Each of the r x r terms is off by a few eps of |up_k| |up_l| |down_k| |down_l|, the lengths of columns and rows.
+        floor = sqrt(4 * (2.0**-23 if self.coarse else 2.0**-52) * sum(sizes))
         return Relation((squares[0], squares[1]), inner, (spreads[0], spreads[1]), (noises[0], noises[1]), floor)
+
+    def sway(self) -> float:
+        """The standard deviation of the best multiplier of two equal matrices when each factor element is rounded once; 0 where they are zero.
+
+        An error e in up moves <A, A> by <e, up (down down^T)>, one in down by <e, (up^T up) down>.
+        """
+        import numpy as np
+
+        square = variance = 0.0
+        for form, ups, downs in zip((self.one, self.other), self._ups, self._downs, strict=False):
+            square = max(square, form.scale**2 * float((ups * downs).sum()))
+            up, down = form.up.astype("f8", copy=False), form.down.astype("f8", copy=False)
+            for factor, slope in ((up, up @ downs), (down, ups @ down)):
+                errors = form.precision.unit**2 * np.square(factor) + form.precision.step**2
+                variance += form.scale**4 * float((errors * np.square(slope)).sum()) / 3
+        return sqrt(variance) / square if square > 0.0 else 0.0
 
     def cut(self, smaller: int) -> Cut | None:
         """Whether the matrix `smaller` (0 or 1) is a truncation of the other: see Cut. None where its rank is not less than the other's.

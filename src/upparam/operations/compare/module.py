@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from math import degrees, isclose, prod, sqrt
+from math import degrees, hypot, isclose, prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.base import BAKED, Delta, Update, tiles
@@ -27,8 +27,13 @@ NEAR = 0.1
 
 A copy whose factors went through 8 bits lies at 0.04; deltas trained apart have cosines near 0, which is 1.0 by this measure.
 """
-ROUNDINGS = 4.0
-"""How many times further apart than one rounding of every factor element is expected to bring them two equal deltas may lie."""
+ROUNDINGS = 1.5
+"""How many times further apart than one rounding of every factor of both is expected to bring them two equal deltas may lie.
+
+The expectation takes the largest relative error for every element, where it is three quarters of that on average: room for three roundings.
+"""
+SWAYS = 6.0
+"""Standard deviations of the best multiplier of two equal deltas, as rounding scatters it around 1, beyond which it is another number."""
 ARITHMETIC = 16 * 2.0**-24
 """The relative error of factors that were computed in float32 (another gauge, a scale put into them), sums of some hundred products."""
 EQUAL_CAP = 0.02
@@ -77,7 +82,7 @@ class Angles(NamedTuple):
 class ModuleComparison:
     """One module. Pairs are (first, second).
 
-    `distance` = ||dW1 - dW2|| / max(||dW1||, ||dW2||); `tolerance` is the distance up to which they count as equal, from the dtypes;
+    `distance` = ||dW1 - dW2|| / max(||dW1||, ||dW2||), or what float64 can tell from none where that is larger; `tolerance` is the distance up to which they count as equal, from the dtypes;
     `multiplier` is the c for which c dW1 is nearest to dW2. None where it was not computed or has no meaning. `smaller` is 0 or 1 where
     that one is the other resized. Norms include the scale, unless `scales` are unknown.
     """
@@ -178,10 +183,14 @@ def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half
     norms, largest = relation.norms, max(relation.norms)
     allowed = allowance(relation)
     found = replace(
-        found, norms=norms, inner=relation.inner, cosine=relation.cosine, distance=relation.distance() / largest if largest else 0.0,
+        found, norms=norms, inner=relation.inner, cosine=relation.cosine,
+        distance=max(relation.distance(), relation.floor) / largest if largest else 0.0,
         tolerance=allowed / largest if largest else None, multiplier=relation.multiplier,
     )  # fmt: skip
     alike, smaller = _relation(relation, allowed, pair)
+    if alike is Alike.EQUAL and not _of_one_size(relation, allowed, pair, found.shape):
+        scaled = relation.distance(relation.multiplier or 0.0) <= allowance(relation, relation.multiplier or 0.0)
+        alike = Alike.SCALED if scaled else Alike.NEAR
     if half_known and alike is Alike.EQUAL:
         alike = Alike.SCALED
     if half_known:
@@ -230,9 +239,23 @@ def _unlike(one: Form, other: Form) -> bool:
 
 def allowance(relation: Relation, multiplier: float = 1.0) -> float:
     """The distance of multiplier * A from B that rounding can explain: of the stored factors of both, and of float32 arithmetic."""
-    mine, theirs = (ROUNDINGS * noise + ARITHMETIC * spread for noise, spread in zip(relation.noise, relation.spread, strict=True))
-    largest = max(abs(multiplier) * relation.norms[0], relation.norms[1])
-    return min(abs(multiplier) * mine + theirs + relation.floor, EQUAL_CAP * largest)
+    size, largest = abs(multiplier), max(abs(multiplier) * relation.norms[0], relation.norms[1])
+    rounded = hypot(size * relation.noise[0], relation.noise[1])  # the errors of the two are independent
+    computed = ARITHMETIC * (size * relation.spread[0] + relation.spread[1])
+    return min(ROUNDINGS * rounded + computed + relation.floor, EQUAL_CAP * largest)
+
+
+def _of_one_size(relation: Relation, allowed: float, pair: Pair | None, shape: tuple[int, ...]) -> bool:
+    """True when the best multiplier of two close deltas is 1 as far as rounding tells: far nearer than their distance, since errors average out.
+
+    Errors also make the norm of what has them larger, which pulls the multiplier down by the square of their share.
+    """
+    if relation.multiplier is None:
+        return True
+    largest = max(relation.norms)
+    sway = hypot(*relation.noise) / (largest * sqrt(max(min(_flat(shape)), 1))) if pair is None else pair.sway()
+    computed = (ARITHMETIC * sum(relation.spread) + relation.floor) / largest
+    return abs(relation.multiplier - 1.0) <= SWAYS * sway + computed + (allowed / largest) ** 2
 
 
 def _relation(relation: Relation, allowed: float, pair: Pair | None) -> tuple[Alike, int | None]:
