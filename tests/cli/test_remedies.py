@@ -98,3 +98,20 @@ def test_a_base_that_was_named_and_is_another_is_said_to_be_so(dialect: str, tmp
     assert main([*command, "--base", "sd1.5"]) == 4
     told = capsys.readouterr().err
     assert "not the one that could translate them" in told and "sd1.5" in told and "is not known" not in told
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name", "instead"),
+    [("kohya", "lora.pt", "lora.safetensors"), ("lycoris", "lora.ckpt", "lora.safetensors"), ("peft", "lora.safetensors", "lora"),
+     ("gguf-lora", "lora.safetensors", "lora.gguf")],
+)  # fmt: skip
+def test_the_ending_says_what_is_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dialect: str, name: str, instead: str
+) -> None:
+    """Loaders go by it: a name that promises another container is refused with one that does not."""
+    source = peft(tmp_path / "peft", lora_alpha=8)
+    words = ["convert", str(source), "--to", dialect, "--base", "llama-3-8b", "-q", "-o"]
+    assert main([*words, str(tmp_path / name)]) == 4
+    assert re.search(rf"such as {instead}$|name it {instead}$", capsys.readouterr().err.strip())
+    assert not (tmp_path / name).exists()
+    assert main([*words, str(tmp_path / instead)]) == 0

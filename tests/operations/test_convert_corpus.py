@@ -80,6 +80,7 @@ def test_tokens_ride_along_in_kohyas_bundles(corpus: Path, tmp_path: Path) -> No
 
 def test_a_scale_that_no_file_says_is_asked_for(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for to in ("peft", "kohya"):
+        out = tmp_path / ("folder" if to == "peft" else "file.safetensors")
         asked = [
             "convert",
             str(corpus / "mlx-npz/adapters.npz"),
@@ -88,12 +89,12 @@ def test_a_scale_that_no_file_says_is_asked_for(corpus: Path, tmp_path: Path, ca
             "--to",
             to,
             "-o",
-            str(tmp_path / f"{to}.safetensors"),
+            str(out),
         ]
         assert main(asked) == 4
         assert "--scale" in capsys.readouterr().err
         assert main([*asked, "--scale", "20"]) == 0
-        after = open_adapter(tmp_path / f"{to}.safetensors")
+        after = open_adapter(out)
         assert {delta.scale for delta in after.deltas.values()} == {20.0}
         assert len(after.deltas) == 8
 

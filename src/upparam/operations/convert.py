@@ -128,6 +128,7 @@ def write_adapter(
     proofs: list[ModuleProof] = []
     if _as_file(package, out):
         package.folder = False
+    _check_ending(package, out, dialect)
     if package.folder:
         with atomic_folder(out, force=force, sync=sync) as temporary:
             size = write_package(package, temporary, sync)
@@ -153,6 +154,31 @@ def write_adapter(
 def _as_file(package: Package, out: Path) -> bool:
     """Whether a package of one file goes by the name of `out` itself, which has that file's ending."""
     return package.folder and len(package.files) == 1 and bool(out.suffix) and Path(next(iter(package.files))).suffix == out.suffix
+
+
+_ENDINGS = {"safetensors": (".safetensors",), "gguf": (".gguf",), "npz": (".npz",), "torch": (".pt", ".bin", ".ckpt", ".pth")}
+"""By the container that is written, what its file may be called: loaders go by the ending."""
+
+
+def _check_ending(package: Package, out: Path, dialect: str) -> None:
+    """Raise RefusedError where the name of the output says another container than it gets, or a file where a folder is written."""
+    known = [ending for endings in _ENDINGS.values() for ending in endings]
+    if out.suffix.lower() not in known:
+        return
+    if package.folder:
+        raise RefusedError(
+            f"{dialect} writes a folder of {len(package.files)} files", file=out, found=f"a name that ends in {out.suffix}",
+            remedy=f"name a folder, such as {out.with_suffix('').name}",
+        )  # fmt: skip
+    content = next(iter(package.files.values()))
+    if not isinstance(content, NamedTensors):
+        return
+    fitting = _ENDINGS.get(content.container, ())
+    if fitting and out.suffix.lower() not in fitting:
+        raise RefusedError(
+            f"{dialect} writes {content.container}, and loaders go by the ending", file=out, expected=" or ".join(fitting), found=out.suffix,
+            remedy=f"name it {out.with_suffix(fitting[0]).name}",
+        )  # fmt: skip
 
 
 def _with_kernels(adapter: Adapter, base: Base | None) -> Adapter:
