@@ -287,3 +287,15 @@ def test_loralib_and_its_like_are_not_taken_for_peft() -> None:
     tensors = {f"transformer.h.0.attn.c_attn.lora_{word}": Tensor.of(np.ones((4, 4), np.float32)) for word in "AB"}
     assert get("peft").match(tensor_file(tensors)) is None
     assert get("peft").match(tensor_file({f"{name}.weight": tensor for name, tensor in tensors.items()})) is not None
+
+
+def test_a_lora_of_a_grouped_convolution_is_told_and_the_rest_is_read(tmp_path: Path) -> None:
+    """No product of two matrices gives its dW; PEFT itself runs it and refuses to merge it."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, groups=4), torch.nn.Flatten(), torch.nn.LazyLinear(16))
+    model(torch.zeros(1, 8, 5, 5))
+    adapted(model, tmp_path / "lora", target_modules=["0", "2"])
+    adapter = open_adapter(tmp_path / "lora")
+    assert [target.module for target in adapter.deltas] == ["2"] and len(adapter.leftovers) == 2
+    assert any("a convolution with 4 groups" in finding.message for finding in adapter.findings)
+    with pytest.raises(RefusedError, match="2 tensors"):
+        write_adapter(adapter, tmp_path / "out", "peft")

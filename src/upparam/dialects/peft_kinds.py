@@ -73,6 +73,9 @@ def deltas_of(
                 tensor=module, expected="enable_lora", found=f"lora_A {down.shape}, lora_B {up.shape}",
                 remedy='put an adapter_config.json with enable_lora beside it ("enable_lora": [true, false, true] is q and v), with peft_type, r and lora_alpha',
             )  # fmt: skip
+        if len(up.shape) == len(down.shape) > 2 and 0 < up.shape[1] < down.shape[0] and down.shape[0] % up.shape[1] == 0:
+            groups = down.shape[0] // up.shape[1]
+            return f"a LoRA of a convolution with {groups} groups, which is no product of two matrices: PEFT runs it and does not merge it"
         lora = LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options))
         return {Target(module): _decomposed(lora, roles.get("magnitude"))}
     for prefix, algorithm in _LYCORIS.items():
