@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.cli import main
@@ -184,6 +185,35 @@ def test_embedding_and_zero() -> None:
     zero = result.deltas[Target("z")]
     assert zero.rank == 4 and not dense(zero).any() and zero.factors()["down"].read().all()
     assert (cuts[1].error, cuts[1].energy) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("alpha", ["scale", "keep", "rank"])
+@pytest.mark.parametrize("tucker", [False, True])
+def test_nothing_is_lost_of_an_effect_of_zero(alpha: str, tucker: bool) -> None:
+    """alpha 0: dW is zero before and after, however much of up @ down is cut away."""
+    rng = np.random.default_rng(0)
+    shapes = ((20, 8, 1, 1), (8, 10, 1, 1), (8, 8, 3, 3)) if tucker else ((20, 8), (8, 10))
+    up, down, *mid = (Tensor.of(rng.standard_normal(shape).astype(np.float32)) for shape in shapes)
+    result, (cut,) = resized(adapter({"m": LoRA(up, down, Scaling(alpha=0.0), *mid)}), RankRule(3), alpha=alpha)  # type: ignore[arg-type]
+    assert not dense(result.deltas[Target("m")]).any() and cut.new_rank == 3
+    assert (cut.energy, cut.error) == (1.0, 0.0) and cut.optimum == (None if tucker else 0.0)
+
+
+def test_an_error_that_float64_cannot_tell_is_said_as_that() -> None:
+    """Rank 4 in factors of rank 8, in float64: what is lost lies below what subtracting squares shows."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        up = rng.standard_normal((40, 4)) @ rng.standard_normal((4, 8))
+        delta = LoRA(Tensor.of(up), Tensor.of(rng.standard_normal((8, 30))), Scaling(alpha=8.0))
+        _, (cut,) = resized(adapter({"m": delta}), RankRule(4))
+        assert 1e-8 < cut.error < 1e-6
+
+
+def test_why_a_dora_is_not_resized_is_said() -> None:
+    lora = random_lora(20, 16, 8)
+    dora = DoRA(magnitude=Tensor.of(np.ones((20, 1), np.float32)), up=lora.up, down=lora.down, scaling=lora.scaling)
+    result, _ = resized(adapter({"a": dora, "b": random_lora(20, 20, 8)}), RankRule(2))
+    assert "no rank" not in result.findings[0].message and "more than its factors" in result.findings[0].message
 
 
 def test_what_cannot_be_resized_is_said() -> None:

@@ -106,11 +106,12 @@ class Spectral:
         return self.left @ (self.mix[:, :rank] * half_signed), (half_signed[:, None] * self.mixed[:rank]) @ self.right
 
     def gap(self, up: Matrix, down: Matrix, factor: float = 1.0) -> float:
-        """||dW - factor * up @ down||_F for other factors, through r x k matrices: known to about 1e-8 of the norms."""
+        """||dW - factor * up @ down||_F for other factors, through r x k matrices; what float64 can tell from none, some 1e-7 of the norms, where it is less."""
         core = (self.mix * self.sigma) @ self.mixed
         cross = float(((self.left.T @ up) * (core @ (self.right @ down.T))).sum())
         own = float(((up.T @ up) * (down @ down.T)).sum())
-        return sqrt(max(self.norm**2 - 2 * factor * cross + factor**2 * own, 0.0))
+        floor = _difference_floor(self.norm, abs(factor) * _lengths(up, down))
+        return max(sqrt(max(self.norm**2 - 2 * factor * cross + factor**2 * own, 0.0)), floor)
 
     def tail(self, rank: int) -> float:
         """The Frobenius norm of what keeping `rank` values loses: the error of the best approximation."""
@@ -227,11 +228,25 @@ def truncate(up: Matrix, down: Matrix, rule: RankRule, *, conv: bool = False, re
 
 
 def difference(up: Matrix, down: Matrix, other_up: Matrix, other_down: Matrix) -> float:
-    """||up @ down - other_up @ other_down||_F through the Gram matrices of the factors; float64, so known to about 1e-8 of the norms."""
+    """||up @ down - other_up @ other_down||_F through the Gram matrices of the factors; what float64 can tell from none, some 1e-7 of the norms,
+    where it is less."""
     own = float(((up.T @ up) * (down @ down.T)).sum())
     cross = float(((up.T @ other_up) * (down @ other_down.T)).sum())
     theirs = float(((other_up.T @ other_up) * (other_down @ other_down.T)).sum())
-    return sqrt(max(own - 2 * cross + theirs, 0.0))
+    floor = _difference_floor(_lengths(up, down), _lengths(other_up, other_down))
+    return max(sqrt(max(own - 2 * cross + theirs, 0.0)), floor)
+
+
+def _lengths(up: Matrix, down: Matrix) -> float:
+    """The sum over k of |up[:, k]| |down[k]|: what the terms of ||up @ down||^2 add up to at most is its square."""
+    import numpy as np
+
+    return float(np.linalg.norm(up, axis=0) @ np.linalg.norm(down, axis=1))
+
+
+def _difference_floor(one: float, other: float) -> float:
+    """What a distance made by subtracting squares may be off, from the sizes of the terms: each is off by a few eps."""
+    return sqrt(4 * 2.0**-52 * (one**2 + other**2))
 
 
 def tucker_truncate(up: Matrix, mid: Matrix, down: Matrix, rule: RankRule) -> tuple[Matrix, Matrix, Matrix, float]:

@@ -128,7 +128,11 @@ def resized(
         )  # fmt: skip
     jobs, findings = _jobs(adapter)
     if not jobs:
-        raise RefusedError("no delta here has a rank to change", file=_file(adapter), found=", ".join(adapter.algorithms()) or "no deltas")
+        raise RefusedError(
+            "no delta here can be resized: none has a rank to change through its factors alone",
+            file=_file(adapter),
+            found=", ".join(adapter.algorithms()) or "no deltas",
+        )
     deltas = dict(adapter.deltas)
     cuts: list[Cut] = []
 
@@ -191,10 +195,17 @@ def _jobs(adapter: Adapter) -> tuple[list[Job], list[Finding]]:
     jobs = jobs_of(adapter)
     fixed = [job for job in jobs if not cuttable(job.delta)]
     findings = [
-        warning("not-resized", str(job.targets[0]), f"{called(job.delta.algorithm)} delta has no rank to change and stays as it is")
+        warning("not-resized", str(job.targets[0]), f"{called(job.delta.algorithm)} delta {_uncut(job.delta)} and stays as it is")
         for job in fixed
     ]
     return [job for job in jobs if cuttable(job.delta)], findings
+
+
+def _uncut(delta: Delta) -> str:
+    """Why a delta that is not `cuttable` is not cut."""
+    if not delta.rank:
+        return "has no rank to change"
+    return "is of many experts, which are not cut one by one," if delta.additive else "changes a weight by more than its factors"
 
 
 def _joined(targets: Sequence[Target], adapter: Adapter) -> list[Job]:
@@ -250,9 +261,11 @@ def cut_job(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
         new_up *= sqrt(abs(factor)) * (-1.0 if factor < 0 else 1.0)
         new_down *= sqrt(abs(factor))
     stored_up, stored_down = _stored(new_up, dtypes[0]), _stored(new_down, dtypes[1])
-    error = found.gap(doubles(stored_up), doubles(stored_down), 1 / factor) / norm if norm else 0.0
     result = _lora(delta, stored_up, stored_down, scaling, keep)
-    optimum = found.tail(rank) / norm if norm else 0.0
+    if norm == 0.0 or scale == 0.0:  # dW is zero, whatever the factors are
+        return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0, 0.0, 0.0)
+    error = found.gap(doubles(stored_up), doubles(stored_down), 1 / factor) / norm
+    optimum = found.tail(rank) / norm
     return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - optimum**2, error, optimum)
 
 
@@ -279,13 +292,13 @@ def _resize_tucker(delta: LoRA, names: tuple[str, ...], rule: RankRule, alpha: A
     stored_mid, stored_down = _stored(new_mid * share, delta.mid.dtype), _stored(new_down * share, delta.down.dtype)
     whole = np.einsum("pqx,qi->pix", mid, down).reshape(old, -1)
     cut = np.einsum("pqx,qi->pix", stored_mid.astype(np.float64), stored_down.astype(np.float64)).reshape(rank, -1)
-    norm = sqrt(max(float(((up.T @ up) * (whole @ whole.T)).sum()), 0.0))
+    norm = sqrt(max(float(((up.T @ up) * (whole @ whole.T)).sum()), 0.0)) if delta.known_scale() else 0.0
     error = difference(up, whole, stored_up.astype(np.float64), cut / factor) / norm if norm else 0.0
     result = LoRA(
         keep(stored_up.reshape(-1, rank, *delta.up.shape[2:])), keep(stored_down.reshape(rank, -1, *delta.down.shape[2:])),
         scaling, keep(stored_mid.reshape(rank, rank, *kernel)), delta.embedding,
     )  # fmt: skip
-    return result, Cut(names, delta.algorithm, old, rank, 1.0 - lost, error, None)
+    return result, Cut(names, delta.algorithm, old, rank, 1.0 - lost if norm else 1.0, error, None)
 
 
 def rescaled(scaling: Scaling, scale: float, rank: int, rule: AlphaRule) -> tuple[Scaling, float]:
