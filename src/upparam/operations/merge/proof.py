@@ -59,7 +59,7 @@ class Samples:
             first = chooser.randrange(max(1, columns - self.columns + 1))
             if start <= row < stop:
                 part = slice(first, min(columns, first + self.columns))
-                true = loaded.reference(row, part)
+                true = loaded.reference(row, part).copy()  # not a view, which would keep the whole row
                 with self._lock:
                     self.kept.append(Sample(loaded.work.name, row, part, true))
 
