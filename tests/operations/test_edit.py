@@ -29,8 +29,10 @@ from upparam.errors import OutputExistsError, RefusedError, UsageError
 from upparam.operations import edit as editing
 from upparam.operations.edit import edit, metadata_of
 from upparam.operations.edit.changes import Changes, changed
+from upparam.operations.edit.moving import moved
 from upparam.operations.opening import open_adapter
 from upparam.operations.recast import recast
+from upparam.progress import silent
 from upparam.tensors import DTYPES, Tensor
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
@@ -107,6 +109,28 @@ def test_how_far_a_module_with_nan_moves_is_not_called_zero(tmp_path: Path) -> N
     path = save(tmp_path / "a.safetensors", {f"{STEM}q.lora_up.weight": up, f"{STEM}q.lora_down.weight": np.ones((1, 320), np.float32)})
     receipt = edit(path, tmp_path / "b.safetensors", dtype="bf16")
     assert receipt.counts["effect_moved"] == "not known for 1 of 1 modules"
+
+
+def test_factors_that_vanish_in_the_new_dtype_are_said(tmp_path: Path) -> None:
+    down = np.full((1, 320), 1e-3, np.float32)
+    path = save(
+        tmp_path / "a.safetensors", {f"{STEM}q.lora_up.weight": np.full((320, 1), 1e-9, np.float32), f"{STEM}q.lora_down.weight": down}
+    )
+    receipt = edit(path, tmp_path / "b.safetensors", dtype="fp16")
+    (found,) = [finding for finding in receipt.findings if finding.code == "vanished"]
+    assert found.evidence == ("up: 1 of its elements",) and receipt.counts["effect_moved"] == "1 or less"
+    assert "vanished" not in {finding.code for finding in edit(path, tmp_path / "c.safetensors", dtype="bf16").findings}
+
+
+def test_what_a_magnitude_moves_is_measured() -> None:
+    rng = np.random.default_rng(0)
+    factors = [Tensor.of(part) for part in (np.ones((20, 2), np.float32), np.ones((2, 16), np.float32))]
+    magnitude = rng.uniform(1, 2, (20, 1)).astype(np.float32)
+    whole = adapter({"m": DoRA(up=factors[0], down=factors[1], magnitude=Tensor.of(magnitude), scaling=Scaling(alpha=2.0))})
+    result, before, _ = changed(whole, Changes(dtype="bf16"))
+    text, _ = moved(before, result, None, silent)
+    off = np.linalg.norm(magnitude - magnitude.astype(ml_dtypes.bfloat16).astype(np.float32)) / np.linalg.norm(magnitude)
+    assert f"their magnitudes {off:.2g} or less" in text and off > 1e-4
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from upparam import dialects
-from upparam.adapter import Adapter, Target
+from upparam.adapter import Adapter
 from upparam.atomic import atomic_file, atomic_folder, refuse_existing, refuse_strangers, swap
 from upparam.bases import inventory
 from upparam.dialects.base import Dialect, Package, ReadOptions
@@ -21,11 +21,11 @@ from upparam.findings import Finding, info, warning
 from upparam.operations.convert import without, write_adapter, write_file, write_package
 from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
 from upparam.operations.edit.files import Compared, compare_files, container_of, put_back
+from upparam.operations.edit.moving import moved
 from upparam.operations.edit.patching import UnpatchableError, patched
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
-from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import same_bits
 
@@ -90,7 +90,8 @@ def edit(
         _expected(changes, replace(compared, gone=[] if drop else [name for name in compared.gone if name not in dropped]))
         findings += _container(source, written)
         if changes.stored is not None or changes.keep_scale:
-            counts["effect_moved"] = _moved(before, result, threads, progress)
+            counts["effect_moved"], lost = moved(before, result, threads, progress)
+            findings += lost
         if in_place:
             receipt.outputs = put_back(source, path, written)
         else:
@@ -223,22 +224,6 @@ def metadata_of(path: Path | str, *, read: ReadOptions | None = None) -> dict[st
     """What editing can change without touching a tensor: the dialect, its string metadata verbatim, and the config file beside it."""
     adapter = open_adapter(path, options=read)
     return {"dialect": adapter.dialect, "files": list(adapter.files), "metadata": dict(adapter.metadata), "config": dict(adapter.config)}
-
-
-def _moved(before: Adapter, after: Adapter, threads: int | None, progress: Progress) -> str:
-    """The largest ||dW - dW'|| / ||dW|| of a module, through the factors, and for how many modules it cannot be told."""
-    from upparam.operations.compare.module import compare_deltas
-
-    def distance(target: Target) -> float | None:
-        return compare_deltas(str(target), before.deltas[target], after.deltas[target], angles=False).distance
-
-    targets = list(after.deltas)
-    sizes = [sum(factor.nbytes for factor in delta.factors().values()) for delta in after.deltas.values()]
-    found = list(in_threads(distance, targets, sizes, threads, progress))
-    known = [moved for moved in found if moved is not None]
-    said = [f"{max(known):.2g} or less"] if known else []
-    unknown = len(found) - len(known)
-    return "; ".join([*said, *([f"not known for {unknown} of {len(found)} modules"] if unknown else [])])
 
 
 def _container(source: Adapter, written: Path) -> list[Finding]:

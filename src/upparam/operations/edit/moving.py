@@ -1,0 +1,82 @@
+"""How far an edit that rounds factors moves what the adapter does, and what of its factors it rounds to zero."""
+
+from __future__ import annotations
+
+from math import isfinite, sqrt
+from typing import NamedTuple
+
+from upparam.adapter import Adapter, Target
+from upparam.algorithms.dora import Decomposed
+from upparam.findings import Finding, warning
+from upparam.operations.threads import in_threads
+from upparam.progress import Progress
+from upparam.tensors import Tensor
+
+_VANISHED = 0.01
+"""The share of a factor's elements other than zero that may be rounded to zero without a word: a few lie near zero in any factor."""
+
+
+class _Move(NamedTuple):
+    """Of one module: the distance of dW (None: not known), that of the magnitude (None: it has none), the factors that vanish."""
+
+    effect: float | None
+    magnitude: float | None
+    vanished: list[str]
+
+
+def moved(before: Adapter, after: Adapter, threads: int | None, progress: Progress) -> tuple[str, list[Finding]]:
+    """What the receipt says of it, and a warning for each module of which factors vanish.
+
+    Said are the largest ||dW - dW'|| / ||dW|| of a module, through the factors; of modules with a magnitude that of their directions, and
+    beside it the largest ||m - m'|| / ||m||; and for how many modules it cannot be told.
+    """
+
+    def move(target: Target) -> _Move:
+        from upparam.operations.compare.module import compare_deltas
+
+        one, other = before.deltas[target], after.deltas[target]
+        effect = compare_deltas(str(target), one, other, angles=False).distance
+        magnitude = _apart(one.magnitude, other.magnitude) if isinstance(one, Decomposed) and isinstance(other, Decomposed) else None
+        theirs = other.factors()
+        vanished = [
+            f"{role}: {share:.3g} of its elements"
+            for role, tensor in one.factors().items()
+            if role in theirs and (share := _vanished(tensor, theirs[role])) > _VANISHED
+        ]
+        return _Move(effect, magnitude, vanished)
+
+    targets = list(after.deltas)
+    sizes = [sum(factor.nbytes for factor in delta.factors().values()) for delta in after.deltas.values()]
+    found = list(in_threads(move, targets, sizes, threads, progress))
+    known = [one.effect for one in found if one.effect is not None]
+    magnitudes = [one.magnitude for one in found if one.magnitude is not None]
+    unknown = len(found) - len(known)
+    said = [f"{max(known):.2g} or less"] if known else []
+    if magnitudes:
+        worst = f"{max(magnitudes):.2g} or less" if all(map(isfinite, magnitudes)) else "by what is not known"
+        said.append(f"of {len(magnitudes)} modules the directions, their magnitudes {worst}")
+    said += [f"not known for {unknown} of {len(found)} modules"] if unknown else []
+    findings = [
+        warning("vanished", str(target), "elements other than zero are rounded to zero; a wider dtype keeps them", *one.vanished)
+        for target, one in zip(targets, found, strict=True)
+        if one.vanished
+    ]
+    return "; ".join(said), findings
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """||one - other|| / ||one||; 0 where both are zero, NaN where a value is no number."""
+    first, second = one.doubles(), other.doubles()
+    gap, size = float(((first - second) ** 2).sum()), float((first**2).sum())
+    return sqrt(gap / size) if size else float(gap > 0)
+
+
+def _vanished(one: Tensor, other: Tensor) -> float:
+    """The share of the elements other than zero that are zero in the other."""
+    import numpy as np
+
+    if one is other or one.shape != other.shape or not other.dtype.is_float:
+        return 0.0
+    there = one.doubles() != 0
+    count = int(np.count_nonzero(there))
+    return int(np.count_nonzero(there & (other.doubles() == 0))) / count if count else 0.0
