@@ -253,9 +253,14 @@ def _of_one_size(relation: Relation, allowed: float, pair: Pair | None, shape: t
     if relation.multiplier is None:
         return True
     largest = max(relation.norms)
-    sway = hypot(*relation.noise) / (largest * sqrt(max(min(_flat(shape)), 1))) if pair is None else pair.sway()
-    computed = (ARITHMETIC * sum(relation.spread) + relation.floor) / largest
-    return abs(relation.multiplier - 1.0) <= SWAYS * sway + computed + (allowed / largest) ** 2
+    off, noise = abs(relation.multiplier - 1.0), hypot(*relation.noise) / largest
+    off -= (ARITHMETIC * sum(relation.spread) + relation.floor) / largest + (allowed / largest) ** 2
+    rows, columns = _flat(shape)
+    if pair is None:
+        return off <= SWAYS * noise / sqrt(max(min(rows, columns), 1))
+    # Over how many elements errors average out at most, which is mostly enough to know; how many they are takes products of the factors.
+    elements = pair.one.up.shape[1] * (rows + columns)
+    return off <= SWAYS / 2 * noise / sqrt(max(elements, 1)) or off <= SWAYS * pair.sway()
 
 
 def _relation(relation: Relation, allowed: float, pair: Pair | None) -> tuple[Alike, int | None]:
