@@ -6,6 +6,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from upparam._native import compiled
 from upparam.tensors import doubles, singles
 
 if TYPE_CHECKING:
@@ -23,11 +24,8 @@ _TILE = 1024
 @cache
 def routes() -> tuple[str, ...]:
     """The compiled module's instruction sets that this processor has, fastest first, then `numpy`, which is always there."""
-    try:
-        from upparam._native import gram as compiled  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:
-        return ("numpy",)
-    return (*(compiled.instruction_sets() if compiled.INTERFACE == _INTERFACE else ()), "numpy")
+    module = compiled("gram", _INTERFACE)
+    return (*(module.instruction_sets() if module is not None else ()), "numpy")
 
 
 def gram(*factors: NDArray[Any], coarse: bool = False, route: str | None = None) -> NDArray[np.float64]:
@@ -44,8 +42,7 @@ def gram(*factors: NDArray[Any], coarse: bool = False, route: str | None = None)
     number = found.index(route) if route in found else 0
     if found[number] == "numpy":
         return _by_numpy(factors, coarse)
-    from upparam._native import gram as compiled  # type: ignore[attr-defined, unused-ignore]
-
+    module = compiled("gram", _INTERFACE)
     parts = []
     for factor in factors:
         factor = factor if str(factor.dtype) in _KINDS else singles(factor)
@@ -54,7 +51,7 @@ def gram(*factors: NDArray[Any], coarse: bool = False, route: str | None = None)
         parts.append((stored.reshape(-1).view(np.uint8), len(factor), _KINDS[str(factor.dtype)], across))
     count = sum(len(factor) for factor in factors)
     result = np.empty((count, count))
-    compiled.gram(result.reshape(-1).view(np.uint8), factors[0].shape[1], tuple(parts), not coarse, number)
+    module.gram(result.reshape(-1).view(np.uint8), factors[0].shape[1], tuple(parts), not coarse, number)
     return result
 
 

@@ -39,7 +39,7 @@ def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded:
         at += padded(tensor.nbytes)
     stream.flush()
     descriptor = stream.fileno()
-    _make_room(descriptor, at)
+    make_room(descriptor, at)
 
     def work(group: Sequence[tuple[int, Tensor]]) -> None:
         for offset, tensor in group:
@@ -56,7 +56,7 @@ def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded:
     stream.seek(at)
 
 
-def _make_room(descriptor: int, size: int) -> None:
+def make_room(descriptor: int, size: int) -> None:
     """Give a file its size. Room found at once costs less than room found page by page, and a full disk is told before the work."""
     if hasattr(os, "posix_fallocate"):
         try:

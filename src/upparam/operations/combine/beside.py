@@ -8,6 +8,7 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from upparam._native import compiled
 from upparam.errors import RefusedError
 from upparam.tensors import DType, Tensor, lies_as_wanted, singles
 
@@ -131,20 +132,16 @@ def _elements(tensor: Tensor, start: int, count: int) -> NDArray[Any]:
 @cache
 def _compiled() -> Any:
     """The compiled module, where it is built from this source and not left aside (UPPARAM_KERNEL=numpy); else None."""
-    try:
-        from upparam._native import spread  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:
-        return None
-    return spread if spread.INTERFACE == _INTERFACE and os.environ.get("UPPARAM_KERNEL") != "numpy" else None
+    return None if os.environ.get("UPPARAM_KERNEL") == "numpy" else compiled("spread", _INTERFACE)
 
 
 def _spread(buffer: memoryview, at: int, stride: int, values: NDArray[Any], rank: int, factor: float, dtype: DType) -> bool:
     """Put rows of `rank` elements times a factor into the buffer, from byte `at` on and `stride` bytes apart; False where only numpy can."""
-    compiled = _compiled()
-    if compiled is None or dtype.name != "float32" or str(values.dtype) not in _KINDS:
+    module = _compiled()
+    if module is None or dtype.name != "float32" or str(values.dtype) not in _KINDS:
         return False
     stored = values.view("u1").data
-    compiled.spread(buffer, at, stride, stored, _KINDS[str(values.dtype)], len(values) // rank, rank, factor)
+    module.spread(buffer, at, stride, stored, _KINDS[str(values.dtype)], len(values) // rank, rank, factor)
     return True
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from upparam.containers.writing import make_room, write_at
 from upparam.errors import OutputExistsError, RefusedError, UnreadableError
 from upparam.findings import info
 from upparam.operations.merge.journal import (
@@ -35,8 +36,8 @@ from upparam.operations.merge.kernel import TILE_ELEMENTS
 from upparam.operations.merge.loaded import matrix_shape
 from upparam.operations.merge.plan import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples
-from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks, write_all
-from upparam.operations.merge.write import Outcome, allocate, append_changes, append_copy, place, summary, tasks_with_changes
+from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks
+from upparam.operations.merge.write import Outcome, append_changes, append_copy, place, summary, tasks_with_changes
 from upparam.progress import Progress, silent
 from upparam.tensors import FileSource, Tensor
 
@@ -153,7 +154,7 @@ def _prepare(plan: Plan, path: Path, way: _Way, *, sync: bool, threads: int, pro
     descriptors: list[int] = []
     try:
         fd = _create(path, start + sum(work.tensor.nbytes for work in way.ranges), descriptors)
-        write_all(fd, memoryview(MAGIC + PARTIAL + len(text).to_bytes(8, "little") + text), 0)
+        write_at(fd, memoryview(MAGIC + PARTIAL + len(text).to_bytes(8, "little") + text), 0)
         tasks: list[Task] = []
         at = start
         for work in way.ranges:
@@ -170,7 +171,7 @@ def _prepare(plan: Plan, path: Path, way: _Way, *, sync: bool, threads: int, pro
         if sync:
             for folder in {path.parent, *(file.parent for file in way.files)}:
                 sync_folder(folder)
-        write_all(fd, memoryview(COMPLETE), len(MAGIC))
+        write_at(fd, memoryview(COMPLETE), len(MAGIC))
         if sync:
             os.fsync(fd)
     except BaseException as problem:
@@ -197,7 +198,7 @@ def _create(path: Path, size: int, descriptors: list[int], like: Path | None = N
     """A new file of that size, owned and permitted as `like` where the system lets us."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
     descriptors.append(fd)
-    allocate(fd, size)
+    make_room(fd, size)
     if like is not None:
         shutil.copymode(like, path)
         owner = like.stat()

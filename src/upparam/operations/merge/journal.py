@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upparam.containers.writing import write_at
 from upparam.errors import MalformedError, RefusedError, UnreadableError
 from upparam.findings import Finding, warning
-from upparam.operations.merge.stream import Copy, Task, run_tasks, write_all
+from upparam.operations.merge.stream import Copy, Task, run_tasks
 from upparam.operations.receipt import Receipt
 from upparam.progress import silent
 from upparam.tensors import FileSource
@@ -167,7 +168,7 @@ def set_state(path: Path, state: bytes, sync: bool = True) -> None:
 def _write(path: Path, data: bytes, offset: int | None, sync: bool) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
-        write_all(fd, memoryview(data), os.fstat(fd).st_size if offset is None else offset)
+        write_at(fd, memoryview(data), os.fstat(fd).st_size if offset is None else offset)
         if sync:
             os.fsync(fd)
     finally:

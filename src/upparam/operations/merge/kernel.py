@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from upparam._native import compiled
 from upparam.operations.merge.factors import KINDS, LowRank
 from upparam.operations.merge.in_float32 import DROPPED, Buffers, add_in_float32
 from upparam.operations.merge.in_float64 import add_in_float64
@@ -40,14 +41,9 @@ _NUMPY = Route("numpy")
 def routes() -> dict[str, Route]:
     """Every route this installation and processor offer, fastest first; `numpy` is always there."""
     found: dict[str, Route] = {}
-    try:
-        from upparam._native import tile  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:
-        pass
-    else:
-        instruction_sets = tile.instruction_sets() if getattr(tile, "INTERFACE", 1) == _INTERFACE else ()
-        for index, (name, lanes) in enumerate(instruction_sets):
-            found[name] = Route(name, tile, index, lanes)
+    tile = compiled("tile", _INTERFACE)
+    for index, (name, lanes) in enumerate(tile.instruction_sets() if tile is not None else ()):
+        found[name] = Route(name, tile, index, lanes)
     found["numpy"] = _NUMPY
     return found
 

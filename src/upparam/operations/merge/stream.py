@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upparam.containers.writing import write_at
 from upparam.operations.merge.in_float64 import too_large
 from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
@@ -64,7 +65,7 @@ class Copy:
         for at in range(0, self.size, COPY_CHUNK):
             part = view[: min(COPY_CHUNK, self.size - at)]
             self.source.readinto(self.start + at, part)
-            write_all(self.fd, part, self.offset + at)
+            write_at(self.fd, part, self.offset + at)
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Convert:
     def run(self, buffers: Buffers) -> None:
         """Round tile by tile, or copy the bytes when the dtype stays."""
         if self.dtype == self.tensor.dtype:
-            write_all(self.fd, memoryview(self.tensor.raw()), self.offset)
+            write_at(self.fd, memoryview(self.tensor.raw()), self.offset)
             return
         rows = BaseRows(self.tensor)
         step = max(1, TILE_ELEMENTS // max(1, rows.columns))
@@ -92,7 +93,7 @@ class Convert:
             true = widen(stored)
             written = narrow(true, self.dtype)
             self.overflow += too_large(written, stored, true, self.dtype)
-            write_all(self.fd, as_bytes(written), self.offset + start * rows.columns * self.dtype.itemsize)
+            write_at(self.fd, as_bytes(written), self.offset + start * rows.columns * self.dtype.itemsize)
 
 
 class Shared:
@@ -152,7 +153,7 @@ class Change:
         changed = infinite = 0
         for start, tile in tiles(loaded, self.start, self.stop, buffers):
             written, more, over = loaded.change(tile, start, buffers.scratch, self.exact)
-            write_all(self.fd, as_bytes(written), self.offset + start * loaded.base.columns * loaded.work.dtype.itemsize)
+            write_at(self.fd, as_bytes(written), self.offset + start * loaded.base.columns * loaded.work.dtype.itemsize)
             changed, infinite = changed + more, infinite + over
         if self.observe is not None:
             self.observe(loaded, self.start, self.stop)
@@ -181,13 +182,6 @@ def chunks_of(work: Work) -> list[tuple[int, int]]:
     rows, columns = matrix_shape(work.tensor.shape)
     step = max(1, TASK_BYTES // max(1, columns * work.tensor.dtype.itemsize))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Every byte of `data` at `offset`."""
-    while len(data):
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
 
 
 class Flusher:

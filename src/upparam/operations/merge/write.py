@@ -16,6 +16,7 @@ from upparam.atomic import atomic_file, atomic_folder
 from upparam.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointFile, checkpoint_file
 from upparam.containers import open_file
 from upparam.containers.safetensors import header_bytes, layout_order
+from upparam.containers.writing import make_room, write_at
 from upparam.errors import RefusedError, UnreadableError, VerificationError
 from upparam.findings import Finding, info, warning
 from upparam.operations.merge.plan import Plan, Work
@@ -31,7 +32,6 @@ from upparam.operations.merge.stream import (
     Task,
     chunks_of,
     run_tasks,
-    write_all,
 )
 from upparam.progress import Progress
 from upparam.tensors import DType, FileSource, Tensor
@@ -207,7 +207,7 @@ def _write_files(
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
             descriptors.append(fd)
             start = len(file.header(blank))
-            allocate(fd, file.size(start))
+            make_room(fd, file.size(start))
             if file.verbatim:
                 works = [work for work in plan.works.values() if work.file is file.source]
                 tasks += tasks_with_changes(file.source.path, works, fd, shares, samples, exact)
@@ -220,7 +220,7 @@ def _write_files(
             run_tasks(tasks, threads, max(TILE_ELEMENTS, widest), progress, plan.device)
         text = note(plan, hashes.found)
         for file, fd in zip(files, descriptors, strict=True):
-            write_all(fd, memoryview(file.header(text)), 0)
+            write_at(fd, memoryview(file.header(text)), 0)
     finally:
         for fd in descriptors:
             os.close(fd)
@@ -236,13 +236,6 @@ def _columns(work: Work) -> int:
     from upparam.operations.merge.loaded import matrix_shape
 
     return matrix_shape(work.tensor.shape)[1]
-
-
-def allocate(fd: int, size: int) -> None:
-    """Give a new file its size, on the disk where the system can."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, max(1, size))
-    os.ftruncate(fd, size)
 
 
 def _tasks(plan: Plan, file: OutFile, fd: int, start: int, shares: list[Shared], samples: Samples | None, exact: bool) -> list[Task]:
