@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from upparam.adapter import Adapter, Target
@@ -62,3 +63,37 @@ def ordered_distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.int64
     from upparam.operations.merge.rounding import ordered
 
     return np.abs(ordered(one) - ordered(other))
+
+
+class TileCase(NamedTuple):
+    """A tile of a stored weight (rows, columns) and the factors that change it: up (start + rows, r), down (r, columns)."""
+
+    dtype: str
+    weight: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+    start: int
+
+
+@st.composite
+def tile_cases(draw: st.DrawFn) -> TileCase:
+    """Tiles of every dtype, shape and size of change, weights of every code among them, with rows and columns of zeros."""
+    dtype = draw(st.sampled_from(["bfloat16", "float16", "float32"]))
+    rows, columns, rank = draw(st.integers(1, 40)), draw(st.integers(1, 150)), draw(st.integers(1, 40))
+    start, size = draw(st.integers(0, 9)), draw(st.sampled_from([1e-9, 1e-3, 1.0, 1e4]))
+    strange, single = draw(st.booleans()), draw(st.booleans())
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    kind = NUMPY[dtype]
+    weight = (rng.standard_normal((rows, columns)) * 0.05).astype(kind)
+    if strange:  # every code: NaN, Inf, subnormals, both zeros
+        code = np.dtype(f"u{kind.itemsize}")
+        weight = rng.integers(0, 256**kind.itemsize, (rows, columns), dtype=np.uint64).astype(code).view(kind)
+        weight[rng.random((rows, columns)) < 0.3] = -0.0
+    up = rng.standard_normal((rows + start, rank)) * size
+    up[rng.random(up.shape) < 0.2] = 0
+    up[rng.random(len(up)) < 0.1] = 0
+    down = rng.standard_normal((rank, columns))
+    down[:, rng.random(columns) < 0.1] = 0
+    if single:  # as adapters store them
+        up, down = up.astype(np.float32).astype(np.float64), down.astype(np.float32).astype(np.float64)
+    return TileCase(dtype, weight, up, down, start)

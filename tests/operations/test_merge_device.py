@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from tests.operations.merging import NUMPY, adapter, load, lora, round_once, save
+from tests.operations.merging import NUMPY, TileCase, adapter, load, lora, round_once, save, tile_cases
 
 from upparam.adapter import Target
 from upparam.algorithms.base import Scaling
@@ -70,34 +69,9 @@ def test_float64_is_rounded_once(device: str, dtype: str) -> None:
 
 @DEVICES
 @settings(max_examples=150, deadline=None)
-@given(
-    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 150),
-    rank=st.integers(1, 40),
-    start=st.integers(0, 9),
-    size=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
-    strange=st.booleans(),
-    single=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-def test_tiles_equal_every_other_route(
-    device: str, dtype: str, rows: int, columns: int, rank: int, start: int, size: float, strange: bool, single: bool, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    kind = NUMPY[dtype]
-    weight = (rng.standard_normal((rows, columns)) * 0.05).astype(kind)
-    if strange:  # every code: NaN, Inf, subnormals, both zeros
-        code = np.dtype(f"u{kind.itemsize}")
-        weight = rng.integers(0, 256**kind.itemsize, (rows, columns), dtype=np.uint64).astype(code).view(kind)
-        weight[rng.random((rows, columns)) < 0.3] = -0.0
-    up = rng.standard_normal((rows + start, rank)) * size
-    up[rng.random(up.shape) < 0.2] = 0
-    up[rng.random(len(up)) < 0.1] = 0
-    down = rng.standard_normal((rank, columns))
-    down[:, rng.random(columns) < 0.1] = 0
-    if single:  # as adapters store them
-        up, down = up.astype(np.float32).astype(np.float64), down.astype(np.float32).astype(np.float64)
+@given(case=tile_cases())
+def test_tiles_equal_every_other_route(device: str, case: TileCase) -> None:
+    dtype, weight, up, down, start = case
     results = {}
     for name, scratch in {
         "device": Scratch(1, lane=lane(device)),

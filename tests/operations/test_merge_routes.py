@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from tests.operations.merging import NUMPY, round_once
+from tests.operations.merging import TileCase, round_once, tile_cases
 
 from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, routes
@@ -22,32 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @settings(max_examples=120, deadline=None)
-@given(
-    dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 150),
-    rank=st.integers(1, 40),
-    start=st.integers(0, 9),
-    size=st.sampled_from([1e-9, 1e-3, 1.0, 1e4]),
-    strange=st.booleans(),
-    single=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-def test_all_routes_give_the_same_bytes(
-    dtype: str, rows: int, columns: int, rank: int, start: int, size: float, strange: bool, single: bool, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    kind = NUMPY[dtype]
-    weight = (rng.standard_normal((rows, columns)) * 0.05).astype(kind)
-    if strange:  # every code: NaN, Inf, subnormals, both zeros
-        code = np.dtype(f"u{kind.itemsize}")
-        weight = rng.integers(0, 256**kind.itemsize, (rows, columns), dtype=np.uint64).astype(code).view(kind)
-        weight[rng.random((rows, columns)) < 0.3] = -0.0
-    up = rng.standard_normal((rows + start, rank)) * size
-    up[rng.random(up.shape) < 0.2] = 0
-    down = rng.standard_normal((rank, columns))
-    if single:  # as adapters store them
-        up, down = up.astype(np.float32).astype(np.float64), down.astype(np.float32).astype(np.float64)
+@given(tile_cases())
+def test_all_routes_give_the_same_bytes(case: TileCase) -> None:
+    dtype, weight, up, down, start = case
     factors = LowRank(up, down)
     results = {}
     for name, route in routes().items():
@@ -59,7 +35,7 @@ def test_all_routes_give_the_same_bytes(
         warnings.simplefilter("ignore")
         true = weight.astype(np.float32).astype(np.float64) + up[start:] @ factors.down64
     finite = np.isfinite(true) & (np.abs(true) < 0.99 * float(np.finfo(np.float32).max if dtype != "float16" else 65504))
-    got = np.frombuffer(results["numpy"][0], kind).reshape(rows, columns)
+    got = np.frombuffer(results["numpy"][0], weight.dtype).reshape(weight.shape)
     assert np.array_equal(got[finite].astype(np.float32), round_once(true[finite], dtype).astype(np.float32))
 
 
