@@ -9,7 +9,7 @@ setup(
         Extension(
             f"upparam._native.{name}",
             [f"src/upparam/_native/{name}.c"],
-            depends=[f"src/upparam/_native/{name}_kernels.h"] if kernels else [],
+            depends=["src/upparam/_native/native.h", *([f"src/upparam/_native/{name}_kernels.h"] if kernels else [])],
             extra_compile_args=FLAGS,
             optional=True,
         )

@@ -3,30 +3,13 @@
  * The instruction set is chosen when the module is loaded. No state; the GIL is released while the products are summed.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
+#include "native.h"
 #include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#define X86 1
-#endif
-
-#if !defined(__GNUC__)
-#error "needs the vector extensions of GCC or Clang; without them upparam uses numpy"
-#endif
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "reads little-endian factors; without it upparam uses numpy"
-#endif
 
 #define DEPTH 192
 #define INTERFACE 1 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* rows of a panel */
 #define SQUARE 8
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
 
 enum { BFLOAT, HALF, SINGLE, DOUBLE };
 

@@ -3,19 +3,7 @@
  * Every instruction set gives the same numbers. The GIL is released meanwhile.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#define X86 1
-#endif
-
-#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "reads little-endian factors; without it upparam uses numpy"
-#endif
+#include "native.h"
 
 #define INTERFACE 1 /* counts changes of what Python passes: a module built from older source is not used */
 

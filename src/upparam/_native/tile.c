@@ -5,23 +5,8 @@
  * The instruction set is chosen when the module is loaded. No state; the GIL is released while a tile is worked on.
  */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "native.h"
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#define X86 1
-#endif
-
-#if !defined(__GNUC__)
-#error "needs the vector extensions of GCC or Clang; without them upparam uses numpy"
-#endif
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "reads two 16-bit weights as one little-endian word; without it upparam uses numpy"
-#endif
 
 #define CHUNK 16
 #define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
@@ -32,8 +17,6 @@
 #define GROUP_BYTES (16 << 10)
 #define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
 #define TINY 2e-37f
-#define JOIN_(a, b) a##_##b
-#define JOIN(a, b) JOIN_(a, b)
 
 /* Rounding of one double to nearest even in a 16-bit type: to odd in float first, which keeps on which side of a tie it lies. */
 static uint16_t rounded16(double value, int half)
@@ -101,6 +84,14 @@ typedef struct {
     unsigned next;
     Place place[WAITING];
 } Waiting;
+
+static Waiting nothing_waits(const Tile *tile)
+{
+    Waiting waiting = {.tile = tile};
+    for (int n = 0; n < WAITING; n++)
+        waiting.place[n].row = -1;
+    return waiting;
+}
 
 /* Add `sum` to element `at`. NaN in the weight stays as it is. */
 static void add_and_round(const Tile *tile, long at, double sum, long *changed, long *infinite)

@@ -340,6 +340,13 @@ TARGET static __attribute__((noinline)) void NAME(wait)(Waiting *waiting, long r
         NAME(settle)(tile, old.row, old.column, changed, infinite);
 }
 
+/* Settle what still waits. */
+TARGET static void NAME(settle_rest)(const Waiting *waiting, long *changed, long *infinite)
+{
+    for (int n = 0; n < WAITING && waiting->place[n].row >= 0; n++)
+        NAME(settle)(waiting->tile, waiting->place[n].row, waiting->place[n].column, changed, infinite);
+}
+
 /* The doubtful elements of a block's rows are lined up. */
 TARGET static inline void NAME(settle_marks)(
     Waiting *waiting, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
@@ -380,9 +387,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
     uint32_t marks[ROWS];
     NAME(Held) held = {.row = -1}, partial;
     VF sum[ROWS][2];
-    Waiting waiting = {.tile = tile};
-    for (int n = 0; n < WAITING; n++)
-        waiting.place[n].row = -1;
+    Waiting waiting = nothing_waits(tile);
     for (long first = 0; first < columns; first += group) {
         long last = columns - first < group ? columns : first + group;
         for (long i = 0; i < rows; i += ROWS) {
@@ -429,8 +434,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
         }
     }
     NAME(finish)(&held, &waiting, half, exact, &changed, infinite_out);
-    for (int n = 0; n < WAITING && waiting.place[n].row >= 0; n++)
-        NAME(settle)(tile, waiting.place[n].row, waiting.place[n].column, &changed, infinite_out);
+    NAME(settle_rest)(&waiting, &changed, infinite_out);
     *changed_out = changed;
 }
 
@@ -449,9 +453,7 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
     float *stored = tile->stored, edge[ROWS][LANES], *w[ROWS], reach[ROWS];
     long changed = 0;
     uint32_t marks[ROWS];
-    Waiting waiting = {.tile = tile};
-    for (int n = 0; n < WAITING; n++)
-        waiting.place[n].row = -1;
+    Waiting waiting = nothing_waits(tile);
     for (long first = 0; first < columns; first += group) {
         long last = columns - first < group ? columns : first + group;
         for (long i = 0; i < rows; i += ROWS) {
@@ -485,8 +487,7 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
             }
         }
     }
-    for (int n = 0; n < WAITING && waiting.place[n].row >= 0; n++)
-        NAME(settle)(tile, waiting.place[n].row, waiting.place[n].column, &changed, infinite_out);
+    NAME(settle_rest)(&waiting, &changed, infinite_out);
     *changed_out = changed;
 }
 
