@@ -459,11 +459,17 @@ class Tensor:
 _OWN = threading.local()
 
 
-def scratch(size: int) -> memoryview:
-    """Memory of this thread for what is used up before the thread asks again: new memory costs as much as filling it."""
-    if len(getattr(_OWN, "buffer", b"")) < size:
-        _OWN.buffer = bytearray(size)
-    return memoryview(_OWN.buffer)[:size]
+def scratch(size: int, place: str = "") -> memoryview:
+    """Memory of this thread for what is used up before the thread asks again for this place: new memory costs as much as filling it."""
+    return memoryview(_held(size, place))[:size]
+
+
+def _held(size: int, place: str) -> bytearray:
+    """This thread's memory of a place, of `size` bytes or more."""
+    held: dict[str, bytearray] = _OWN.__dict__
+    if place not in held or len(held[place]) < size:
+        held[place] = bytearray(size)
+    return held[place]
 
 
 def _gathered(view: NDArray[Any]) -> NDArray[Any]:
@@ -531,7 +537,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     piece = max(getattr(tensor.source, "piece", _COMPARED) for tensor in (one, other))
     at, stop = 0, _FIRST
     while at < one.nbytes:
-        ours, theirs = _pair(stop - at)
+        ours, theirs = _held(stop - at, "one"), _held(stop - at, "other")
         view = memoryview(theirs)[: stop - at]
         one.source.readinto(one.offset + at, memoryview(ours)[: stop - at])  # type: ignore[attr-defined]
         other.source.readinto(other.offset + at, view)  # type: ignore[attr-defined]
@@ -539,14 +545,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
             return False
         at, stop = stop, min(stop - stop % piece + piece, one.nbytes)
     return True
-
-
-def _pair(size: int) -> tuple[bytearray, bytearray]:
-    """Two buffers of this thread, of `size` bytes or more, for what is used up before the thread asks again."""
-    if len(getattr(_OWN, "pair", (b"",))[0]) < size:
-        _OWN.pair = bytearray(size), bytearray(size)
-    pair: tuple[bytearray, bytearray] = _OWN.pair
-    return pair
 
 
 def _same_words(one: NDArray[Any], other: NDArray[Any]) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 from upparam.algorithms.base import Delta, Update
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.relation import Form, Precision
-from upparam.tensors import DTYPES, DType, Tensor, lies_as_wanted
+from upparam.tensors import DTYPES, DType, Tensor, lies_as_wanted, scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,26 +27,20 @@ def stored_form(delta: Delta, side: int) -> Form | None:
         or any(factor.dtype.itemsize > 4 or not factor.dtype.is_float for factor in (delta.up, delta.down))
     ):
         return None
-    up, down = _read(delta.up, (side, "up")).reshape(-1, delta.rank), _read(delta.down, (side, "down")).reshape(delta.rank, -1)
+    up, down = _read(delta.up, f"up {side}").reshape(-1, delta.rank), _read(delta.down, f"down {side}").reshape(delta.rank, -1)
     return Form(up, down, delta.known_scale(), precision(delta, (up, down)))
 
 
-_OWN = threading.local()
-
-
-def _read(tensor: Tensor, place: tuple[int, str]) -> NDArray[Any]:
-    """The elements, in memory that lasts until the thread next reads to this place: fresh memory takes as long as reading into it."""
+def _read(tensor: Tensor, place: str) -> NDArray[Any]:
+    """The elements, in memory that lasts until the thread next reads to this place."""
     import numpy as np
 
     if not lies_as_wanted(tensor):
         return tensor.read()
     tensor.check()
-    places: dict[tuple[int, str], NDArray[np.uint8]] = _OWN.__dict__.setdefault("places", {})
-    if place not in places or len(places[place]) < tensor.nbytes:
-        places[place] = np.empty(tensor.nbytes, np.uint8)
-    data = places[place][: tensor.nbytes]
-    tensor.source.readinto(tensor.offset, data.data)  # type: ignore[attr-defined]
-    values: NDArray[Any] = data.view(tensor.dtype.numpy).reshape(tensor.shape)
+    data = scratch(tensor.nbytes, place)
+    tensor.source.readinto(tensor.offset, data)  # type: ignore[attr-defined]
+    values: NDArray[Any] = np.ndarray(tensor.shape, tensor.dtype.numpy, data)
     return values
 
 
