@@ -103,6 +103,19 @@ def output(model: Any, given: Any) -> Any:
     return found if isinstance(found, torch.Tensor) else found[0]
 
 
+def repeatable(build: Callable[[], Any]) -> Callable[[], Any]:
+    """What makes the same seeded model again and again."""
+    torch.manual_seed(3)
+    state = build().state_dict()
+
+    def again() -> Any:
+        model = build()
+        model.load_state_dict(state)
+        return model
+
+    return again
+
+
 def trained(name: str, folder: Path) -> tuple[Callable[[], Any], Any]:
     """Save an adapter with seeded factors (the last step of any training) and return how to make its base, and its outputs."""
     build, settings = CASES[name]

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tests.dialects.test_peft import ConvNet, bert, gpt2, inputs, llama, output  # noqa: E402
+from tests.dialects.test_peft import ConvNet, bert, gpt2, inputs, llama, output, repeatable  # noqa: E402
 
 from upparam.adapter import Adapter, Target  # noqa: E402
 from upparam.algorithms.base import ScaleRule, Scaling  # noqa: E402
@@ -54,13 +54,7 @@ FLAT = ("loha conv", "lokr conv")
 def trained(name: str, folder: Path) -> tuple[Callable[[], Any], Any]:
     """A seeded adapter in `folder`, how to make its base again, and the adapted model."""
     build, config = CASES[name]
-    torch.manual_seed(3)
-    state = build().state_dict()
-
-    def base() -> Any:
-        model = build()
-        model.load_state_dict(state)
-        return model
+    base = repeatable(build)
 
     wrapped = peft.get_peft_model(base(), config)
     torch.manual_seed(4)

@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tests.dialects.test_peft import ConvNet, bert, gpt2, inputs, llama, output  # noqa: E402
+from tests.dialects.test_peft import ConvNet, bert, gpt2, inputs, llama, output, repeatable  # noqa: E402
 from tests.dialects.test_peft_kinds import same_tensors  # noqa: E402
 
 from upparam.algorithms.base import Scaling  # noqa: E402
@@ -84,13 +84,7 @@ WHOLE = ("adalora pruned",)
 def trained(name: str, folder: Path) -> tuple[Callable[[], Any], Any]:
     """A seeded adapter in `folder`, how to make its base again, and the adapted model."""
     build, make = CASES[name]
-    torch.manual_seed(3)
-    state = build().state_dict()
-
-    def base() -> Any:
-        model = build()
-        model.load_state_dict(state)
-        return model
+    base = repeatable(build)
 
     config = make()
     pattern = getattr(config, "rank_pattern", None)
@@ -258,13 +252,7 @@ def test_a_vera_without_its_projections_is_dead(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [0, 11, 2**33 + 5])
 @pytest.mark.parametrize(("build", "targets"), [(llama, ["q_proj", "down_proj", "up_proj"]), (gpt2, ["c_attn", "c_fc"])])
 def test_projections_that_were_not_saved_are_drawn_as_peft_draws_them(build: Any, targets: list[str], seed: int, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    state = build().state_dict()
-
-    def base() -> Any:
-        model = build()
-        model.load_state_dict(state)
-        return model
+    base = repeatable(build)
 
     config = peft.VeraConfig(r=8, target_modules=targets, save_projection=False, projection_prng_key=seed, fan_in_fan_out=build is gpt2)
     wrapped = peft.get_peft_model(base(), config)
