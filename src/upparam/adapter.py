@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
 from upparam.algorithms.base import Delta
-from upparam.findings import Finding
+from upparam.errors import UsageError
+from upparam.findings import Finding, warning
 from upparam.tensors import Tensor
 
 FROM_BASE = "the initial factors were taken out of the base's weights"
@@ -43,6 +44,10 @@ class ExtraKind(str, Enum):
     TEXTUAL_INVERSION = "textual-inversion"
     """A learned token embedding of shape (vectors, dim); `name` is the token, with `.clip_l` and the like where it has one per encoder."""
     OTHER = "other"
+
+
+DROPPABLE = (*(kind.value for kind in ExtraKind), "leftovers", "conditions")
+"""What `--drop` may name: kinds of extras, tensors that no rule explains, conditions."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,23 @@ class Adapter:
         from upparam.operations.convert import write_adapter
 
         return write_adapter(self, out, dialect or self.dialect, **options)
+
+
+def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:
+    """The adapter without what is named in `drop`, and a finding for each thing given up. Raises UsageError for a name not in DROPPABLE."""
+    unknown = [name for name in drop if name not in DROPPABLE]
+    if unknown:
+        raise UsageError("there is no such kind to drop", expected=f"one of {', '.join(DROPPABLE)}", found=", ".join(unknown))
+    gone = [(extra.name, extra.kind.value) for extra in adapter.extras if extra.kind.value in drop]
+    gone += [(name, "leftover") for name in adapter.leftovers if "leftovers" in drop]
+    gone += [(reason, "condition") for reason in adapter.conditions if "conditions" in drop]
+    less = replace(
+        adapter,
+        extras=[extra for extra in adapter.extras if extra.kind.value not in drop],
+        leftovers={} if "leftovers" in drop else adapter.leftovers,
+        conditions=[] if "conditions" in drop else adapter.conditions,
+    )
+    return less, [warning("given-up", name, f"{kind} given up because --drop asked for it") for name, kind in gone]
 
 
 def _count(values: Any) -> dict[Any, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from upparam.adapter import DROPPABLE
 from upparam.cli import COMMANDS, main
+from upparam.errors import UsageError
+from upparam.operations.dtypes import FACTORS, FLOATS, listed, named_dtype
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def _help(command: str) -> str:
+    """What `upparam COMMAND --help` says."""
+    out = io.StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit):
+        main([command, "--help"])
+    return out.getvalue()
 
 
 @pytest.fixture
@@ -49,6 +63,24 @@ def test_every_command_has_help_with_the_exit_codes(command: str, capsys: pytest
         main([command, "--help"])
     assert caught.value.code == 0
     assert "exit codes: 0 fine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if "--drop" in _help(name)])
+def test_only_what_there_is_can_be_dropped(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(_help(command).split()).replace("- ", "-")
+    assert all(kind in text for kind in DROPPABLE)
+    with pytest.raises(SystemExit) as caught:
+        main([command, "a", "b", "--drop", "nonsense"])
+    assert caught.value.code == 2 and "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "names"), [("merge", FLOATS), ("edit", FLOATS), ("extract", FACTORS)])
+def test_help_lists_the_dtypes_that_are_taken(command: str, names: tuple[str, ...]) -> None:
+    said = re.search(r"--dtype DTYPE .*?: ([a-z0-9_, ]+) --", " ".join(_help(command).split()))
+    assert said is not None and said[1] == listed(names)
+    assert [named_dtype(name, "this", names).name for name in listed(names).split(", ")] == list(names)
+    with pytest.raises(UsageError, match="no dtype for this"):
+        named_dtype("float8_e8m0fnu", "this", names)
 
 
 def test_no_command_and_unknown_commands_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

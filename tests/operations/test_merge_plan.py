@@ -13,6 +13,7 @@ from tests.operations.merging import adapter, load, lora, save
 from upparam.adapter import Extra, ExtraKind, Target
 from upparam.errors import AmbiguousError, MismatchError, OutputExistsError, RefusedError, UsageError
 from upparam.operations.merge import merge, prepare
+from upparam.operations.unmerge import unmerge
 from upparam.tensors import Tensor
 
 RNG = np.random.default_rng(7)
@@ -164,7 +165,20 @@ def test_what_cannot_be_merged_is_named_and_may_be_given_up(tmp_path: Path) -> N
     item = adapter({"q": rank2(4, 6)}, extras=[token], leftovers={"odd.key": Tensor.of(normal(2))})
     with pytest.raises(RefusedError, match=r"textual-inversion <cat>, leftover odd\.key"):
         merge(base, item, tmp_path / "o.safetensors")
-    merge(base, item, tmp_path / "o.safetensors", drop=["textual-inversion", "leftovers"])
+    receipt = merge(base, item, tmp_path / "o.safetensors", drop=["textual-inversion", "leftovers"])
+    assert [(finding.code, finding.subject) for finding in receipt.findings] == [("given-up", "<cat>"), ("given-up", "odd.key")]
+    with pytest.raises(UsageError, match=r"no such kind to drop.*textual-inversion.*found leftover"):
+        merge(base, item, tmp_path / "p.safetensors", drop=["leftover"])
+
+
+def test_what_was_given_up_when_merging_is_given_up_when_taking_out(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"q.weight": normal(4, 6), "norm.weight": normal(4)})
+    item = adapter({"q": rank2(4, 6)}, extras=[Extra(ExtraKind.SAVED_MODULE, "norm.weight", Tensor.of(normal(4)))])
+    merge(base, item, tmp_path / "m.safetensors", drop=["saved-module"])
+    with pytest.raises(RefusedError, match="cannot be recovered"):
+        unmerge(tmp_path / "m.safetensors", item, tmp_path / "u.safetensors")
+    unmerge(tmp_path / "m.safetensors", item, tmp_path / "u.safetensors", drop=["saved-module"])
+    assert np.abs(load(tmp_path / "u.safetensors")["q.weight"] - load(base)["q.weight"]).max() < 1e-6
 
 
 def test_tied_weights_are_pointed_out(tmp_path: Path) -> None:

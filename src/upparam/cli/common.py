@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,20 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not re-open and prove what was written")
 
 
-def add_drop(parser: argparse.ArgumentParser) -> None:
-    """--drop, for what a dialect cannot hold."""
+def add_drop(parser: argparse.ArgumentParser, what: str = "what the dialect cannot hold") -> None:
+    """--drop, for what is to be given up."""
+    from upparam.adapter import DROPPABLE
+
     parser.add_argument(
-        "--drop", action="append", default=[], metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives (repeat)",
+        "--drop", action="append", default=[], choices=DROPPABLE, metavar="KIND", help=f"give up {what}, by kind: {', '.join(DROPPABLE)} (repeat)"
     )  # fmt: skip
+
+
+def add_dtype(parser: argparse.ArgumentParser, what: str, among: Sequence[str] | None = None) -> None:
+    """--dtype: `what` gets which dtype, one of FLOATS when `among` does not say."""
+    from upparam.operations.dtypes import FLOATS, listed
+
+    parser.add_argument("--dtype", metavar="DTYPE", help=f"{what}: {listed(among or FLOATS)}")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from upparam.cli.common import add_common, add_drop, add_threads, emit, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_dtype, add_threads, emit, emit_receipt, progress_for
 
 DESCRIPTION = (
     "Change something about an adapter and nothing else: metadata, dtype, alpha and scale, modules out or renamed. It is written in its own "
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rename", action="append", default=[], metavar="OLD=NEW",
         help="rename modules, by the names 'upparam inspect' shows; each * of NEW is what the * of OLD in that place stands for (repeat)",
     )  # fmt: skip
-    parser.add_argument("--dtype", metavar="DTYPE", help="dtype of factors and saved tensors: fp32, fp16, bf16, ...")
+    add_dtype(parser, "dtype of factors and saved tensors")
     said = parser.add_mutually_exclusive_group()
     said.add_argument("--alpha", type=float, metavar="A", help="state this alpha; the effect changes with it unless --keep-scale is given")
     said.add_argument("--scale", type=float, metavar="S", help="state this effective multiplier; likewise")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_output, add_threads, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_dtype, add_output, add_threads, emit_receipt, progress_for
 from upparam.cli.resize import add_rank_rule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """TUNED, BASE, --to, the rank rule, --auto, --only, --skip, -o."""
+    from upparam.operations.dtypes import FACTORS
+
     parser.add_argument("tuned", type=Path, metavar="TUNED", help="the fine-tuned model: a weight file or a model folder")
     parser.add_argument("base", type=Path, metavar="BASE", help="the model it was trained from")
     parser.add_argument("--to", required=True, metavar="DIALECT", help="the dialect to write; 'upparam dialects' lists them")
@@ -18,12 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_rank_rule(parser)
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="extract only modules that match (repeat)")
     parser.add_argument("--skip", action="append", default=[], metavar="GLOB", help="leave out modules that match (repeat)")
-    parser.add_argument("--dtype", metavar="DTYPE", help="dtype of the factors (fp32, fp16, bf16; default: the tuned weight's)")
+    add_dtype(parser, "dtype of the factors (default: the tuned weight's)", FACTORS)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random start (default 0)")
-    parser.add_argument(
-        "--drop", action="append", default=[], metavar="KIND",
-        help="give up what the dialect cannot hold, by the name the refusal gives: bias, saved-module, other (repeat)",
-    )  # fmt: skip
+    add_drop(parser)
     add_threads(parser)
     add_output(parser, "file or folder")
     add_common(parser)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, add_threads, emit, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_dtype, add_threads, emit, emit_receipt, progress_for
 
 if TYPE_CHECKING:
     from upparam.operations.merge.plan import BlockWeight
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-sync", dest="sync", action="store_false", help="do not wait for the disk (safe against a kill, not a power cut)"
     )
-    parser.add_argument("--dtype", metavar="DTYPE", help="write all float weights in this dtype (bf16, fp16, fp32)")
+    add_dtype(parser, "write all float weights in this dtype")
     add_common(parser)
 
 
@@ -37,13 +37,7 @@ def add_merging(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", action="append", default=[], metavar="GLOB", help="merge only target modules that match (repeat)")
     parser.add_argument("--skip", action="append", default=[], metavar="GLOB", help="leave out target modules that match (repeat)")
-    parser.add_argument(
-        "--drop",
-        action="append",
-        default=[],
-        metavar="KIND",
-        help="leave out parts that cannot be merged, by kind (textual-inversion, ...)",
-    )
+    add_drop(parser, "what cannot be merged")
     parser.add_argument(
         "--block-weights", action="append", default=[], metavar="WEIGHTS",
         help="multipliers by block: a preset (INALL, OUTD ...), 12/17/20/26/61 numbers, IN05-OUT05=0.3, or GLOB=0.5 over modules (repeat)",

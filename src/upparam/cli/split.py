@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_output, add_reading, emit_receipt, reading
+from upparam.cli.common import add_common, add_drop, add_output, add_reading, emit_receipt, reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("torch", "npy", "raw"), default="torch", help="torch files (.bin), numpy archives (.npz), or headerless (.raw)"
     )
-    parser.add_argument("--drop", action="append", default=[], metavar="KIND", help="give up tensors that no rule explains: leftovers")
+    add_drop(parser)
     add_output(parser, "folder")
     add_reading(parser)
     add_common(parser)

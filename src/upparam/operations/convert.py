@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from upparam import dialects
-from upparam.adapter import Adapter
+from upparam.adapter import Adapter, without
 from upparam.algorithms.lora import LoRA
 from upparam.atomic import atomic_file, atomic_folder, reaching_disk, refuse_existing
 from upparam.bases.base import Base
@@ -20,7 +20,6 @@ from upparam.containers.base import flatten
 from upparam.dialects.base import NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
-from upparam.findings import Finding, warning
 from upparam.operations.fitting import Arithmetic, fitted
 from upparam.operations.initial import open_without
 from upparam.operations.opening import open_adapter
@@ -86,7 +85,7 @@ def write_adapter(
 ) -> Receipt:
     """Write `adapter` to `out` (a folder, or a file where the dialect is one file) and prove the result by reading it back.
 
-    `drop` names what may be given up: `leftovers`, `conditions`, an ExtraKind value, or a kind that the dialect's own refusal names. `read` holds
+    `drop` names what may be given up (see `upparam.adapter.DROPPABLE`). `read` holds
     what the user said when the adapter was read (base, targets); it is used again for the proof. `arithmetic` says what may be computed to make
     the adapter fit, and takes note of what was; without it nothing is. Raises OutputExistsError,
     RefusedError when something would be lost, VerificationError (and leaves nothing behind) when what was written reads back otherwise.
@@ -191,18 +190,6 @@ def _with_kernels(adapter: Adapter, base: Base | None) -> Adapter:
         and (known := base.by_path.get(target.module)) is not None and (lora := delta.with_kernel(known.canonical)) is not delta
     }  # fmt: skip
     return replace(adapter, deltas={**adapter.deltas, **changed}) if changed else adapter
-
-
-def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:
-    """The adapter without the kinds of extras (and leftovers) named in `drop`, and a finding for each tensor given up."""
-    extras = [extra for extra in adapter.extras if extra.kind.value not in drop]
-    leftovers = {} if "leftovers" in drop else adapter.leftovers
-    gone = [(extra.name, extra.kind.value) for extra in adapter.extras if extra.kind.value in drop]
-    gone += [(name, "leftover") for name in adapter.leftovers if name not in leftovers]
-    conditions = [] if "conditions" in drop else adapter.conditions
-    gone += [(reason, "condition") for reason in adapter.conditions if reason not in conditions]
-    findings = [warning("given-up", name, f"{kind} given up because --drop asked for it") for name, kind in gone]
-    return replace(adapter, extras=extras, leftovers=leftovers, conditions=conditions), findings
 
 
 def write_package(package: Package, folder: Path, sync: bool = True) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upparam.adapter import Adapter
+from upparam.adapter import Adapter, without
 from upparam.errors import RefusedError
 from upparam.findings import info
 from upparam.operations.merge import merge, open_ingredients
@@ -25,7 +25,7 @@ def unmerge(merged: Path | str, adapters: Scaled | Sequence[Scaled], out: Path |
     """
     negative: list[Scaled] = []
     for ingredient in open_ingredients(merged, adapters):
-        _refuse_lossy(ingredient.adapter, ingredient.path)
+        _refuse_lossy(without(ingredient.adapter, options.get("drop", ()))[0], ingredient.path)
         negative.append(ingredient.scaled(-1.0))
     receipt = merge(merged, negative, out, **options)
     receipt.operation = "unmerge"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from upparam.adapter import Adapter
+from upparam.adapter import DROPPABLE, Adapter, without
 from upparam.algorithms.base import ScaleRule
 from upparam.dialects.base import ReadOptions
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
@@ -188,10 +188,10 @@ def _fit(adapter: Adapter, path: Path, base: Path, options: ReadOptions | None, 
     from upparam.operations.merge.plan import make_plan
 
     checkpoint = Checkpoint.open(base)
-    extras = {extra.kind.value for extra in adapter.extras}
+    beside = {*DROPPABLE} - {"conditions"}
     try:
         ingredients = open_ingredients(checkpoint, path if options is None or options == ReadOptions() else adapter)
-        plan = make_plan(checkpoint, ingredients, drop={"leftovers", *extras})
+        plan = make_plan(checkpoint, [replace(one, adapter=without(one.adapter, beside)[0]) for one in ingredients])
     except (MismatchError, AmbiguousError) as problem:
         parts = (problem.tensor, problem.expected, problem.found)
         return [error("does-not-fit", subject, problem.message, *(part for part in parts if part))]

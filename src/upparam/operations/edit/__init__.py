@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from upparam import dialects
-from upparam.adapter import Adapter
+from upparam.adapter import Adapter, without
 from upparam.atomic import atomic_file, atomic_folder, refuse_existing, refuse_strangers, swap
 from upparam.bases import inventory
 from upparam.dialects.base import Dialect, Package, ReadOptions
 from upparam.errors import DeadAdapterError, NotAnAdapterError, OutputExistsError, RefusedError, UpparamError, UsageError, VerificationError
 from upparam.findings import Finding, info, warning
-from upparam.operations.convert import without, write_adapter, write_file, write_package
+from upparam.operations.convert import write_adapter, write_file, write_package
 from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
 from upparam.operations.edit.files import Compared, compare_files, container_of, put_back
 from upparam.operations.edit.moving import moved

@@ -14,12 +14,12 @@ from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.dialects import restated
 from upparam.errors import RefusedError, UsageError
+from upparam.operations.dtypes import named_dtype
 from upparam.operations.recast import multiplied, recast
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import DType, Tensor
 
 CONFIG = "config."
 """Before a metadata key: the adapter's own config file (PEFT's adapter_config.json), its value as JSON."""
-_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,7 @@ class Changes:
     @property
     def stored(self) -> DType | None:
         """The dtype asked for. Raises UsageError for one that holds no factors."""
-        if self.dtype is None:
-            return None
-        found = DTYPES.get(_SHORT.get(self.dtype, self.dtype))
-        if found is None or not found.is_float:
-            raise UsageError("no dtype for factors", expected="fp32, fp16, bf16, fp64 or a float8's full name", found=self.dtype)
-        return found
+        return None if self.dtype is None else named_dtype(self.dtype, "factors")
 
     @property
     def strings(self) -> dict[str, str | None]:

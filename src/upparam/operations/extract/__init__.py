@@ -18,6 +18,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import RefusedError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import write_adapter
+from upparam.operations.dtypes import FACTORS, named_dtype
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.extract.module import Extracted, Maker
 from upparam.operations.extract.pairing import Pair, Pairing, pair
@@ -26,7 +27,7 @@ from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def extracted(
     """
     if not auto and (rule is None or (rule.rank is None and rule.lost is None)):
         raise UsageError("no rank rule", expected="a rank, energy, error, fro or auto")
-    wide = None if dtype is None else _dtype(dtype)
+    wide = None if dtype is None else named_dtype(dtype, "extracted factors", FACTORS)
     pairing = pair(tuned, base, lambda name: wanted(name, only, skip))
     maker = Maker(rule, auto, wide, seed, keep)
     groups: dict[tuple[str, str], list[Pair]] = {}
@@ -190,14 +191,6 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
         if names:
             found.append(info("only-in-one", str(checkpoint.path), f"{len(names)} tensors are in this model alone", _listed(names)))
     return found
-
-
-def _dtype(name: str) -> DType:
-    known = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    wide = known.get(name, name)
-    if wide not in known.values():
-        raise UsageError("no dtype for factors", expected="float32, float16 or bfloat16", found=name)
-    return DTYPES[wide]
 
 
 def _summary(result: Extraction) -> dict[str, Any]:

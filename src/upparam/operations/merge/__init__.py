@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upparam.adapter import Adapter
+from upparam.adapter import Adapter, without
 from upparam.atomic import refuse_existing
 from upparam.checkpoint import Checkpoint
 from upparam.errors import RefusedError, UsageError
-from upparam.findings import info, warning
+from upparam.findings import Finding, info, warning
+from upparam.operations.dtypes import named_dtype
 from upparam.operations.receipt import Receipt
 from upparam.operations.threads import default_threads, pin_blas
 from upparam.progress import Progress, silent
@@ -50,7 +52,7 @@ def merge(
 
     `base` is a weight file or a model folder; `out` becomes the same kind, atomically. Side files, metadata, shards and index are
     carried. `dtype` ('float16', 'bf16', ...) converts all float weights; `only` and `skip` are globs over target module paths; `drop`
-    names kinds of extras that may be left out; `block_weight` gives each target another multiplier. `exact=False` leaves out the
+    names what may be left out (see `upparam.adapter.DROPPABLE`); `block_weight` gives each target another multiplier. `exact=False` leaves out the
     float64 check of near-ties (about 1 element in 10^5 is then off by one unit in the last place).
     `sync=False` does not wait until the disk has everything (see `upparam.atomic`). `device` is 'cpu', 'cuda' or 'cuda:N' (through torch,
     with the same bytes; see `on_device`), or a `torch.device`.
@@ -121,21 +123,24 @@ def prepare(
 ) -> Plan:
     """The plan of a merge, nothing written. Raises what `merge` raises before its first byte."""
     from upparam.operations.merge.plan import make_plan
-    from upparam.operations.merge.rounding import stored_dtype
 
-    try:
-        wanted = None if dtype is None else stored_dtype(dtype)
-    except KeyError:
-        raise UsageError("no dtype to merge into", expected="float32, float16, bfloat16, float64 or an fp8 type", found=dtype) from None
+    wanted = None if dtype is None else named_dtype(dtype, "merged weights")
     checkpoint = Checkpoint.open(base)
-    ingredients = open_ingredients(checkpoint, adapters, block_weight, initial)
-    if not ingredients:
-        raise UsageError("no adapter to merge")
-    for ingredient in ingredients:
+    ingredients = []
+    given_up: list[Finding] = []
+    for ingredient in open_ingredients(checkpoint, adapters, block_weight, initial):
+        adapter, gone = without(ingredient.adapter, drop)
+        ingredient = replace(ingredient, adapter=adapter)
+        given_up += gone
         if not isfinite(ingredient.multiplier):
             raise UsageError("the scale is no finite number", file=ingredient.path, found=ingredient.multiplier)
         _refuse_zero(ingredient)
-    return make_plan(checkpoint, ingredients, dtype=wanted, only=only, skip=skip, drop=drop)
+        ingredients.append(ingredient)
+    if not ingredients:
+        raise UsageError("no adapter to merge")
+    plan = make_plan(checkpoint, ingredients, dtype=wanted, only=only, skip=skip)
+    plan.findings[:0] = given_up
+    return plan
 
 
 def open_ingredients(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -157,11 +157,10 @@ def make_plan(
     dtype: DType | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
-    drop: Collection[str] = (),
 ) -> Plan:
     """Match every delta and extra to the base.
 
-    `only` and `skip` are globs over target module paths; `drop` names kinds of extras (or `leftovers`) that may be left out.
+    `only` and `skip` are globs over target module paths.
     Raises MismatchError listing every target that the base lacks or whose shape differs, RefusedError for extras no merge can place,
     for quantised base weights, for scales that are unknown and for a merge that touches nothing, AmbiguousError for an orientation
     or a prefix that nothing decides.
@@ -169,9 +168,9 @@ def make_plan(
     plan = Plan(checkpoint, list(ingredients), {}, {}, dtype, [], [])
     problems: list[str] = []
     for index, ingredient in enumerate(plan.ingredients):
-        _refuse_unplaceable(ingredient.adapter, drop)
+        _refuse_unplaceable(ingredient.adapter)
         _place_deltas(plan, index, ingredient, only, skip, problems)
-        _place_extras(plan, ingredient, only, skip, drop, problems)
+        _place_extras(plan, ingredient, only, skip, problems)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise MismatchError(
@@ -194,12 +193,10 @@ def make_plan(
     return plan
 
 
-def _refuse_unplaceable(adapter: Adapter, drop: Collection[str]) -> None:
-    lost = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if not _placeable(extra) and extra.kind.value not in drop]
-    if adapter.leftovers and "leftovers" not in drop:
-        lost += [f"leftover {name}" for name in adapter.leftovers]
-    if "conditions" not in drop:
-        lost += adapter.conditions
+def _refuse_unplaceable(adapter: Adapter) -> None:
+    lost = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if not _placeable(extra)]
+    lost += [f"leftover {name}" for name in adapter.leftovers]
+    lost += adapter.conditions
     if lost:
         raise RefusedError(
             f"{len(lost)} part{'s' if len(lost) > 1 else ''} of the adapter cannot be merged into weights",
@@ -427,10 +424,8 @@ def _orientation(
     )  # fmt: skip
 
 
-def _place_extras(
-    plan: Plan, ingredient: Ingredient, only: Sequence[str], skip: Sequence[str], drop: Collection[str], problems: list[str]
-) -> None:
-    extras = [extra for extra in ingredient.adapter.extras if _placeable(extra) and extra.kind.value not in drop]
+def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip: Sequence[str], problems: list[str]) -> None:
+    extras = [extra for extra in ingredient.adapter.extras if _placeable(extra)]
     if not ingredient.multiplier:
         return
     chosen = [extra for extra in extras if wanted(extra.name.rpartition(".")[0], only, skip)]

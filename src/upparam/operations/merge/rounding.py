@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upparam.tensors import DTYPES, DType
+from upparam.operations.dtypes import FLOATS
+from upparam.tensors import DType
 
-MERGEABLE = frozenset(("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"))
+MERGEABLE = frozenset(FLOATS)
 """Names of dtypes a merge can read and round into."""
 NO_INFINITY = frozenset(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz"))
 """Types whose overflow IEEE rounding would turn into NaN; they saturate instead, as everything that writes them does."""
@@ -74,12 +75,3 @@ def ordered(stored: NDArray[Any]) -> NDArray[np.int64]:
     magnitude = (codes & (sign - np.uint64(1))).astype(np.int64)
     result: NDArray[np.int64] = np.where((codes & sign) != 0, -magnitude, magnitude)
     return result
-
-
-def stored_dtype(name: str) -> DType:
-    """The dtype of that name, for `--dtype`. Raises KeyError for one no merge can write."""
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f16": "float16", "f32": "float32", "half": "float16"}
-    name = short.get(name, name)
-    if name not in MERGEABLE:
-        raise KeyError(name)
-    return DTYPES[name]
