@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.adapter import Adapter, ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.bases import inventory
 from upparam.bases.base import Base
@@ -21,12 +22,12 @@ from upparam.dialects import comfyui_words as words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, named_alike, resolve
 from upparam.dialects.diffusers import METADATA_KEY
-from upparam.dialects.kohya import bundle_name, bundled
-from upparam.dialects.placing import PARTS_KEY, Parts, Unfit, base_of, layout_for, take_parts, to_foreign, untranslated
+from upparam.dialects.placing import PARTS_KEY, Parts, Unfit, base_of, layout_for, to_foreign, untranslated
 from upparam.dialects.refusing import because, refuse
-from upparam.dialects.spoken import Spoken, alpha_of, built, leave, settle
-from upparam.errors import DeadAdapterError, Problem, RefusedError
-from upparam.findings import warning
+from upparam.dialects.spelling import alpha_of, chosen, form_of, remember
+from upparam.dialects.spoken import Spoken, heard
+from upparam.dialects.tokens import bundle_name
+from upparam.errors import Problem, RefusedError
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 
@@ -36,6 +37,7 @@ _BARE = regex(
 )
 """How the authors' names of a denoiser begin when no prefix says whose they are."""
 _DIFFUSERS_WORDS = ("ab", "kohya", "linear")
+_UNKNOWN = "no base that upparam knows has all these modules in these shapes, or several do and mean different ones; name it with --base"
 _SPLIT_FAMILIES = ("flux", "sd3", "z-image")
 """Families whose fused weights ComfyUI reads by their parts too, under diffusers' names (comfy/utils.py *_to_diffusers)."""
 
@@ -78,29 +80,7 @@ class ComfyUI:
         """The adapter; modules in reference names where a base has them all, else as the file names them (layout 'comfyui')."""
         file = bundle.main
         groups, rest = words.grouped(file.tensors)
-        extras, leftovers = bundled(rest)
-        adapter = Adapter(
-            {}, self.name, extras, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings),
-            layout="comfyui",
-        )  # fmt: skip
-        spelled = {module: built(file, module, group) for module, group in groups.items()}
-        for module, group in groups.items():
-            leave(adapter, self.name, module, group, spelled[module])
-        if not any(one.deltas for one in spelled.values()):
-            raise DeadAdapterError("no module has all the factors of a delta", file=file.path, found=", ".join(list(file.tensors)[:3]))
-        shapes = {module: one.deltas["weight"].shape for module, one in spelled.items() if "weight" in one.deltas}
-        found = resolve(shapes, options.base)
-        if found is None:
-            _unknown_base(adapter, shapes, file)
-            for module, one in spelled.items():
-                adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in one.deltas.items()}
-                if one.saved is not None:
-                    adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{module}.weight", one.saved))
-        else:
-            adapter.base, adapter.layout = found.hint, "reference"
-            told = take_parts(adapter.metadata)
-            for module, one in spelled.items():
-                settle(adapter, module, one, groups[module], found, told)
+        adapter, found = heard(file, self.name, groups, rest, partial(resolve, base=options.base), _UNKNOWN, named_alike)
         _note(adapter, groups, found)
         return adapter
 
@@ -114,7 +94,7 @@ class ComfyUI:
         tensors: dict[str, Tensor] = {}
         for (module, parameter), delta in named.items():
             try:
-                spelled = words.spell(delta, spelling.get(f"pair {module}", spelling.get("pair", "ab")), parameter)
+                spelled = words.spell(delta, chosen(spelling, "pair", module) or "ab", parameter)
                 alpha = words.stored_alpha(delta)
             except RefusedError as problem:
                 problems.append(because(module, problem))
@@ -123,7 +103,9 @@ class ComfyUI:
                 spelled["lora_B.bias"] = spelled.pop("diff_b")
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
             if alpha is not None and not bare:
-                tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(spelled.values())), exact=words.is_turn(delta))
+                tensors[f"{module}.alpha"] = alpha_of(
+                    spelling, module, alpha, next(iter(spelled.values())).dtype, exact=words.is_turn(delta)
+                )
         for module, tensor in saved.items():
             tensors[f"{module}.scale" if bare or spelling.get(f"saved {module}") == "scale" else f"{module}.set_weight"] = tensor
         tensors |= _reshapes(adapter, options, named, spelling, bare)
@@ -224,12 +206,6 @@ class _Naming(NamedTuple):
         return self.style(module)[1] + path if component in ("transformer", "unet") else module
 
 
-def _unknown_base(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], file: TensorFile) -> None:
-    near = named_alike(shapes)
-    message = "no base that upparam knows has all these modules in these shapes, or several do and mean different ones; name it with --base"
-    adapter.findings.append(warning("base-unknown", file.name, message, *([near] if near else [])))
-
-
 def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | None) -> None:
     """Remember the source's free choices: prefixes, the words of factors, the form of alphas."""
     spelling = adapter.spelling
@@ -243,12 +219,10 @@ def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | N
             component = reference.split(".", 1)[0]
             if spelling.setdefault(f"style {component}", style) != style:
                 spelling |= {f"style {part.module}": style for part in one.to_reference(foreign)}
-        if group.pair is not None and spelling.setdefault("pair", group.pair) != group.pair:
-            spelling[f"pair {module}"] = group.pair
+        if group.pair is not None:
+            remember(spelling, "pair", module, group.pair)
         if "alpha" in group.roles:
-            form = f"{group.roles['alpha'].dtype} {len(group.roles['alpha'].shape)}"
-            if spelling.setdefault("alpha", form) != form:
-                spelling[f"alpha {module}"] = form
+            remember(spelling, "alpha", module, form_of(group.roles["alpha"]))
         if group.names.get("diff_b", "").endswith(".lora_B.bias"):
             spelling[f"bias {module}"] = "lora_B"
         if group.names.get("set_weight", "").endswith(".scale"):

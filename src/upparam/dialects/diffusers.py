@@ -23,6 +23,7 @@ from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
+from upparam.dialects.spelling import form_of, remember
 from upparam.dialects.words import alpha_for, alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.findings import error, warning
@@ -320,9 +321,7 @@ def _note(spelling: dict[str, str], module: str, path: str, form: str, tensors: 
     if spelling.setdefault(key, form) != form:
         spelling[f"form {path}"] = form
     if "alpha" in tensors:
-        shape = f"{tensors['alpha'].dtype} {len(tensors['alpha'].shape)}"
-        if spelling.setdefault("alpha", shape) != shape:
-            spelling[f"alpha {path}"] = shape
+        remember(spelling, "alpha", path, form_of(tensors["alpha"]))
 
 
 def _kind(path: str) -> str:

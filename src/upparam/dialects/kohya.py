@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from upparam.adapter import Adapter, Extra, ExtraKind, Target
+from upparam.adapter import Adapter, ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata, words
@@ -23,17 +23,19 @@ from upparam.dialects.placing import (
     Shape,
     base_of,
     layout_for,
+    named,
     resolve,
     take_parts,
-    to_foreign,
     to_targets,
     untranslated,
 )
-from upparam.dialects.refusing import because, refuse
+from upparam.dialects.refusing import because, out_of_order, refuse
+from upparam.dialects.spelling import alpha_of, form_of, note_prefixes, remember, respelled
+from upparam.dialects.tokens import bundle_name, bundled
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import Finding, error, warning
 from upparam.patterns import regex
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 MODULE = regex(r"(lora_(unet|te[123]?|transformer|prior_unet|text_encoder(_2)?)|lycoris)_[A-Za-z0-9_\-]+")
 """How names of modules begin: a component's prefix, or LyCORIS' own, which stands for any."""
@@ -76,7 +78,7 @@ class Kohya:
         """The words of a delta of one parameter of a module, alpha included. Raises RefusedError where there are none."""
         if parameter != "weight":
             raise RefusedError(f"a delta of the {parameter} has no form in {self.name}")
-        return words.words_of(delta) | alpha_of(adapter, module, words.alpha_for(delta), delta)
+        return words.words_of(delta) | stored_alpha(adapter, module, words.alpha_for(delta), delta)
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a known prefix, underscores, and one of the words."""
@@ -139,12 +141,12 @@ class Kohya:
         """One safetensors file. Raises RefusedError for extras, for deltas without words here, and where the base is not known."""
         base = base_of(adapter, options)
         told: Parts = {}
-        named = self.names(adapter, options, told)
+        deltas = self.names(adapter, options, told)
         problems: list[str | Problem] = [
             f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION
         ]
         tensors = {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
-        for (module, parameter), delta in named.items():
+        for (module, parameter), delta in deltas.items():
             try:
                 spelled = self.spell(adapter, module, parameter, delta)
             except RefusedError as problem:
@@ -169,38 +171,9 @@ class Kohya:
             raise untranslated(adapter, options)
         spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
         one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "kohya")))
-        found: dict[tuple[str, str], Delta] = {}
-        for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):
-            deltas = {target: delta for target, delta in adapter.deltas.items() if target.parameter == parameter}
-            for foreign, delta in to_foreign(one, deltas, told).items():
-                found[_respelled(foreign, spelling), parameter] = delta
-        return found
-
-
-_PARAMETER = ".string_to_param.*"
-_ENCODERS = (".clip_l", ".clip_g", ".t5", ".t5_out", ".clip_l_out", ".clip_g_out")
-
-
-def bundled(tensors: Mapping[str, Tensor]) -> tuple[list[Extra], dict[str, Tensor]]:
-    """(tokens bundled with the adapter, the rest).
-
-    `bundle_emb.<token>.string_to_param.*` is read by AUTOMATIC1111/stable-diffusion-webui extensions-builtin/Lora/networks.py;
-    `bundle_emb.<token>.clip_l` and the like is Nerogar/OneTrainer's form for several encoders.
-    """
-    extras: list[Extra] = []
-    rest: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        token = name.removeprefix("bundle_emb.")
-        if token == name or not (token.endswith(_PARAMETER) or token.endswith(_ENCODERS)):
-            rest[name] = tensor
-        else:
-            extras.append(Extra(ExtraKind.TEXTUAL_INVERSION, token.removesuffix(_PARAMETER), tensor))
-    return extras, rest
-
-
-def bundle_name(token: str) -> str:
-    """The tensor's name of a bundled token."""
-    return f"bundle_emb.{token}" if token.endswith(_ENCODERS) else f"bundle_emb.{token}{_PARAMETER}"
+        return {
+            (respelled(foreign, spelling), parameter): delta for (foreign, parameter), delta in named(one, adapter.deltas, told).items()
+        }
 
 
 def _shape(built: Mapping[str, Delta]) -> Shape:
@@ -230,8 +203,6 @@ def _settle(adapter: Adapter, module: str, built: Mapping[str, Delta], group: wo
             for target, piece in to_targets(found.layout, foreign, delta, told).items()
         }
     except RefusedError as problem:
-        from upparam.dialects.spoken import out_of_order
-
         adapter.leftovers |= {f"{module}.{word}": tensor for word, tensor in group.items()}
         adapter.findings.append(out_of_order(module, problem))
 
@@ -241,33 +212,19 @@ def _spelling(groups: Mapping[str, words.Words], found: Resolved | None) -> dict
     spelling: dict[str, str] = {}
     if found is not None:
         spelling["layout"] = found.layout.name
-        for given, own in found.names.items():
-            for alias, prefix in _ALIASES:
-                if given != own and given.startswith(alias) and own == prefix + given[len(alias) :]:
-                    spelling[f"prefix {prefix}"] = alias
-    alphas = [(module, group["alpha"]) for module, group in groups.items() if "alpha" in group]
-    for module, alpha in alphas:
-        form = f"{alpha.dtype} {len(alpha.shape)}"
-        if spelling.setdefault("alpha", form) != form:
-            spelling[f"alpha {module}"] = form
+        note_prefixes(spelling, found.names.items(), _ALIASES)
+    for module, group in groups.items():
+        if "alpha" in group:
+            remember(spelling, "alpha", module, form_of(group["alpha"]))
     return spelling
 
 
-def _respelled(name: str, spelling: Mapping[str, str]) -> str:
-    for key, alias in spelling.items():
-        if key.startswith("prefix ") and name.startswith(key[7:]):
-            return alias + name[len(key) - 7 :]
-    return name
-
-
-def alpha_of(adapter: Adapter, module: str, value: float | None, delta: Delta, *, exact: bool = False) -> dict[str, Tensor]:
-    """`alpha` in the form it had in the source, else in a dtype that holds it (see `words.alpha_tensor`); {} for none."""
+def stored_alpha(adapter: Adapter, module: str, value: float | None, delta: Delta, *, exact: bool = False) -> dict[str, Tensor]:
+    """`alpha` as it is written beside a delta's words (see `spelling.alpha_of`); {} for none."""
     if value is None:
         return {}
     spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
-    form = spelling.get(f"alpha {module}", spelling.get("alpha"))
-    dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
-    return {"alpha": words.alpha_tensor(value, dtype, next(iter(delta.factors().values())).dtype, dims, exact=exact)}
+    return {"alpha": alpha_of(spelling, module, value, next(iter(delta.factors().values())).dtype, exact=exact)}
 
 
 dialect = Kohya()

@@ -21,6 +21,7 @@ from upparam.dialects import kohya_metadata
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import base_of, layout_for, resolve, to_targets
 from upparam.dialects.refusing import refuse
+from upparam.dialects.spelling import form_of
 from upparam.dialects.words import alpha_tensor
 from upparam.errors import DeadAdapterError, MalformedError, Problem
 from upparam.findings import warning
@@ -169,7 +170,7 @@ def _limit(alphas: Mapping[str, Tensor], file: TensorFile, adapter: Adapter) -> 
         adapter.findings.append(
             warning("alphas-differ", file.name, f"sd-scripts takes the first alpha, {first:g}, for all modules", f"{other} has {values[other]:g}")
         )  # fmt: skip
-    kinds = {f"{tensor.dtype} {len(tensor.shape)}" for tensor in alphas.values()}
+    kinds = {form_of(tensor) for tensor in alphas.values()}
     if len(kinds) == 1:
         adapter.spelling["alpha"] = kinds.pop()
     return first

@@ -22,10 +22,11 @@ from upparam.algorithms.tlora import REASON, TLoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects import lycoris_words, words
 from upparam.dialects.base import Bundle, Match, ReadOptions
-from upparam.dialects.kohya import MODULE, Kohya, alpha_of
+from upparam.dialects.kohya import MODULE, Kohya, stored_alpha
 from upparam.dialects.placing import Parts
+from upparam.dialects.spelling import chosen, form, form_of, remember
 from upparam.findings import info, warning
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 _OLD_GLORA = (("a1.weight", "a2.weight"), ("b1.weight", "b2.weight"))
 
@@ -70,9 +71,9 @@ class LyCORIS(Kohya):
         groups, _ = words.grouped(bundle.main.tensors, self.vocabulary())
         for module, group in groups.items():
             if "on_input" in group:
-                _differing(adapter.spelling, "on_input", module, f"{group['on_input'].dtype} {len(group['on_input'].shape)}")
+                remember(adapter.spelling, "on_input", module, form_of(group["on_input"]))
             if all(word in group for pair in _OLD_GLORA for word in pair):
-                _differing(adapter.spelling, "glora", module, "old" if lycoris_words.is_old_glora(group) else "new")
+                remember(adapter.spelling, "glora", module, "old" if lycoris_words.is_old_glora(group) else "new")
         if any(isinstance(delta, TLoRA) for delta in adapter.deltas.values()):
             adapter.conditions.append(REASON)
             adapter.findings.append(warning("condition", bundle.main.name, REASON))
@@ -99,19 +100,12 @@ class LyCORIS(Kohya):
             # LyCORIS builds none of these modules without one: of an OFT it is the constraint, of two full Kronecker factors anything.
             alpha = 0.0 if isinstance(delta, (DiagOFT, ButterflyOFT)) else float(delta.rank or 1)
         spelling = adapter.spelling if own else {}
-        if "on_input" in spelled and (form := spelling.get(f"on_input {module}", spelling.get("on_input"))):
-            dtype, dims = form.split()
-            flag = spelled["on_input"].doubles().reshape((1,) * int(dims))
-            spelled["on_input"] = Tensor.of(flag.astype(DTYPES[dtype].numpy))
-        if isinstance(delta, GLoRA) and spelling.get(f"glora {module}", spelling.get("glora")) == "old":
+        if "on_input" in spelled and (kept := chosen(spelling, "on_input", module)):
+            dtype, dims = form(kept)
+            spelled["on_input"] = Tensor.of(spelled["on_input"].doubles().reshape((1,) * dims).astype(dtype.numpy))
+        if isinstance(delta, GLoRA) and chosen(spelling, "glora", module) == "old":
             spelled |= {one: spelled[other] for pair in _OLD_GLORA for one, other in (pair, pair[::-1])}
-        return spelled | alpha_of(adapter, module, alpha, delta, exact=isinstance(delta, (DiagOFT, ButterflyOFT)))
-
-
-def _differing(spelling: dict[str, str], key: str, module: str, value: str) -> None:
-    """Remember a choice of the source: one for all modules, and those that differ from it by name."""
-    if spelling.setdefault(key, value) != value:
-        spelling[f"{key} {module}"] = value
+        return spelled | stored_alpha(adapter, module, alpha, delta, exact=isinstance(delta, (DiagOFT, ButterflyOFT)))
 
 
 def _note_scales(adapter: Adapter, name: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
+from upparam.adapter import Adapter, BaseHint, ExtraKind
 from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.bases import inventory
@@ -25,12 +25,12 @@ from upparam.dialects import comfyui_words as words
 from upparam.dialects import placing
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import METADATA_KEY
-from upparam.dialects.kohya import bundle_name, bundled
-from upparam.dialects.placing import PARTS_KEY, Parts, Shape, alike, layout_for, take_parts, to_foreign, untranslated
+from upparam.dialects.placing import PARTS_KEY, Parts, Shape, alike, layout_for, named, untranslated
 from upparam.dialects.refusing import because, refuse
-from upparam.dialects.spoken import Named, Spoken, alpha_of, built, leave, settle
-from upparam.errors import DeadAdapterError, Problem, RefusedError
-from upparam.findings import warning
+from upparam.dialects.spelling import alpha_of, form_of, note_prefixes, remember, respelled
+from upparam.dialects.spoken import Named, Spoken, heard
+from upparam.dialects.tokens import bundle_name
+from upparam.errors import Problem, RefusedError
 from upparam.patterns import regex
 
 _OWN = regex(r"lora_transformer_[A-Za-z0-9_\-]+")
@@ -41,6 +41,7 @@ _OMI = regex(
 )
 _ALIASES = (("lora_te_", "lora_te1_"), ("lora_te3_", "lora_te2_"))
 """Chroma's T5 was `lora_te`; T5 of FLUX is `lora_te3` to others."""
+_UNKNOWN = "no base that upparam knows has all these modules in these shapes; name it with --base"
 _OMI_BASES = ("flux.1-dev", "chroma", "sdxl")
 
 
@@ -79,30 +80,7 @@ class OneTrainer:
         """The adapter; modules in reference names where a base has them all, else as the file names them (layout 'onetrainer')."""
         file = bundle.main
         groups, rest = words.grouped(file.tensors)
-        extras, leftovers = bundled(rest)
-        adapter = Adapter(
-            {}, self.name, extras, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings),
-            layout="onetrainer",
-        )  # fmt: skip
-        spelled = {module: built(file, module, group) for module, group in groups.items()}
-        for module, group in groups.items():
-            leave(adapter, self.name, module, group, spelled[module])
-        if not any(one.deltas for one in spelled.values()):
-            raise DeadAdapterError("no module has all the factors of a delta", file=file.path, found=", ".join(list(file.tensors)[:3]))
-        shapes = {module: one.deltas["weight"].shape for module, one in spelled.items() if "weight" in one.deltas}
-        found = _resolve(shapes, options.base)
-        if found is None:
-            message = "no base that upparam knows has all these modules in these shapes; name it with --base"
-            adapter.findings.append(warning("base-unknown", file.name, message))
-            for module, one in spelled.items():
-                adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in one.deltas.items()}
-                if one.saved is not None:
-                    adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{module}.weight", one.saved))
-        else:
-            adapter.base, adapter.layout = found.hint, "reference"
-            told = take_parts(adapter.metadata)
-            for module, one in spelled.items():
-                settle(adapter, module, one, groups[module], found, told)
+        adapter, found = heard(file, self.name, groups, rest, partial(_resolve, base=options.base), _UNKNOWN)
         _note(adapter, groups, found)
         return adapter
 
@@ -110,12 +88,12 @@ class OneTrainer:
         """One safetensors file in OneTrainer's own form, or as the source was. Raises RefusedError for what has no words or names there."""
         told: Parts = {}
         spelling = adapter.spelling if adapter.dialect == self.name else {}
-        named = self._named(adapter, options, spelling, told)
+        deltas = self._named(adapter, options, spelling, told)
         problems: list[str | Problem] = [
             f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.kind is not ExtraKind.TEXTUAL_INVERSION
         ]
         tensors = {bundle_name(extra.name): extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.TEXTUAL_INVERSION}
-        for (module, parameter), delta in named.items():
+        for (module, parameter), delta in deltas.items():
             if parameter != "weight":
                 problems.append(f"{module}: a delta of the {parameter}")
                 continue
@@ -133,7 +111,7 @@ class OneTrainer:
                 alpha = delta.rank
             tensors |= {f"{module}.{word}": tensor for word, tensor in factors.items()}
             if alpha is not None:
-                tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(factors.values())))
+                tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(factors.values())).dtype)
         refuse(self.name, problems)
         # Hashes and settings that other dialects keep of their own files would be untrue of this one.
         own = adapter.dialect == self.name
@@ -151,12 +129,9 @@ class OneTrainer:
         if adapter.layout not in ("reference", "diffusers"):
             raise untranslated(adapter, options)
         one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "onetrainer")))
-        found: dict[tuple[str, str], Delta] = {}
-        for parameter in dict.fromkeys(target.parameter for target in adapter.deltas):
-            deltas = {target: delta for target, delta in adapter.deltas.items() if target.parameter == parameter}
-            for foreign, delta in to_foreign(one, deltas, told).items():
-                found[_respelled(foreign, spelling), parameter] = delta
-        return found
+        return {
+            (respelled(foreign, spelling), parameter): delta for (foreign, parameter), delta in named(one, adapter.deltas, told).items()
+        }
 
 
 def _resolve(shapes: Mapping[str, Shape], base: Base | None) -> Spoken | None:
@@ -202,20 +177,9 @@ def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | N
         known = None if found is None else found.names.get(module)
         if known is not None:
             spelling["layout"] = known[0].name
-            for alias, own in _ALIASES:
-                if known[1] != module and module.startswith(alias) and known[1] == own + module[len(alias) :]:
-                    spelling[f"prefix {own}"] = alias
+            note_prefixes(spelling, [(module, known[1])], _ALIASES)
         if "alpha" in group.roles:
-            form = f"{group.roles['alpha'].dtype} {len(group.roles['alpha'].shape)}"
-            if spelling.setdefault("alpha", form) != form:
-                spelling[f"alpha {module}"] = form
-
-
-def _respelled(name: str, spelling: Mapping[str, str]) -> str:
-    for key, alias in spelling.items():
-        if key.startswith("prefix ") and name.startswith(key[7:]):
-            return alias + name[len(key) - 7 :]
-    return name
+            remember(spelling, "alpha", module, form_of(group.roles["alpha"]))
 
 
 dialect = OneTrainer()

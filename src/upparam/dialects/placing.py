@@ -188,6 +188,15 @@ class Member(NamedTuple):
     delta: Delta
 
 
+def named(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | None = None) -> dict[tuple[str, str], Delta]:
+    """(foreign module, parameter) -> delta: `to_foreign` of each parameter's deltas."""
+    found: dict[tuple[str, str], Delta] = {}
+    for parameter in dict.fromkeys(target.parameter for target in deltas):
+        members = {target: delta for target, delta in deltas.items() if target.parameter == parameter}
+        found |= {(foreign, parameter): delta for foreign, delta in to_foreign(one, members, told).items()}
+    return found
+
+
 def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | None = None) -> dict[str, Delta]:
     """The foreign modules that these reference targets change, in the order of first appearance; parts of a stacked weight joined.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from upparam.adapter import ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.errors import Problem, RefusedError
+from upparam.findings import Finding, error
 
 BAKE = "--bake-scale"
 """Put a scale that the dialect has no place for into the factors."""
@@ -39,10 +40,10 @@ def other_scale(subject: str, delta: Delta, scale: float = 1.0, why: str = "") -
     return Problem(subject, why or f"a scale of {delta.known_scale():g}", cure=BAKE, scale=scale)
 
 
-def because(subject: str, error: RefusedError) -> Problem:
+def because(subject: str, refusal: RefusedError) -> Problem:
     """What stands in the way of one delta, as its own refusal says it."""
-    why = f"{error.message} ({error.found})" if error.found else error.message
-    return Problem(subject, why, cure=next((problem.cure for problem in error.problems if problem.cure), None))
+    why = f"{refusal.message} ({refusal.found})" if refusal.found else refusal.message
+    return Problem(subject, why, cure=next((problem.cure for problem in refusal.problems if problem.cure), None))
 
 
 def other_rank(subject: str, rank: int, wanted: int, targets: tuple[Target, ...] = ()) -> Problem:
@@ -70,3 +71,8 @@ def _way(problem: Problem) -> str:
     if problem.cure == LOWER and problem.rank is not None:
         return "fill the smaller ranks up with zeros, which changes no number, with --lowrank auto"
     return _HOW.get(problem.cure or "", f"give it up with {problem.cure}")
+
+
+def out_of_order(module: str, refusal: RefusedError) -> Finding:
+    """What is said of a delta that cannot be turned from the order of the file's rows into the reference's."""
+    return error("rows-in-another-order", module, f"{refusal.message}, and here they lie in another order than in the reference names")

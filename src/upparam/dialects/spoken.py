@@ -14,11 +14,12 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap
 from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
-from upparam.dialects.placing import Parts, to_targets
-from upparam.dialects.words import alpha_tensor
-from upparam.errors import MalformedError, RefusedError
-from upparam.findings import Finding, error, warning
-from upparam.tensors import DTYPES, Tensor
+from upparam.dialects.placing import Parts, Shape, take_parts, to_targets
+from upparam.dialects.refusing import out_of_order
+from upparam.dialects.tokens import bundled
+from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.findings import error, warning
+from upparam.tensors import Tensor
 
 Named = tuple[LayoutMap, str]
 """A layout and its own name for a module."""
@@ -37,7 +38,49 @@ class Spoken:
     locate: Callable[[str], Named | None]
 
 
-def built(file: TensorFile, module: str, group: words.Group) -> words.Built:
+def heard(
+    file: TensorFile,
+    dialect: str,
+    groups: Mapping[str, words.Group],
+    rest: Mapping[str, Tensor],
+    resolve: Callable[[Mapping[str, Shape]], Spoken | None],
+    unknown: str,
+    near: Callable[[Mapping[str, Shape]], str | None] = lambda shapes: None,
+) -> tuple[Adapter, Spoken | None]:
+    """(the adapter, its names explained): of a file's words by module and the tensors beside them.
+
+    Modules are in reference names where `resolve` finds a base for their weights' shapes. Where it finds none they keep the file's, in the
+    layout called as the dialect, and a finding says `unknown`, with what `near` takes them for.
+    Raises DeadAdapterError where no module has a delta, MalformedError where factors do not fit together.
+    """
+    extras, leftovers = bundled(rest)
+    adapter = Adapter(
+        {}, dialect, extras, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings),
+        layout=dialect,
+    )  # fmt: skip
+    spelled = {module: _built(file, module, group) for module, group in groups.items()}
+    for module, group in groups.items():
+        _leave(adapter, dialect, module, group, spelled[module])
+    if not any(one.deltas for one in spelled.values()):
+        raise DeadAdapterError("no module has all the factors of a delta", file=file.path, found=", ".join(list(file.tensors)[:3]))
+    shapes = {module: one.deltas["weight"].shape for module, one in spelled.items() if "weight" in one.deltas}
+    found = resolve(shapes)
+    if found is None:
+        alike = near(shapes)
+        adapter.findings.append(warning("base-unknown", file.name, unknown, *([alike] if alike else [])))
+        for module, one in spelled.items():
+            adapter.deltas |= {Target(module, parameter=parameter): delta for parameter, delta in one.deltas.items()}
+            if one.saved is not None:
+                adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{module}.weight", one.saved))
+    else:
+        adapter.base, adapter.layout = found.hint, "reference"
+        told = take_parts(adapter.metadata)
+        for module, one in spelled.items():
+            _settle(adapter, module, one, groups[module], found, told)
+    return adapter, found
+
+
+def _built(file: TensorFile, module: str, group: words.Group) -> words.Built:
     """What a module's tensors come to. Raises MalformedError, naming file and module, where factors do not fit together."""
     try:
         return words.build(group)
@@ -45,7 +88,7 @@ def built(file: TensorFile, module: str, group: words.Group) -> words.Built:
         raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from problem
 
 
-def leave(adapter: Adapter, dialect: str, module: str, group: words.Group, built: words.Built) -> None:
+def _leave(adapter: Adapter, dialect: str, module: str, group: words.Group, built: words.Built) -> None:
     """Put what nothing explains among the leftovers, with a finding."""
     if not built.unexplained:
         return
@@ -57,7 +100,7 @@ def leave(adapter: Adapter, dialect: str, module: str, group: words.Group, built
         adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", *names))
 
 
-def settle(adapter: Adapter, module: str, built: words.Built, group: words.Group, found: Spoken, told: Parts) -> None:
+def _settle(adapter: Adapter, module: str, built: words.Built, group: words.Group, found: Spoken, told: Parts) -> None:
     """Put a module's deltas under their targets; what the base does not have, or has already been changed, goes to the leftovers."""
     if not built.deltas and built.saved is None:
         return
@@ -83,11 +126,6 @@ def settle(adapter: Adapter, module: str, built: words.Built, group: words.Group
         adapter.findings.append(warning("unknown-module", module, f"{found.base.name} has no such module of this shape"))
 
 
-def out_of_order(module: str, problem: RefusedError) -> Finding:
-    """What is said of a delta that cannot be turned from the order of the file's rows into the reference's."""
-    return error("rows-in-another-order", module, f"{problem.message}, and here they lie in another order than in the reference names")
-
-
 def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> dict[Target, Delta] | None:
     """The reference targets a module's deltas change; None where a bias or a saved weight does not have the module's shape."""
     parts = one.to_reference(foreign)
@@ -99,10 +137,3 @@ def _targets(one: LayoutMap, foreign: str, built: words.Built, told: Parts) -> d
             return None
         found |= {target._replace(parameter=parameter): piece for target, piece in to_targets(one, foreign, delta, told).items()}
     return found
-
-
-def alpha_of(spelling: Mapping[str, str], module: str, value: float, like: Tensor, *, exact: bool = False) -> Tensor:
-    """Alpha in the form it had in the source, else in the factors' dtype, float32, or (where it must be `exact`) float64."""
-    form = spelling.get(f"alpha {module}", spelling.get("alpha"))
-    dtype, dims = (DTYPES[form.split()[0]], int(form.split()[1])) if form else (None, 0)
-    return alpha_tensor(value, dtype, like.dtype, dims, exact=exact)
