@@ -67,6 +67,18 @@ def test_dry_run_shows_the_plan_and_writes_nothing(model: tuple[Path, Path], tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("more", [[], ["--dtype", "fp32"], ["--only", "*.q_proj"]])
+def test_dry_run_says_how_many_bytes_a_run_writes(
+    model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    base, adapter = model
+    code, out, _ = run(capsys, "merge", base, f"{adapter}@0.123", adapter, *more, "--dry-run", "--json")
+    said = json.loads(out)["bytes_written"]
+    assert code == 0 and f"write {said:,} bytes" in run(capsys, "merge", base, f"{adapter}@0.123", adapter, *more, "--dry-run")[1]
+    code, out, _ = run(capsys, "merge", base, f"{adapter}@0.123", adapter, *more, "-o", tmp_path / "o", "--json")
+    assert code == 0 and json.loads(out)["counts"]["bytes"] == said == (tmp_path / "o/model.safetensors").stat().st_size
+
+
 def test_in_place_undo_and_unmerge(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = model
     before = (base / "model.safetensors").read_bytes()

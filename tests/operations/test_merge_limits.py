@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from tests.operations.merging import adapter, load, lora, save
 
+from upparam.adapter import Target
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.loha import LoHa
 from upparam.errors import MalformedError, UsageError
@@ -86,3 +88,35 @@ def test_globs_that_match_nothing_and_orders_that_matter_are_said(tmp_path: Path
         said = {item.code: item for item in merge(base, order, out).findings}
         assert said["order-matters"].subject == "m.weight" and len(said) == 1
         assert (load(out)["m.weight"] == (9 if number == 0 else 5)).all()
+
+
+def test_a_dora_after_another_adapter_is_said_to_differ_from_peft(tmp_path: Path) -> None:
+    """PEFT's norm is that of W + dW of the DoRA alone: equal to ours when it comes first, and only then."""
+    rng = np.random.default_rng(0)
+    weight, up, down = (rng.standard_normal(shape) for shape in ((6, 8), (6, 2), (2, 8)))
+    base = save(tmp_path / "base.safetensors", {"m.weight": weight, "n.weight": weight})
+    plain = adapter({"m": lora(up, down)})
+    dora = adapter({"m": DoRA(Tensor.of(up), Tensor.of(down), Tensor.of(np.ones(6)))})
+    elsewhere = adapter({"n": DoRA(Tensor.of(up), Tensor.of(down), Tensor.of(np.ones(6)))})
+    gain = 1 / np.linalg.norm(weight + up @ down, axis=1, keepdims=True)
+    expected = {"first": gain * (weight + up @ down) + up @ down, "later": gain * (weight + 2 * up @ down)}
+    for name, order in (("first", [dora, plain]), ("later", [plain, dora])):
+        codes = [item.code for item in merge(base, order, tmp_path / f"{name}.safetensors").findings]
+        assert codes == ["order-matters", *(["norm-of-changed"] if name == "later" else [])]
+        peft = np.allclose(load(tmp_path / f"{name}.safetensors")["m.weight"], expected[name], rtol=0, atol=1e-12)
+        assert peft is (name == "first")
+    assert not merge(base, [plain, elsewhere], tmp_path / "apart.safetensors").findings
+
+
+def test_where_the_order_does_not_matter_nothing_is_said_of_it(tmp_path: Path) -> None:
+    base = save(tmp_path / "base.safetensors", {"m.weight": np.ones((6, 8), np.float32)})
+    outputs = adapter({"m": IA3(Tensor.of(np.full((6, 1), 3.0, np.float32)))})
+    inputs = adapter({"m": IA3(Tensor.of(np.arange(8, dtype=np.float32)), on_input=True)})
+    assert not merge(base, [outputs, inputs], tmp_path / "a.safetensors").findings
+    assert not merge(base, [inputs, outputs], tmp_path / "b.safetensors").findings
+    assert np.array_equal(load(tmp_path / "a.safetensors")["m.weight"], load(tmp_path / "b.safetensors")["m.weight"])
+    rows = [
+        adapter({Target("m", span): DoRA(Tensor.of(np.ones((3, 1))), Tensor.of(np.ones((1, 8))), Tensor.of(np.ones(3)))})
+        for span in ((0, 3), (3, 6))
+    ]
+    assert not merge(base, rows, tmp_path / "c.safetensors").findings

@@ -89,9 +89,11 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         plan = prepare(args.base, adapters, **choice)
+        from upparam.operations.merge.write import output_bytes
         from upparam.report.merge import plan_text
 
-        emit(args, plan.facts(), lambda: plan_text(plan))
+        size = output_bytes(plan)
+        emit(args, plan.facts(size), lambda: plan_text(plan, size))
         return 0
     if args.out is None and not args.in_place:
         raise UsageError("nowhere to write", remedy="give -o OUT, --in-place or --dry-run")

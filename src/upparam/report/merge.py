@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from upparam.operations.merge.plan import Plan
+from upparam.operations.merge.plan import Plan, seconds
 from upparam.report.text import counted, finding_lines, listed, one_line
 
 
-def plan_text(plan: Plan) -> str:
-    """What would change, what would not, and what it costs."""
+def plan_text(plan: Plan, size: int) -> str:
+    """What would change, what would not, and what it costs to write an output of `size` bytes."""
     lines = [
         f"base: {plan.checkpoint.path} ({counted(len(plan.checkpoint.tensors), 'tensor')} in {counted(len(plan.checkpoint.files), 'file')})"
     ]
@@ -26,7 +26,7 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"left out: {counted(len(plan.skipped), 'target')} ({listed(plan.skipped)})")
     lines += finding_lines(plan.findings)
     lines.append(
-        f"would change {counted(len(plan.works), 'tensor')} ({plan.touched_bytes:,} bytes) and write {plan.written_bytes:,} bytes; "
-        f"about {plan.memory_bytes() >> 20} MiB of memory and {plan.seconds():.1f} s where files copy at 1.5 GB/s"
+        f"would change {counted(len(plan.works), 'tensor')} ({plan.touched_bytes:,} bytes) and write {size:,} bytes; "
+        f"about {plan.memory_bytes() >> 20} MiB of memory and {seconds(size):.1f} s where files copy at 1.5 GB/s"
     )
     return "\n".join(map(one_line, lines))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import TYPE_CHECKING
 
+from upparam.algorithms.dora import Decomposed
+from upparam.algorithms.ia3 import IA3
 from upparam.findings import Finding, warning
 
 if TYPE_CHECKING:
-    from upparam.operations.merge.plan import Plan
+    from upparam.operations.merge.plan import Piece, Plan
 
 
 def idle_globs(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> list[Finding]:
@@ -22,13 +25,30 @@ def idle_globs(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> list[Fin
 
 
 def order_matters(plan: Plan) -> list[Finding]:
-    """A warning where one adapter's change of a weight depends on what another one made of it."""
-    mixed = [
-        work.name
-        for work in plan.works.values()
-        if len({piece.ingredient for piece in work.pieces}) > 1 and any(not piece.delta.additive for piece in work.pieces)
-    ]
-    if not mixed:
+    """Warnings where one adapter's change of a weight depends on what another one made of it, and where PEFT would compute another weight."""
+    met = {name: pairs for name, work in plan.works.items() if (pairs := [pair for pair in combinations(work.pieces, 2) if _meet(*pair)])}
+    if not met:
         return []
-    said = f"{len(mixed)} tensors get a change that depends on the weight itself (DoRA, IA3, OFT ...) beside another adapter's: the order given matters"
-    return [warning("order-matters", mixed[0], said, *mixed[:5])]
+    first = next(iter(met))
+    said = (
+        f"{len(met)} tensors get a change that depends on the weight itself (DoRA, IA3, OFT ...) beside another adapter's: the order given "
+        "matters, each changes what those before it left"
+    )
+    found = [warning("order-matters", first, said, *list(met)[:5])]
+    later = [name for name, pairs in met.items() if any(isinstance(after.delta, Decomposed) for _, after in pairs)]
+    if later:
+        said = (
+            f"{len(later)} tensors get a DoRA after another adapter's change, which its norm includes; PEFT takes the norm without that, "
+            "so its merge of the same adapters differs, unless the DoRA comes first"
+        )
+        found.append(warning("norm-of-changed", later[0], said, *later[:5]))
+    return found
+
+
+def _meet(one: Piece, other: Piece) -> bool:
+    """True when two adapters change the same rows and the result depends on the order. Factors of IA3 commute."""
+    if one.ingredient == other.ingredient or (one.delta.additive and other.delta.additive):
+        return False
+    if isinstance(one.delta, IA3) and isinstance(other.delta, IA3):
+        return False
+    return one.rows is None or other.rows is None or (one.rows[0] < other.rows[1] and other.rows[0] < one.rows[1])

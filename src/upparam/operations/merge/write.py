@@ -140,6 +140,14 @@ def note(plan: Plan, hashes: Mapping[int, str]) -> str:
     return json.dumps({"upparam": __version__, "adapters": adapters}, separators=(",", ":"))
 
 
+def output_bytes(plan: Plan) -> int:
+    """Bytes of the weight files that `write` makes of the plan, headers and all. Raises RefusedError for what `lay_out` refuses."""
+    from upparam.operations.merge.hashing import Hashes
+
+    blank = note(plan, Hashes(plan).blank())
+    return sum(file.size(len(file.header(blank))) for file in lay_out(plan))
+
+
 def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, sync: bool, threads: int, progress: Progress) -> Outcome:
     """Write the planned merge to `out` (a folder when the base is one). Nothing appears under that name unless everything succeeded.
 
@@ -160,7 +168,8 @@ def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, sync
             expected=".gguf" if files[0].verbatim else ".safetensors",
             found=out.suffix,
         )
-    _check_room(plan, out)
+    size = output_bytes(plan) + sum(side.path.stat().st_size for side in plan.checkpoint.side_files)
+    _check_room(size, out)
     try:
         if plan.checkpoint.is_folder:
             with atomic_folder(out, force=force, sync=sync) as folder:
@@ -174,18 +183,18 @@ def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, sync
         if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UnreadableError(
                 f"the output could not be written: {problem.strerror}; nothing was left behind", file=out,
-                expected=f"room for {plan.written_bytes:,} bytes", remedy="free some space or write elsewhere",
+                expected=f"room for {size:,} bytes", remedy="free some space or write elsewhere",
             ) from problem  # fmt: skip
         raise
     outcome.findings += _stale(plan)
     return outcome
 
 
-def _check_room(plan: Plan, out: Path) -> None:
+def _check_room(size: int, out: Path) -> None:
     free = shutil.disk_usage(out.parent).free
-    if free < plan.written_bytes:
+    if free < size:
         raise UnreadableError(
-            "not enough room for the output", file=out.parent, expected=f"{plan.written_bytes:,} bytes", found=f"{free:,} free",
+            "not enough room for the output", file=out.parent, expected=f"{size:,} bytes", found=f"{free:,} free",
             remedy="free some space or write elsewhere; --in-place needs only room for what changes",
         )  # fmt: skip
 
