@@ -113,6 +113,36 @@ def test_what_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
+def test_an_index_may_name_shards_in_subfolders(tmp_path: Path) -> None:
+    elsewhere, base = tmp_path / "elsewhere", tmp_path / "base"
+    weights(base / "parts/one.safetensors", "a.weight")
+    weights(elsewhere / "two.safetensors", "b.weight")
+    shards = index(base, "model.safetensors", {"a.weight": "./parts/one.safetensors"})
+    checkpoint = Checkpoint.open(base)
+    assert [file.relative for file in checkpoint.files] == ["parts/one.safetensors"] and checkpoint.unread == ()
+    (base / "parts/two.safetensors").symlink_to(elsewhere / "two.safetensors")  # as in huggingface_hub's cache
+    index(base, "model.safetensors", {"a.weight": "parts/one.safetensors", "b.weight": "parts/two.safetensors"})
+    assert sorted(Checkpoint.open(base).tensors) == ["a.weight", "b.weight"]
+    (base / "out").symlink_to(elsewhere)
+    for escape in (
+        "../elsewhere/two.safetensors",
+        str(elsewhere / "two.safetensors"),
+        "out/two.safetensors",
+        "parts/../../elsewhere/two.safetensors",
+    ):
+        shards.write_text(json.dumps({"weight_map": {"a.weight": "parts/one.safetensors", "b.weight": escape}}))
+        with pytest.raises(MalformedError, match="outside its folder"):
+            Checkpoint.open(base)
+
+
+def test_a_link_to_the_folder_itself_is_not_followed(tmp_path: Path) -> None:
+    weights(tmp_path / "model.safetensors", "a.weight")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sub/again").symlink_to(tmp_path)
+    assert [side.relative for side in Checkpoint.open(tmp_path).side_files] == ["config.json"]
+
+
 def test_a_training_state_is_its_model(tmp_path: Path) -> None:
     """PyTorch Lightning's .ckpt, as the Stable Diffusion trainers write it: the model lies under 'state_dict', beside what training needs."""
     torch = pytest.importorskip("torch")

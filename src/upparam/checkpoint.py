@@ -186,13 +186,15 @@ def _open_folder(folder: Path, index: Path | None) -> Checkpoint:
     return Checkpoint(folder, tuple(files), sides, configs, unread, tuple(findings))
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    """Files below a folder, hidden ones (.git, .cache) left out."""
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
+    """Files below a folder, hidden ones (.git, .cache) left out, and links to a folder one is in."""
+    above = (*above, folder.resolve())
     for member in sorted(folder.iterdir()):
         if member.name.startswith("."):
             continue
         if member.is_dir():
-            yield from _walk(member)
+            if not (member.is_symlink() and member.resolve() in above):
+                yield from _walk(member, above)
         elif member.is_file():
             yield member
 
@@ -298,10 +300,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     weights = None if content is None else content.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise MalformedError("the index has no weight_map from names to files", file=index)
-    for shard in weights.values():
-        if Path(shard).name != shard:
+    for shard in set(weights.values()):
+        path = Path(shard)
+        if "\0" in shard or path.is_absolute() or ".." in path.parts or not _inside(index.parent, path):
             raise MalformedError("the index points outside its folder", file=index, found=shard)
-    return weights
+    return {name: Path(shard).as_posix() for name, shard in weights.items()}
+
+
+def _inside(folder: Path, path: Path) -> bool:
+    """True when the sub-folder a path names lies in `folder`, links followed. A shard may be a link itself, as in the cache of huggingface_hub."""
+    return len(path.parts) == 1 or (folder / path).parent.resolve().is_relative_to(folder.resolve())
 
 
 def _check_index(index: Path, files: list[CheckpointFile]) -> None:

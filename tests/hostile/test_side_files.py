@@ -58,13 +58,29 @@ def test_the_index_and_config_of_a_model(name: str, tmp_path: Path, capsys: pyte
             run(words, capsys)
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/../../secret.safetensors", "x\0y", "", ".", 7, None, ["a"]])
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "a/../../secret.safetensors",
+        "x\0y",
+        "x\0y/z",
+        "up/secret.safetensors",
+        "",
+        ".",
+        7,
+        None,
+        ["a"],
+    ],
+)
 def test_an_index_names_no_file_outside_its_folder(shard: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_models(tmp_path)
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes((tmp_path / "base.safetensors").read_bytes())
     model = tmp_path / "model"
     model.mkdir()
+    (model / "up").symlink_to(tmp_path)
     names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qv"]
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
     before = secret.read_bytes()

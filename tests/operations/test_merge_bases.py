@@ -13,6 +13,7 @@ from tests.operations.merging import NUMPY, adapter, load, lora, round_once, sav
 from upparam.containers import open_file
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge import merge, prepare
+from upparam.operations.merge.journal import undo
 
 RNG = np.random.default_rng(11)
 
@@ -57,6 +58,24 @@ def test_shards_index_side_files_and_metadata_are_carried(tmp_path: Path) -> Non
     assert [finding.code for finding in receipt.findings] == ["stale-metadata"]
     assert receipt.counts["tensors_changed"] == 1 and receipt.counts["elements_changed"] > 20
     assert "2 untouched tensors equal the base" in receipt.proofs[1]
+
+
+def test_shards_in_subfolders_stay_there(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    weights = {name: normal(6, 8) for name in ("a.weight", "b.weight")}
+    map_ = {"a.weight": "parts/one.safetensors", "b.weight": "two.safetensors"}
+    for name, file in map_.items():
+        save(base / file, {name: weights[name]})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 384}, "weight_map": map_}))
+    delta = rank2(6, 8)
+    merge(base, adapter({"a": delta}), out, dtype="fp64")
+    assert json.loads((out / "model.safetensors.index.json").read_text()) == {"metadata": {"total_size": 768}, "weight_map": map_}
+    assert np.array_equal(load(out / "parts/one.safetensors")["a.weight"], true(weights["a.weight"], delta))
+    before = (base / "parts/one.safetensors").read_bytes()
+    merge(base, adapter({"a": delta}), in_place=True)
+    assert (base / "parts/one.safetensors").read_bytes() != before
+    undo(base)
+    assert (base / "parts/one.safetensors").read_bytes() == before
 
 
 def test_a_folder_in_another_dtype_gets_a_true_index(tmp_path: Path) -> None:

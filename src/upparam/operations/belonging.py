@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,7 +115,9 @@ def _shards(index: Path) -> list[Finding]:
     held = _object(index).get("weight_map")
     if not isinstance(held, dict):
         return []
-    names = sorted({name for name in held.values() if isinstance(name, str) and os.sep not in name})
+    names = sorted(
+        {name for name in held.values() if isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts}
+    )
     lost = [name for name in names if not (index.parent / name).exists()]
     return (
         [error("shards-missing", index.name, f"{len(lost)} of the {len(names)} files it names are not here", _some(lost))] if lost else []

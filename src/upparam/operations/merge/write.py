@@ -375,11 +375,11 @@ def _carry(checkpoint: Checkpoint, files: list[OutFile], folder: Path) -> None:
 def _write_index(path: Path, relative: str, files: list[OutFile], folder: Path) -> None:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     parent = Path(relative).parent
-    mine = [file for file in files if Path(file.relative).parent == parent]
-    names = {Path(file.source.relative).name for file in mine}
-    if not names & set(content["weight_map"].values()):
+    named = {(parent / shard).as_posix() for shard in content["weight_map"].values()}
+    mine = [file for file in files if file.source.relative in named]
+    if not mine:
         return  # the index of another set of files (torch shards beside safetensors) that is not carried
-    weight_map = {name: Path(file.relative).name for file in mine for name in file.tensors}
+    weight_map = {name: Path(file.relative).relative_to(parent).as_posix() for file in mine for name in file.tensors}
     size = sum(tensor.nbytes for file in mine for tensor in file.tensors.values())
     metadata = content.get("metadata")
     if content["weight_map"] != weight_map or (isinstance(metadata, dict) and metadata.get("total_size", size) != size):
