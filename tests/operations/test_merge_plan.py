@@ -11,6 +11,8 @@ import pytest
 from tests.operations.merging import adapter, load, lora, save
 
 from upparam.adapter import Extra, ExtraKind, Target
+from upparam.algorithms.base import Scaling
+from upparam.algorithms.experts import ExpertLoRA
 from upparam.errors import AmbiguousError, MismatchError, OutputExistsError, RefusedError, UsageError
 from upparam.operations.merge import merge, prepare
 from upparam.operations.unmerge import unmerge
@@ -181,10 +183,45 @@ def test_what_was_given_up_when_merging_is_given_up_when_taking_out(tmp_path: Pa
     assert np.abs(load(tmp_path / "u.safetensors")["q.weight"] - load(base)["q.weight"]).max() < 1e-6
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"deltas": {"model.embed_tokens": lora(normal(12, 2), normal(2, 6))}},
+        {"deltas": {}, "extras": [Extra(ExtraKind.SAVED_MODULE, "model.embed_tokens.weight", Tensor.of(normal(12, 6)))]},
+    ],
+)
+def test_a_vocabulary_of_another_size_is_said_to_be_that(tmp_path: Path, part: dict[str, Any]) -> None:
+    base = save(tmp_path / "b.safetensors", {"model.embed_tokens.weight": normal(10, 6), "model.q.weight": normal(10, 6)})
+    with pytest.raises(MismatchError) as caught:
+        merge(base, adapter(**part), tmp_path / "o.safetensors")
+    assert "12 tokens, the base's model.embed_tokens.weight has 10" in str(caught.value.found)
+    assert "resize_token_embeddings(12)" in str(caught.value.remedy) and "choose the base" not in str(caught.value.remedy)
+    with pytest.raises(
+        MismatchError, match=r"resize_token_embeddings\(12\).*for the rest choose the base it was made for; or leave these out with --skip"
+    ):
+        merge(base, adapter({**part["deltas"], "model.q": rank2(12, 6)}, extras=part.get("extras", [])), tmp_path / "o.safetensors")
+    with pytest.raises(MismatchError, match="; choose the base it was made for; or leave these out with --skip"):
+        merge(base, adapter({"model.q": rank2(12, 6)}), tmp_path / "o.safetensors")
+
+
+def test_experts_that_the_base_stores_one_by_one_are_said_to_be_that(tmp_path: Path) -> None:
+    """As Mixtral's files hold them (`block_sparse_moe.experts.N.w1`), which transformers 5 stacks when it loads them."""
+    single = {f"model.layers.{layer}.block_sparse_moe.experts.{number}.w1.weight": normal(4, 6) for layer in (0, 11) for number in range(2)}
+    base = save(tmp_path / "b.safetensors", {**single, "model.q.weight": normal(4, 6)})
+    stacked = ExpertLoRA(Tensor.of(normal(8, 4)), Tensor.of(normal(4, 6)), 2, Scaling())
+    with pytest.raises(MismatchError) as caught:
+        merge(base, adapter({Target("model.layers.1.mlp.experts", None, "gate_up_proj"): stacked}), tmp_path / "o.safetensors")
+    assert "every expert by itself" not in str(caught.value)
+    with pytest.raises(MismatchError) as caught:
+        merge(base, adapter({Target("model.layers.11.mlp.experts", None, "gate_up_proj"): stacked}), tmp_path / "o.safetensors")
+    assert "every expert by itself (model.layers.11.block_sparse_moe.experts.0.w1.weight)" in str(caught.value.found)
+    assert "save_original_format=False" in str(caught.value.remedy) and "choose the base" not in str(caught.value.remedy)
+
+
 def test_tied_weights_are_pointed_out(tmp_path: Path) -> None:
     save(tmp_path / "model.safetensors", {"model.embed_tokens.weight": normal(10, 6)})
     (tmp_path / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
-    with pytest.raises(MismatchError, match="ties its output head"):
+    with pytest.raises(MismatchError, match=r"ties its output head.*tie_word_embeddings false"):
         merge(tmp_path, adapter({"lm_head": rank2(10, 6)}), tmp_path.with_name("out1"))
     receipt = merge(tmp_path, adapter({"model.embed_tokens": rank2(10, 6)}), tmp_path.with_name("out2"))
     assert [finding.code for finding in receipt.findings] == ["tied-weight"]

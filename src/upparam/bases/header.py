@@ -28,7 +28,7 @@ _TIED = regex(
     r"lm_head|lm_head\.decoder|embed_out|proj_out|vocab_projector|(cls\.)?predictions\.decoder|(text_encoder(_[23])?\.)?(encoder|decoder)\.embed_tokens"
 )
 """Modules whose weight files may leave out because it is another module's."""
-_VOCABULARY = regex(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder|vocab_projector|proj_out)$")
+VOCABULARY = regex(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings|embed_in|embed_out|shared|decoder|vocab_projector|proj_out)$")
 """Modules with one row per token: fine-tuning adds some."""
 _COMPONENT = regex(r"(unet|transformer|text_encoder(_[23])?)\.")
 
@@ -240,7 +240,7 @@ def _align(base: Base, modules: list[Module], prefix: str, packed: set[str]) -> 
     strangers = [path for path in mine if path not in base.by_path]
     unexplained = [path for path in strangers if path.split(".", 1)[0] in components or not _PIPELINE.match(path)]
     resized = {path: module.shape for path, module in mine.items() if path in base.by_path and base.by_path[path].shape != module.shape}
-    grown = all(_VOCABULARY.search(path) and shape[1:] == base.by_path[path].shape[1:] for path, shape in resized.items())
+    grown = all(VOCABULARY.search(path) and shape[1:] == base.by_path[path].shape[1:] for path, shape in resized.items())
     if not grown or len(unexplained) > 0.05 * len(mine):
         return None
     roots = {path.split(".", 1)[0] for path in (*mine, *quantised)}

@@ -22,7 +22,8 @@ from upparam.operations.dtypes import FACTORS, named_dtype
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.extract.module import Extracted, Maker
 from upparam.operations.extract.pairing import Pair, Pairing, pair
-from upparam.operations.merge.plan import ties_head, wanted
+from upparam.operations.merge.misfits import ties_head
+from upparam.operations.merge.plan import wanted
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas

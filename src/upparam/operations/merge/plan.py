@@ -13,10 +13,11 @@ from upparam.algorithms.base import Delta, fits_weight
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint, CheckpointFile
-from upparam.errors import AmbiguousError, MalformedError, MismatchError, RefusedError
+from upparam.errors import AmbiguousError, MalformedError, RefusedError
 from upparam.findings import Finding, warning
-from upparam.operations.merge import matching
+from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.kernel import Device
+from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.remarks import idle_globs, order_matters
 from upparam.operations.merge.rounding import MERGEABLE
@@ -161,21 +162,12 @@ def make_plan(
     or a prefix that nothing decides.
     """
     plan = Plan(checkpoint, list(ingredients), {}, {}, dtype, [], [])
-    problems: list[str] = []
+    problems: list[Misfit] = []
     for index, ingredient in enumerate(plan.ingredients):
         _refuse_unplaceable(ingredient.adapter)
         _place_deltas(plan, index, ingredient, only, skip, problems)
         _place_extras(plan, ingredient, only, skip, problems)
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise MismatchError(
-            "1 part of the adapter does not fit the base"
-            if len(problems) == 1
-            else f"{len(problems)} parts of the adapter do not fit the base",
-            file=checkpoint.path,
-            found=shown,
-            remedy="choose the base it was made for, or leave these out with --skip",
-        )
+    misfits.refuse(problems, checkpoint)
     if not plan.works and not plan.added:
         raise RefusedError(
             "the merge would change nothing",
@@ -210,7 +202,7 @@ def wanted(name: str, only: Sequence[str], skip: Sequence[str]) -> bool:
     return (not only or any(fnmatchcase(name, glob) for glob in only)) and not any(fnmatchcase(name, glob) for glob in skip)
 
 
-def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence[str], skip: Sequence[str], problems: list[str]) -> None:
+def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence[str], skip: Sequence[str], problems: list[Misfit]) -> None:
     chosen: dict[Target, float] = {}
     for target in ingredient.adapter.deltas:
         weight = ingredient.multiplier * (ingredient.block_weight(target) if ingredient.block_weight else 1.0)
@@ -225,7 +217,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         )  # fmt: skip
     deltas = {target: adapter.deltas[target] for target in chosen}
     spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)
-    problems += [_missing(plan, target) for target in missing]
+    problems += [misfits.not_there(plan.checkpoint, target) for target in missing]
     conv1d = _conv1d(plan.checkpoint)
     spots = _experts_settled(plan, spots)
     agreed = _agreed_orientation(plan, spots)
@@ -235,7 +227,8 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         transposed = _orientation(ingredient, spot, shape, conv1d, agreed, plan)
         if transposed is None:
             rows = f" rows {spot.place.rows[0]}:{spot.place.rows[1]} of" if spot.place.rows else ""
-            problems.append(f"{spot.targets[0]}: shape {spot.delta.shape} against{rows} {spot.name} {shape}")
+            said = f"{spot.targets[0]}: shape {spot.delta.shape} against{rows} {spot.name} {shape}"
+            problems.append(misfits.other_shape(str(spot.targets[0]), spot.delta.shape, spot.name, shape, said))
             continue
         packing = file.quantised[spot.name].type if spot.name in file.quantised else None
         if packing not in PACKINGS if packing else tensor.dtype.name not in MERGEABLE:
@@ -247,12 +240,12 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         try:
             delta = spot.delta.for_weight(tuple(reversed(shape)) if transposed else shape)
         except MalformedError as problem:
-            problems.append(f"{spot.targets[0]}: {problem.message} ({problem.found} for {spot.name} {shape})")
+            problems.append(Misfit(f"{spot.targets[0]}: {problem.message} ({problem.found} for {spot.name} {shape})"))
             continue
         delta.known_scale()
         weights = {chosen[target] for target in spot.targets}
         if len(weights) > 1:
-            problems.append(f"{spot.targets[0]}: parts of one {spot.delta.algorithm} delta with different block weights")
+            problems.append(Misfit(f"{spot.targets[0]}: parts of one {spot.delta.algorithm} delta with different block weights"))
             continue
         scale = _scale_of(plan, spot.name, tensor)
         work = plan.works.setdefault(spot.name, Work(spot.name, file, tensor, plan.out_dtype(tensor), scale=scale, packing=packing))
@@ -262,7 +255,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         _place_beside(plan, spot, weight, index, problems)
 
 
-def _place_beside(plan: Plan, spot: matching.Spot, weight: float, index: int, problems: list[str]) -> None:
+def _place_beside(plan: Plan, spot: matching.Spot, weight: float, index: int, problems: list[Misfit]) -> None:
     """What a delta brings for other parameters of its module, where the base has them."""
     for parameter, delta in spot.delta.beside().items():
         place = spot.place._replace(parameter=parameter)
@@ -271,7 +264,7 @@ def _place_beside(plan: Plan, spot: matching.Spot, weight: float, index: int, pr
             continue
         file, tensor = plan.checkpoint.tensors[name]
         if not weight_shape(delta, plan.checkpoint.shapes[name], place.rows, False) or tensor.dtype.name not in MERGEABLE:
-            problems.append(f"{spot.targets[0]}: shape {delta.shape} against {name} {plan.checkpoint.shapes[name]} {tensor.dtype}")
+            problems.append(Misfit(f"{spot.targets[0]}: shape {delta.shape} against {name} {plan.checkpoint.shapes[name]} {tensor.dtype}"))
             continue
         work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
         work.pieces.append(Piece(delta, place, weight, False, index))
@@ -300,24 +293,11 @@ def _scale_of(plan: Plan, name: str, tensor: Tensor) -> Tensor | None:
     return None
 
 
-def _missing(plan: Plan, target: Target) -> str:
-    if target.module.rpartition(".")[2] == "lm_head" and ties_head(plan.checkpoint):
-        return f"{target}: the base ties its output head to the input embedding and stores one weight for both"
-    return f"{target}: not in the base"
-
-
-def ties_head(checkpoint: Checkpoint) -> bool:
-    """True when the base's config says that its output head is its input embedding."""
-    config = checkpoint.config or {}
-    text = config.get("text_config")
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else False))
-
-
 def _note_tied(plan: Plan, name: str) -> None:
     if not name.endswith((".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight")):
         return
     head = any(key.endswith("lm_head.weight") for key in plan.checkpoint.tensors)
-    if not head and (ties_head(plan.checkpoint) or plan.checkpoint.config is None):
+    if not head and (misfits.ties_head(plan.checkpoint) or plan.checkpoint.config is None):
         finding = warning(
             "tied-weight", name, "the base ties its output head to this embedding: merging the delta changes both", "no lm_head.weight"
         )
@@ -419,7 +399,7 @@ def _orientation(
     )  # fmt: skip
 
 
-def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip: Sequence[str], problems: list[str]) -> None:
+def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip: Sequence[str], problems: list[Misfit]) -> None:
     extras = [extra for extra in ingredient.adapter.extras if _placeable(extra)]
     if not ingredient.multiplier:
         return
@@ -455,14 +435,14 @@ def _split(name: str) -> tuple[str, None, str]:
     return module, None, parameter
 
 
-def _add(plan: Plan, target: Target, extra: Extra, problems: list[str]) -> None:
+def _add(plan: Plan, target: Target, extra: Extra, problems: list[Misfit]) -> None:
     """A saved module that the base does not have (a classifier head) becomes a new tensor; a bias of an unknown module is a mismatch."""
     if extra.kind is ExtraKind.BIAS:
-        problems.append(f"{extra.name}: not in the base")
-    elif target.module.rpartition(".")[2] in ("lm_head", "embed_out") and ties_head(plan.checkpoint):
-        problems.append(_missing(plan, target))
+        problems.append(Misfit(f"{extra.name}: not in the base"))
+    elif target.module.rpartition(".")[2] in ("lm_head", "embed_out") and misfits.ties_head(plan.checkpoint):
+        problems.append(misfits.not_there(plan.checkpoint, target))
     elif any(name.endswith("." + extra.name) for name in plan.checkpoint.tensors):
-        problems.append(f"{extra.name}: several places in the base bear this name")
+        problems.append(Misfit(f"{extra.name}: several places in the base bear this name"))
     else:
         plan.added[extra.name] = extra.tensor
         plan.findings.append(
@@ -472,16 +452,17 @@ def _add(plan: Plan, target: Target, extra: Extra, problems: list[str]) -> None:
         )
 
 
-def _replace(plan: Plan, name: str, extra: Extra, problems: list[str]) -> None:
+def _replace(plan: Plan, name: str, extra: Extra, problems: list[Misfit]) -> None:
     file, tensor = plan.checkpoint.tensors[name]
     if plan.checkpoint.shapes[name] != extra.tensor.shape:
-        problems.append(f"{extra.name}: saved as {extra.tensor.shape}, the base has {plan.checkpoint.shapes[name]}")
+        shape = plan.checkpoint.shapes[name]
+        said = f"{extra.name}: saved as {extra.tensor.shape}, the base has {shape}"
+        problems.append(misfits.other_shape(extra.name, extra.tensor.shape, name, shape, said))
         return
     work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
     if work.replacement is not None or work.scale is not None:
-        problems.append(
-            f"{extra.name}: {'replaced by two adapters' if work.replacement is not None else 'the base holds it as scaled fp8'}"
-        )
+        why = "replaced by two adapters" if work.replacement is not None else "the base holds it as scaled fp8"
+        problems.append(Misfit(f"{extra.name}: {why}"))
         return
     work.replacement = extra.tensor
     _note_tied(plan, name)
