@@ -1,8 +1,8 @@
 """The triad: `up-param.bin` + `down-param.bin` + a config, in one folder or as keys of one torch file (a seed archive).
 
-Each file holds one tensor, a dict or list of tensors by module, or is one of a numbered row of files; torch, npy, npz, safetensors or
-headerless. Whatever the files do not name (modules, alpha, shapes) is taken from the config, the base or the user, and never guessed in
-silence. `write` also notes in the config everything else an adapter holds, so that it comes back bit for bit.
+Each file holds one tensor, a dict or list of tensors by module, or is one of a numbered row of files; or one file holds both factors of
+each module (`triad_pairs.py`). Torch, npy, npz, safetensors or headerless. Whatever the files do not name (modules, alpha, shapes) is taken
+from the config, the base or the user, and never guessed in silence. `write` also notes in the config everything else an adapter holds, so that it comes back bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from upparam.adapter import Adapter
 from upparam.algorithms import ALGORITHMS
-from upparam.algorithms.base import ScaleRule, Scaling
+from upparam.algorithms.base import UNKNOWN, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.containers import member_source
 from upparam.containers.base import TensorFile
@@ -22,6 +22,7 @@ from upparam.dialects import triad_whole
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.triad_files import Found, Label, collect, component, components, half, keyed, label, unworded, whole
 from upparam.dialects.triad_naming import name_modules, name_parts
+from upparam.dialects.triad_pairs import paired, sureness, thin
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError
 from upparam.findings import info, warning
 from upparam.tensors import DTYPES, Tensor
@@ -58,6 +59,9 @@ class Triad:
         keys = keyed(file)
         if keys:
             return Match(self.name, 0.97, (f"keys {', '.join(keys)}",))
+        halves = paired(file)
+        if halves:
+            return Match(self.name, *sureness(halves, len(file.tensors)))
         told = label(file.name)
         if told is None or not file.tensors:
             return None
@@ -69,11 +73,11 @@ class Triad:
         if file.container == "raw":
             sure = 0.6 if told.param else 0.4
             return Match(self.name, sure, (f"named {file.name}", "bytes without a header"))
-        thin = [tensor for tensor in file.tensors.values() if 2 <= len(tensor.shape) <= 5 and _thin(tensor.shape)]
-        if len(thin) < len(file.tensors):
+        slim = [tensor for tensor in file.tensors.values() if thin(tensor.shape)]
+        if len(slim) < len(file.tensors):
             return None
-        shown = ", ".join(f"{list(tensor.shape)}" for tensor in list(thin)[:3])
-        evidence = (f"named {file.name}", f"{counted(len(thin))} long and thin as factors are: {shown}")
+        shown = ", ".join(f"{list(tensor.shape)}" for tensor in list(slim)[:3])
+        evidence = (f"named {file.name}", f"{counted(len(slim))} long and thin as factors are: {shown}")
         if told.role in file.name.lower() and half(file.tensors) == told.role:
             # Another dialect's names, but one half of them, as the file's name says: the other half lies in the other file.
             return Match(self.name, 0.98, (*evidence, f"all of them {told.role} factors by their names"))
@@ -85,7 +89,7 @@ class Triad:
         if told is None:
             return [file]
         own = {key.role for key in keyed(file).values()}
-        if {"up", "down"} <= own:
+        if {"up", "down"} <= own or paired(file):
             return [file]
         beside = [other for other in siblings if other.path.parent == file.path.parent]
         mates = [other for other in beside if _mates(told, label(other.name))]
@@ -110,7 +114,14 @@ class Triad:
                 {component: self._pairs(adapter, part, config, config_name, options) for component, part in bundles.items()},
                 config, bundles, options,
             )  # fmt: skip
-        if any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in adapter.deltas.values()):
+        if any(delta.scale is None for delta in adapter.deltas.values()):
+            adapter.findings.append(
+                warning(
+                    "scale-missing", bundle.main.name, "factors called A and B, whose multiplier their writers keep in code",
+                    "give it with --alpha or --scale",
+                )
+            )  # fmt: skip
+        elif any(delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK for delta in adapter.deltas.values()):
             adapter.findings.append(
                 warning(
                     "alpha-missing", bundle.folder.name or bundle.main.name, "no alpha in the files: the scale is taken as 1.0, the triad's rule",
@@ -136,7 +147,7 @@ class Triad:
             alpha = roles["alpha"].scalar() if "alpha" in roles else None
             up, down = _turned(key, roles["up"], roles["down"], rank, bundle, adapter)
             try:
-                pairs[key] = LoRA(up, down, _scaling(config, alpha, options, config_name), roles.get("mid"))
+                pairs[key] = LoRA(up, down, _scaling(config, alpha, options, config_name, known=not found.unscaled), roles.get("mid"))
             except MalformedError as problem:
                 raise MalformedError(
                     problem.message,
@@ -196,14 +207,6 @@ def _note(file: TensorFile) -> Mapping[str, Any] | None:
     except UpparamError:
         return None
     return note if isinstance(note, dict) and isinstance(note.get("roles", []), list) else None
-
-
-def _thin(shape: tuple[int, ...]) -> bool:
-    """Longer than wide, as a factor is; or so small that nothing can be said."""
-    out, into = shape[0], shape[1]
-    for size in shape[2:]:
-        into *= size
-    return min(out, into) <= 1024 and (min(out, into) * 2 <= max(out, into) or max(out, into) <= 64)
 
 
 def _mates(one: Label, other: Label | None) -> bool:
@@ -317,8 +320,11 @@ def _rank(config: Mapping[str, Any], options: ReadOptions, where: str) -> int | 
     return options.rank if told is None else int(told)
 
 
-def _scaling(config: Mapping[str, Any], stored: float | None, options: ReadOptions, where: str) -> Scaling:
-    """alpha / rank by a stored alpha or the config's, else the config's scale, else what the user says, else scale 1 (alpha absent)."""
+def _scaling(config: Mapping[str, Any], stored: float | None, options: ReadOptions, where: str, *, known: bool) -> Scaling:
+    """alpha / rank by a stored alpha or the config's, else the config's scale, else what the user says, else scale 1 (alpha absent).
+
+    Where an absent alpha does not mean that (not `known`) the scale is unknown.
+    """
     alpha = stored if stored is not None else _number(config, _ALPHA, where)
     scale = _number(config, _SCALE, where)
     rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get("use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
@@ -332,7 +338,7 @@ def _scaling(config: Mapping[str, Any], stored: float | None, options: ReadOptio
         return Scaling(ScaleRule.EXPLICIT, multiplier=scale)
     if options.scale is not None:
         return Scaling(ScaleRule.EXPLICIT, multiplier=options.scale)
-    return Scaling(rule, options.alpha)
+    return Scaling(rule, options.alpha) if known or options.alpha is not None else UNKNOWN
 
 
 def _headed(
@@ -371,7 +377,8 @@ def _headed(
         total = sum(guess.confidence for guess in guesses[role])
         ranked = sorted(((guess.confidence / total, {role: guess}) for guess in guesses[role]), key=lambda item: -item[0]) if total else []
     shown = "; ".join(
-        f"{', '.join(f'{role} {g.dtype} {g.shape}' for role, g in choice.items())} ({score:.0%})" for score, choice in ranked[:_LISTED]
+        f"{', '.join(f'{role} {g.dtype} {g.shape}' for role, g in choice.items())} ({f'{score:.0%}' if score >= 0.005 else '<1%'})"
+        for score, choice in ranked[:_LISTED]
     )
     if not ranked or ranked[0][0] < _CLEAR:
         raise AmbiguousError(
@@ -392,6 +399,10 @@ def _headed(
         )
     )
     return result
+
+
+def _share(score: float) -> str:
+    return f"{score:.0%}" if score >= 0.005 else "<1%"
 
 
 def _turned(key: str | int | None, up: Tensor, down: Tensor, rank: int | None, bundle: Bundle, adapter: Adapter) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from upparam.containers.base import LONE, TensorFile
+from upparam.dialects.triad_pairs import Half, paired, role_of
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 
@@ -83,17 +84,21 @@ def components(files: Sequence[TensorFile]) -> dict[str, list[TensorFile]]:
 def whole(files: Sequence[TensorFile]) -> bool:
     """True when both factors are here, by the names of the files or of their keys."""
     roles = {told.role for file in files for told in (label(file.name), *keyed(file).values()) if told is not None}
-    return {"up", "down"} <= roles
+    return {"up", "down"} <= roles or any(paired(file) for file in files)
 
 
 @dataclass
 class Found:
-    """The factors of a bundle: `factors` by module key (None for the only module of a file that names none) and role; other values by name."""
+    """The factors of a bundle: `factors` by module key (None for the only module of a file that names none) and role; other values by name.
+
+    `unscaled` when they are called A and B: whoever writes those keeps the multiplier in code.
+    """
 
     factors: dict[str | int | None, dict[str, Tensor]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
     headerless: dict[tuple[str | int | None, str], TensorFile] = field(default_factory=dict)
+    unscaled: bool = False
 
 
 def keyed(file: TensorFile) -> dict[str, Label]:
@@ -110,17 +115,12 @@ def _tops(file: TensorFile) -> list[str]:
 
 
 _WORDED = regex(r"[./](?P<word>lora_[ABab]|lora_(?:up|down)|lora\.(?:up|down)|up|down)(?:\.default)?(?:\.weight)?$")
-_HALVES = {"lora_A": "down", "lora_a": "down", "lora_B": "up", "lora_b": "up"}
 
 
 def half(names: Iterable[str]) -> str | None:
     """up or down where every name ends in another dialect's word for that factor (`<module>.lora_B.weight`); None otherwise."""
-    found = {None if (match := _WORDED.search(name)) is None else _half(match["word"]) for name in names}
+    found = {None if (match := _WORDED.search(name)) is None else role_of(match["word"]) for name in names}
     return found.pop() if len(found) == 1 else None
-
-
-def _half(word: str) -> str:
-    return _HALVES.get(word, "up" if word.endswith("up") else "down")
 
 
 def unworded(found: Found) -> Found:
@@ -128,7 +128,7 @@ def unworded(found: Found) -> Found:
     factors: dict[str | int | None, dict[str, Tensor]] = {}
     for key, roles in found.factors.items():
         match = _WORDED.search(key) if isinstance(key, str) else None
-        if isinstance(key, str) and match is not None and set(roles) == {_half(match["word"])}:
+        if isinstance(key, str) and match is not None and set(roles) == {role_of(match["word"])}:
             key = key[: match.start()].removeprefix("base_model.model.")
         factors.setdefault(key, {}).update(roles)
     return replace(found, factors=factors)
@@ -141,7 +141,12 @@ def collect(files: Sequence[TensorFile]) -> Found:
     for file in files:
         named = label(file.name)
         keys = {key: named if misnamed and named is not None else told for key, told in keyed(file).items()}
+        halves = {} if keys else paired(file)
+        found.unscaled |= any(half.word.lower().endswith(("a", "b")) and half.role != "alpha" for half in halves.values())
         for name, tensor in file.tensors.items():
+            if halves:
+                _put(found, halves.get(name), name, tensor)
+                continue
             top = next((key for key in keys if name == key or name.startswith(key + "/")), None)
             told = keys[top] if top is not None else named
             if told is None:
@@ -157,6 +162,15 @@ def collect(files: Sequence[TensorFile]) -> Found:
                     found.headerless[key, told.role] = file
         found.values |= _scalars(file.structure, keys)
     return found
+
+
+def _put(found: Found, half: Half | None, name: str, tensor: Tensor) -> None:
+    if half is None:
+        found.extras[name] = tensor
+    elif half.role == "alpha" and half.module is None:
+        found.values["alpha"] = tensor.scalar()
+    else:
+        found.factors.setdefault(half.module, {})[half.role] = tensor
 
 
 def _named_alike(files: Sequence[TensorFile]) -> bool:

@@ -103,6 +103,18 @@ _MODELS = (
 )
 
 
+_FACTORS = re.compile(r"(^|[./_])(lora|dora|loha|lokr|glora|hada|oft|boft|ia3|vera)[._](?!proj|layer)")
+
+
+def _factors(file: TensorFile) -> Kind | None:
+    hits = [name for name in file.tensors if _FACTORS.search(name)]
+    if not hits:
+        return None
+    beside = "" if len(hits) == len(file.tensors) else f" beside {len(file.tensors) - len(hits)} other tensors"
+    what = f"{len(hits)} tensors named like an adapter's factors{beside}, in no arrangement upparam knows"
+    return Kind("tensors", what, (f"such as {hits[0]} {list(file.tensors[hits[0]].shape)}",), 0.5)
+
+
 def _full_model(file: TensorFile) -> Kind | None:
     names = list(file.tensors)
     quantised = file.structure.get("quantised", {}) if isinstance(file.structure, dict) else {}
@@ -139,6 +151,7 @@ RULES: tuple[Callable[[TensorFile], Kind | None], ...] = (
     _training_args,
     other,
     _textual_inversion,
+    _factors,
     _full_model,
     _state_dict,
 )
