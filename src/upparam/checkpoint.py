@@ -61,6 +61,10 @@ class CheckpointFile:
         """The tensor's name in the whole checkpoint: the component, a dot, and its name in the file."""
         return f"{self.component}.{name}" if self.component else name
 
+    def holds(self, name: str) -> bool:
+        """True when a tensor of this name in the whole checkpoint would belong to the file's component."""
+        return not self.component or name.startswith(f"{self.component}.")
+
 
 class SideFile(NamedTuple):
     """A file that belongs to the model and holds no weights (config, tokenizer, index, ...), and its path below the checkpoint."""

@@ -11,9 +11,10 @@ import pytest
 from tests.operations.merging import NUMPY, adapter, load, lora, round_once, save
 
 from upparam.containers import open_file
-from upparam.errors import MismatchError, RefusedError
+from upparam.errors import MismatchError, RefusedError, VerificationError
 from upparam.operations.merge import merge, prepare
 from upparam.operations.merge.journal import undo
+from upparam.operations.merge.rounding import narrow
 
 RNG = np.random.default_rng(11)
 
@@ -58,6 +59,21 @@ def test_shards_index_side_files_and_metadata_are_carried(tmp_path: Path) -> Non
     assert [finding.code for finding in receipt.findings] == ["stale-metadata"]
     assert receipt.counts["tensors_changed"] == 1 and receipt.counts["elements_changed"] > 20
     assert "2 untouched tensors equal the base" in receipt.proofs[1]
+
+
+def test_a_wrong_bit_in_a_tensor_that_is_only_converted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upparam.operations.merge import stream
+
+    base = save(tmp_path / "b.safetensors", {"a.weight": normal(6, 8), "n.weight": normal(8)})
+    item = adapter({"a": rank2(6, 8)})
+    assert (
+        merge(base, item, tmp_path / "o.safetensors", dtype="bf16").proofs[1]
+        == "1 converted or added tensors are their source rounded once in 8 sampled elements"
+    )
+    monkeypatch.setattr(stream, "narrow", lambda values, dtype: narrow(values * 1.01, dtype))
+    with pytest.raises(VerificationError, match=r"n\.weight.*reads back wrong"):
+        merge(base, item, tmp_path / "p.safetensors", dtype="bf16")
+    assert not (tmp_path / "p.safetensors").exists()
 
 
 def test_shards_in_subfolders_stay_there(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.operations.merging import adapter, load, lora, save
+from tests.operations.merging import NUMPY, adapter, load, lora, save
 
 from upparam.adapter import Extra, ExtraKind, Target
 from upparam.algorithms.base import Scaling
@@ -159,6 +159,39 @@ def test_saved_modules_replace_and_new_heads_are_added(tmp_path: Path) -> None:
     assert np.array_equal(got["score.weight"], score)
     assert {finding.code for finding in receipt.findings} == {"added-tensor"}
     assert receipt.counts["tensors_changed"] == 3 and receipt.counts["tensors_added"] == 1
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bf16", "float16"])
+def test_a_module_the_base_lacks_gets_the_dtype_asked_for(tmp_path: Path, dtype: str | None) -> None:
+    base = save(tmp_path / "b.safetensors", {"model.q.weight": normal(4, 6).astype(np.float16), "ids": np.arange(3)})
+    score = normal(2, 6)
+    extras = [
+        Extra(ExtraKind.SAVED_MODULE, "score.weight", Tensor.of(score)),
+        Extra(ExtraKind.SAVED_MODULE, "score.steps", Tensor.of(np.arange(2))),
+    ]
+    receipt = merge(base, adapter({"model.q": rank2(4, 6)}, extras=extras), tmp_path / "o.safetensors", dtype=dtype)
+    got = load(tmp_path / "o.safetensors")
+    kind = NUMPY[{"bf16": "bfloat16", None: "float32"}.get(dtype, str(dtype))]
+    assert got["score.weight"].dtype == kind and np.array_equal(got["score.weight"], score.astype(kind))
+    assert got["score.steps"].dtype == np.int64
+    said = {finding.subject: finding for finding in receipt.findings if finding.code == "added-tensor"}
+    own = dtype in (None, "float32")
+    assert said["score.weight"].message.endswith("in its own dtype" if own else "in the dtype asked for")
+    assert said["score.weight"].evidence == (f"(2, 6) {kind.name}",) and said["score.steps"].message.endswith("in its own dtype")
+    assert receipt.proofs[-1].startswith("2 converted or added tensors are their source rounded once in 14 sampled")
+
+
+def test_a_module_the_base_lacks_goes_to_its_component(tmp_path: Path) -> None:
+    for component in ("text_encoder", "unet", "vae"):
+        save(tmp_path / "base" / component / "model.safetensors", {"q.weight": normal(4, 6)})
+    (tmp_path / "base/model_index.json").write_text('{"text_encoder": ["a", "b"], "unet": ["a", "b"], "vae": ["a", "b"]}')
+    new = Extra(ExtraKind.SAVED_MODULE, "unet.new.weight", Tensor.of(normal(2, 2)))
+    merge(tmp_path / "base", adapter({"unet.q": rank2(4, 6)}, extras=[new]), tmp_path / "out")
+    assert np.array_equal(load(tmp_path / "out/unet/model.safetensors")["new.weight"], new.tensor.read())
+    assert list(load(tmp_path / "out/vae/model.safetensors")) == ["q.weight"]
+    with pytest.raises(MismatchError, match=r"other\.new\.weight: not in the base, which has no component of this name"):
+        nowhere = Extra(ExtraKind.SAVED_MODULE, "other.new.weight", new.tensor)
+        merge(tmp_path / "base", adapter({"unet.q": rank2(4, 6)}, extras=[nowhere]), tmp_path / "out2")
 
 
 def test_what_cannot_be_merged_is_named_and_may_be_given_up(tmp_path: Path) -> None:

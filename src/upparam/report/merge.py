@@ -21,7 +21,7 @@ def plan_text(plan: Plan, size: int) -> str:
             for piece in work.pieces
         )  # fmt: skip
         lines.append(f"  {name} {work.dtype} {'x'.join(map(str, work.tensor.shape))}: {how}")
-    lines += [f"  {name} {tensor.dtype} {'x'.join(map(str, tensor.shape))}: added" for name, tensor in plan.added.items()]
+    lines += [f"  {name} {plan.out_dtype(tensor)} {'x'.join(map(str, tensor.shape))}: added" for name, tensor in plan.added.items()]
     if plan.skipped:
         lines.append(f"left out: {counted(len(plan.skipped), 'target')} ({listed(plan.skipped)})")
     lines += finding_lines(plan.findings)

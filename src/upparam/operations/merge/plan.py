@@ -90,7 +90,7 @@ class Plan:
     """Where tiles are computed; None for the processor."""
 
     def out_dtype(self, tensor: Tensor) -> DType:
-        """The dtype a base tensor is written in: its own, or the one asked for when it is a float."""
+        """The dtype a tensor of the base, or an added one, is written in: its own, or the one asked for when it is a float."""
         return tensor.dtype if self.dtype is None or tensor.dtype.name not in MERGEABLE else self.dtype
 
     @property
@@ -441,15 +441,17 @@ def _add(plan: Plan, target: Target, extra: Extra, problems: list[Misfit]) -> No
         problems.append(Misfit(f"{extra.name}: not in the base"))
     elif target.module.rpartition(".")[2] in ("lm_head", "embed_out") and misfits.ties_head(plan.checkpoint):
         problems.append(misfits.not_there(plan.checkpoint, target))
+    elif not any(file.holds(extra.name) for file in plan.checkpoint.files):
+        problems.append(Misfit(f"{extra.name}: not in the base, which has no component of this name"))
     elif any(name.endswith("." + extra.name) for name in plan.checkpoint.tensors):
         problems.append(Misfit(f"{extra.name}: several places in the base bear this name"))
     else:
         plan.added[extra.name] = extra.tensor
-        plan.findings.append(
-            warning(
-                "added-tensor", extra.name, "a saved module that the base does not have is written as a new tensor", str(extra.tensor.shape)
-            )
+        dtype = plan.out_dtype(extra.tensor)
+        said = "a saved module that the base does not have is written as a new tensor, in " + (
+            "its own dtype" if dtype == extra.tensor.dtype else "the dtype asked for"
         )
+        plan.findings.append(warning("added-tensor", extra.name, said, f"{extra.tensor.shape} {dtype}"))
 
 
 def _replace(plan: Plan, name: str, extra: Extra, problems: list[Misfit]) -> None:

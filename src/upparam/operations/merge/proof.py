@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from upparam.errors import VerificationError
 from upparam.operations.merge.loaded import Loaded, matrix_shape
-from upparam.operations.merge.rounding import widen
+from upparam.operations.merge.rounding import narrow, widen
 from upparam.tensors import DType, Tensor
 
 SAMPLE_ELEMENTS = 1 << 20
@@ -150,3 +150,19 @@ def check_untouched(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
                 raise VerificationError("an untouched tensor changed", tensor=name, found=f"bytes {at}..{at + length}")
             total += length
     return f"{len(pairs):,} untouched tensors equal the base in {total:,} sampled bytes"
+
+
+def check_converted(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """Compare (source, written) of tensors that are added or in another dtype: rows at the beginning, the end and between. Raises VerificationError."""
+    total = 0
+    for name, (source, written) in pairs.items():
+        rows, columns = matrix_shape(source.shape)
+        count = max(1, COMPARED_BYTES // max(1, columns * source.dtype.itemsize))
+        middle = random.Random(name).randrange(max(1, rows - count + 1))
+        for start in {0, middle, max(0, rows - count)} if source.numel else ():
+            first, second = (tensor.reshape((rows, columns)).rows(start, min(rows, start + count)).read() for tensor in (source, written))
+            meant = first if source.dtype == written.dtype else narrow(widen(first), written.dtype)
+            if meant.tobytes() != second.tobytes():
+                raise VerificationError("a converted or added tensor reads back wrong", tensor=name, found=f"rows from {start}")
+            total += first.size
+    return f"{len(pairs):,} converted or added tensors are their source rounded once in {total:,} sampled elements"

@@ -20,7 +20,7 @@ from upparam.containers.writing import make_room, write_at
 from upparam.errors import RefusedError, UnreadableError, VerificationError
 from upparam.findings import Finding, info, warning
 from upparam.operations.merge.plan import Plan, Work
-from upparam.operations.merge.proof import Samples, check_samples, check_untouched
+from upparam.operations.merge.proof import Samples, check_converted, check_samples, check_untouched
 from upparam.operations.merge.rounding import NO_INFINITY
 from upparam.operations.merge.stream import (
     TASK_BYTES,
@@ -104,9 +104,11 @@ def lay_out(plan: Plan) -> list[OutFile]:
         files.append(OutFile(file, out_name(file.relative), tensors, metadata))
     if any(file.verbatim for file in files):
         _check_verbatim(plan)
-    if plan.added:
-        files[-1].added = dict(plan.added)
-        files[-1].tensors |= plan.added
+    for name, tensor in plan.added.items():
+        file = next(file for file in reversed(files) if file.source.holds(name))
+        own = name.removeprefix(file.source.qualified(""))
+        file.added[own] = tensor
+        file.tensors[own] = _described(tensor, plan.out_dtype(tensor))
     return files
 
 
@@ -337,17 +339,18 @@ def _became(dtype: DType) -> str:
 
 
 def _converted_overflows(tasks: list[Convert]) -> list[Finding]:
-    """What `--dtype` cost the tensors that no adapter changes."""
+    """What `--dtype` cost the tensors to which nothing is added."""
     if not tasks:
         return []
     elements = sum(task.overflow for task in tasks)
-    said = f"{elements:,} elements of {len(tasks)} tensors that no adapter changes are too large for {_became(tasks[0].dtype)}"
+    said = f"{elements:,} elements of {len(tasks)} tensors that are only converted are too large for {_became(tasks[0].dtype)}"
     return [warning("overflow", tasks[0].name, said, *(task.name for task in tasks[:5]))]
 
 
 def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Samples, exact: bool) -> list[str]:
     written: dict[str, Tensor] = {}
     untouched: dict[str, tuple[Tensor, Tensor]] = {}
+    others: dict[str, tuple[Tensor, Tensor]] = {}
     for file, place in zip(files, places, strict=True):
         again = checkpoint_file(open_file(place), file.relative, file.source.component)
         for name, tensor in file.tensors.items():
@@ -356,9 +359,16 @@ def _prove(plan: Plan, files: list[OutFile], places: list[Path], samples: Sample
                 raise VerificationError("a tensor reads back otherwise than it was written", file=place, tensor=name)
             qualified = file.source.qualified(name)
             written[qualified] = found
-            if qualified not in plan.works and name not in file.added and found.dtype == file.source.tensors[name].dtype:
-                untouched[qualified] = (file.source.tensors[name], found)
-    return [check_samples(samples, written, exact), *([check_untouched(untouched)] if untouched else [])]
+            if qualified not in plan.works:
+                source = file.added.get(name) or file.source.tensors[name]
+                same = name not in file.added and found.dtype == source.dtype
+                (untouched if same else others)[qualified] = (source, found)
+    proofs = [check_samples(samples, written, exact)]
+    if untouched:
+        proofs.append(check_untouched(untouched))
+    if others:
+        proofs.append(check_converted(others))
+    return proofs
 
 
 def _carry(checkpoint: Checkpoint, files: list[OutFile], folder: Path) -> None:
