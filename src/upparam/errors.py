@@ -78,6 +78,12 @@ class UpparamError(Exception):
             parts.append(f"; {self.remedy}")
         return " ".join("".join(parts).split())
 
+    def locate(self, *, file: object = None, tensor: str | None = None) -> None:
+        """Say this file and tensor where the error names none: for those who know better where they are than what found it."""
+        self.file = self.file or (None if file is None else str(file))
+        self.tensor = tensor if self.tensor is None else self.tensor
+        self.args = (self.line(),)
+
     def facts(self) -> dict[str, object]:
         """The same facts as a flat mapping, for `--json`."""
         names = ("message", "file", "tensor", "expected", "found", "remedy")

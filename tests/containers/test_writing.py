@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from upparam.containers import gguf
 from upparam.containers import safetensors as ours
+from upparam.containers.torchfile import write as torchfile
 from upparam.containers.writing import chunks, put
+from upparam.dialects.kohya_metadata import hashes
 from upparam.errors import MalformedError
 from upparam.tensors import DTYPES, FileSource, MemorySource, Tensor, same_bits
 
@@ -23,7 +25,7 @@ from upparam.tensors import DTYPES, FileSource, MemorySource, Tensor, same_bits
 def test_long_tensors_are_written_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(bytes(range(256)) * 4)
     tensor = Tensor(DTYPES["uint8"], (1024,), FileSource(tmp_path / "w"))
-    pieces = [bytes(piece) for piece in chunks(tensor, 100)]
+    pieces = [bytes(piece) for piece in chunks(tensor, size=100)]
     assert len(pieces) == 11 and b"".join(pieces) == tensor.raw()
 
 
@@ -69,13 +71,22 @@ def test_gguf_pads_alike_on_both_ways(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == alone.getvalue()
 
 
-def test_what_fails_in_a_thread_is_raised(tmp_path: Path) -> None:
+def failing() -> Tensor:
     def fail() -> np.ndarray:
         raise MalformedError("no such values")
 
-    tensors = [*mixed(tmp_path).values(), Tensor.computed(DTYPES["float32"], (4, 4), fail)]
-    with (tmp_path / "out").open("xb") as stream, pytest.raises(MalformedError, match="no such values"):
-        put(stream, tensors)
+    return Tensor.computed(DTYPES["float32"], (4, 4), fail)
+
+
+def test_what_fails_in_a_thread_is_raised(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("xb") as stream, pytest.raises(MalformedError, match="tensor 'last': no such values"):
+        put(stream, mixed(tmp_path) | {"last": failing()})
+
+
+def test_the_tensor_that_cannot_be_made_is_named_whatever_is_written() -> None:
+    for write in (ours.write, lambda stream, tensors: torchfile.write(stream, {"state": tensors}), lambda _, tensors: hashes(tensors, {})):
+        with pytest.raises(MalformedError, match=r"tensor '(state/)?m.up': no such values"):
+            write(io.BytesIO(), {"m.up": failing()})
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -372,3 +373,52 @@ def test_diffusers_loads_what_was_combined(tmp_path: Path, method: str) -> None:
     loaded.load_lora_weights(str(tmp_path / "out"))
     merged(pipe, meant)
     assert torch.allclose(outputs(loaded)[0], outputs(pipe)[0], atol=1e-4)
+
+
+def _far(one: Any, role: str) -> Any:
+    """The delta with every value of one factor 1e30 times as large: each still fits in float32."""
+    return replace(one, **{role: Tensor.of(getattr(one, role).read() * np.float32(1e30))})
+
+
+@pytest.mark.parametrize(
+    ("one", "method", "options"),
+    [
+        (_far(_far(loha(1), "w1_a"), "w2_a"), "concat", {}),
+        (_far(tucker(1), "up"), "concat", {}),
+        (Full(Tensor.of(np.full((12, 10), 1e30, np.float32))), "concat", {}),
+        (_far(lora(*factors(1)), "up"), "orthogonal", {}),
+        (_far(lora(*factors(1)), "up"), "linear", {}),
+        (_far(_far(lora(*factors(1)), "up"), "down"), "magnitude_prune_svd", {"density": 1.0}),
+        (Full(Tensor.of(np.full((12, 10), 1e30, np.float32))), "ties_svd", {"density": 1.0, "rule": RankRule(2)}),
+    ],
+)  # fmt: skip
+def test_computed_factors_too_large_for_their_dtype_are_refused(one: Any, method: str, options: dict[str, Any]) -> None:
+    """Not written as Inf, whatever the algorithm the factors are of."""
+    weight = 1e20 if method == "linear" else 1e10
+    with pytest.raises(RefusedError, match="not fit in float32"):
+        made = combined([(adapter({"m": one}), weight), (adapter({"m": one}), 1.0)], method=method, **options).adapter
+        for factor in made.deltas[Target("m")].factors().values():
+            factor.read()
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.3, 0.7, -1.0)])
+@pytest.mark.parametrize("rule", [RankRule(2), RankRule(error=0.1), RankRule(energy=0.9)])
+@pytest.mark.parametrize("one", [lora(*factors(1, 3), alpha=1.7), loha(1), tucker(1), lokr(1)], ids=lambda one: type(one).__name__)
+def test_of_adapters_that_cancel_each_other_nothing_is_left_and_that_is_said(one: Any, rule: RankRule, weights: tuple[float, ...]) -> None:
+    """No rank and no error of the dust that rounding leaves, through factors or (LoKr) through rows of dW."""
+    result = combined([(adapter({"m": one}), weight) for weight in weights], method="svd", rule=rule)
+    (facts,) = result.modules
+    assert (facts["energy"], facts["error"], facts["norm"]) == (1.0, 0.0, 0.0)
+    assert not dense(result.adapter).any() and (rule.rank is not None or facts["new_rank"] == 1)
+    assert [finding.code for finding in result.adapter.findings if finding.severity] == ["nothing-left"]
+
+
+def test_the_error_of_a_cut_is_of_the_sum_and_not_of_its_rounding() -> None:
+    """Two stages of one training, one taken from the other: what is left of factors rounded side by side to float32 is off by more than its own rounding."""
+    up, down = (factor.astype(np.float64) for factor in factors(1, 6))
+    later = lora((up + 1e-5 * factors(2, 6)[0]).astype(np.float32), down.astype(np.float32), alpha=2.0)
+    items = [(adapter({"m": later}), 1 / 3), (adapter({"m": lora(*factors(1, 6), alpha=2.0)}), -1 / 3)]
+    result = combined(items, method="svd", rule=RankRule(6))
+    meant = sum(weight * dense(one) for one, weight in items)
+    gap = np.linalg.norm(dense(result.adapter) - meant) / np.linalg.norm(meant)
+    assert gap < 1e-6 and result.modules[0]["error"] == pytest.approx(gap, rel=0.5, abs=2e-7)

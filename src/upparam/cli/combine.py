@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _description()
-    parser.add_argument("--method", default="concat", metavar="METHOD", help="how; see above (default: concat, which is exact)")
+    parser.add_argument("--method", default="concat", metavar="METHOD", help="how; see above (default: concat)")
     add_rank_rule(parser)
     parser.add_argument("--density", type=float, metavar="D", help="the share of values that a pruning method keeps, such as 0.5")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random pruning (default 0)")

@@ -323,7 +323,7 @@ def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         out += _text(key) + struct.pack(f"<I{dims}QIQ", dims, *reversed(tensor.shape), number, at)
         at += _padded(tensor.nbytes)
     stream.write(bytes(out) + bytes(_padded(len(out)) - len(out)))
-    put(stream, list(tensors.values()), _padded)
+    put(stream, tensors, _padded)
 
 
 def _fits(key: str, tensor: Tensor) -> None:

@@ -209,4 +209,4 @@ def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     """Write a safetensors file to a binary stream; to a real file with two threads, of which each has one tensor in memory where it has to be computed."""
     ordered = layout_order(tensors)
     stream.write(header_bytes(ordered, metadata))
-    put(stream, list(ordered.values()))
+    put(stream, ordered)

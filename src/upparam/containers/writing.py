@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BufferedWriter
-from typing import Any
+from typing import Any, TypeVar
 
+from upparam.errors import UpparamError
 from upparam.tensors import Tensor, scratch
 
+Made = TypeVar("Made")
 
-def put(stream: Any, tensors: Sequence[Tensor], padded: Callable[[int], int] = int) -> None:
-    """The bytes of the tensors one after the other from where the stream is, zeros behind each up to the size that `padded` makes of its own."""
-    if isinstance(stream, BufferedWriter) and sum(tensor.nbytes for tensor in tensors) > _GROUP:
+
+def put(stream: Any, tensors: Mapping[str, Tensor], padded: Callable[[int], int] = int) -> None:
+    """The bytes of the named tensors one after the other from where the stream is, zeros behind each up to the size that `padded` makes of its own."""
+    if isinstance(stream, BufferedWriter) and sum(tensor.nbytes for tensor in tensors.values()) > _GROUP:
         _put_side_by_side(stream, tensors, padded)
         return
-    for tensor in tensors:
-        for chunk in chunks(tensor):
+    for name, tensor in tensors.items():
+        for chunk in chunks(tensor, name):
             stream.write(chunk)
         stream.write(bytes(padded(tensor.nbytes) - tensor.nbytes))
 
@@ -26,24 +29,24 @@ _GROUP = 4 << 20
 """Bytes that a thread takes at a time, where tensors are smaller."""
 
 
-def _put_side_by_side(stream: BufferedWriter, tensors: Sequence[Tensor], padded: Callable[[int], int]) -> None:
+def _put_side_by_side(stream: BufferedWriter, tensors: Mapping[str, Tensor], padded: Callable[[int], int]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     start = at = stream.tell()
-    groups: list[list[tuple[int, Tensor]]] = [[]]
-    for tensor in tensors:
+    groups: list[list[tuple[int, str, Tensor]]] = [[]]
+    for name, tensor in tensors.items():
         if at - start > _GROUP:
             groups.append([])
             start = at
-        groups[-1].append((at, tensor))
+        groups[-1].append((at, name, tensor))
         at += padded(tensor.nbytes)
     stream.flush()
     descriptor = stream.fileno()
     make_room(descriptor, at)
 
-    def work(group: Sequence[tuple[int, Tensor]]) -> None:
-        for offset, tensor in group:
-            for chunk in chunks(tensor):
+    def work(group: Sequence[tuple[int, str, Tensor]]) -> None:
+        for offset, name, tensor in group:
+            for chunk in chunks(tensor, name):
                 offset += write_at(descriptor, chunk, offset)
 
     with ThreadPoolExecutor(2) as pool:
@@ -76,18 +79,27 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> int:
     return len(data)
 
 
-def chunks(tensor: Tensor, size: int = 1 << 20) -> Iterable[bytes | memoryview]:
+def chunks(tensor: Tensor, name: str | None = None, size: int = 1 << 20) -> Iterable[bytes | memoryview]:
     """The tensor's little-endian bytes, in pieces when any span of them can be read, so that a huge table never fills memory.
 
     Each piece is to be used before the next is asked for: they share a buffer, which stays in the cache.
+    What goes wrong while a tensor is computed is told of `name`.
     """
     readinto = getattr(tensor.source, "readinto", None)
     if readinto is None or not tensor.is_contiguous or tensor.big_endian:
-        yield tensor.read().reshape(-1).view("u1").data if tensor.numel else b""
+        yield _told(name, lambda: tensor.read().reshape(-1).view("u1").data) if tensor.numel else b""
         return
     size = getattr(tensor.source, "piece", size)
     buffer = scratch(size)
     for at in range(0, tensor.nbytes, size):
         part = buffer[: min(size, tensor.nbytes - at)]
-        readinto(tensor.offset + at, part)
+        _told(name, readinto, tensor.offset + at, part)
         yield part
+
+
+def _told(name: str | None, make: Callable[..., Made], *given: Any) -> Made:
+    try:
+        return make(*given)
+    except UpparamError as problem:
+        problem.locate(tensor=name)
+        raise

@@ -131,8 +131,8 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[
     at = len(header) if kept else len(_with_empty_metadata(header))
     start = b"" if at <= _LEGACY_START else (header if kept else _with_empty_metadata(header))[_LEGACY_START : _LEGACY_START + _LEGACY_SIZE]
     legacy.update(start)
-    for tensor in ordered.values():
-        for chunk in chunks(tensor):
+    for name, tensor in ordered.items():
+        for chunk in chunks(tensor, name):
             model.update(chunk)
             low, high = max(_LEGACY_START - at, 0), _LEGACY_START + _LEGACY_SIZE - at
             if high > 0:

@@ -15,6 +15,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule, difference
 from upparam.algorithms.slicing import RowSlice
 from upparam.errors import RefusedError
+from upparam.operations.recast import stored
 from upparam.operations.spool import Keep
 from upparam.tensors import DType, doubles
 
@@ -153,10 +154,4 @@ def _change(target: Target, delta: Delta, update: Update, weight: Weight | None)
 
 
 def _stored(values: Matrix, dtype: DType) -> NDArray[Any]:
-    import ml_dtypes
-
-    largest = float(max(values.max(initial=0.0), -values.min(initial=0.0)))
-    if largest > float(ml_dtypes.finfo(dtype.numpy).max):
-        raise RefusedError(f"the factors do not fit in {dtype}", found=f"{largest:.3g}", remedy="change the dtype with 'upparam edit'")
-    stored: NDArray[Any] = values.astype(dtype.numpy)
-    return stored
+    return stored(values, dtype, remedy="give the adapter a wider dtype first: 'upparam edit --dtype'")

@@ -11,24 +11,37 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+def stored(values: NDArray[Any], dtype: DType, *, file: str | None = None, remedy: str = "choose a wider dtype") -> NDArray[Any]:
+    """Computed values (float64 or float32) rounded once into `dtype`, same shape. What is not finite stays so.
+
+    Raises RefusedError where a finite value does not fit.
+    """
+    import numpy as np
+
+    from upparam.operations.merge.rounding import NO_INFINITY, largest, narrow
+
+    size = largest_finite(values)
+    if size > largest(dtype) and (dtype.name in NO_INFINITY or not np.isfinite(narrow(np.array([size]), dtype)).all()):
+        raise RefusedError(f"a value does not fit in {dtype}", file=file, found=f"{size:.3g}", remedy=remedy)
+    return narrow(values, dtype)
+
+
+def largest_finite(values: NDArray[Any]) -> float:
+    """The largest size of a finite value; 0.0 where there is none."""
+    import numpy as np
+
+    size = max(float(np.fmax.reduce(values, axis=None, initial=0.0)), -float(np.fmin.reduce(values, axis=None, initial=0.0)))
+    return size if np.isfinite(size) else float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+
+
 def multiplied(tensor: Tensor, factor: float, dtype: DType | None = None) -> Tensor:
     """Every element times `factor`, in `dtype` (its own when None). Raises RefusedError, when read, where a finite value does not fit."""
     wanted = dtype or tensor.dtype
 
     def make() -> NDArray[Any]:
-        import numpy as np
-
-        from upparam.operations.merge.rounding import NO_INFINITY, largest, narrow
-
         values = tensor.doubles()
         values *= factor
-        size = np.abs(values[np.isfinite(values)]).max(initial=0.0)
-        stored = narrow(values, wanted)
-        if size > largest(wanted) and (wanted.name in NO_INFINITY or not np.isfinite(narrow(np.array([size]), wanted)).all()):
-            raise RefusedError(
-                f"a value does not fit in {wanted}", file=tensor.source.name, found=f"{size:.3g}", remedy="choose a wider dtype"
-            )
-        return stored
+        return stored(values, wanted, file=tensor.source.name)
 
     return Tensor.computed(wanted, tensor.shape, make, tensor.source.name)
 

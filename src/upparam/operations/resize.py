@@ -22,6 +22,7 @@ from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.operations.convert import write_adapter
 from upparam.operations.opening import open_adapter
+from upparam.operations.recast import stored
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
@@ -51,7 +52,8 @@ class Cut:
     """What resizing did to one module (or to the parts of a fused weight that share their down factor).
 
     `energy` is the share of ||dW||^2 kept, `error` = ||dW - dW'|| / ||dW|| with dW' as stored, rounding included, `optimum` the smallest
-    error any factors of that rank (in that form) can have before rounding; None where it is not computed.
+    error any factors of that rank (in that form) can have before rounding; None where it is not computed. `norm` is ||dW||, 0.0 also for
+    factors that cancel each other; None where it is not computed.
     """
 
     targets: tuple[str, ...]
@@ -61,6 +63,7 @@ class Cut:
     energy: float
     error: float
     optimum: float | None
+    norm: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready facts."""
@@ -140,14 +143,13 @@ def resized(
         try:
             return cut_job(job, rule, alpha, keep)
         except UpparamError as problem:
-            raise type(problem)(
-                problem.message, file=problem.file or _file(adapter), tensor=problem.tensor or str(job.targets[0]),
-                expected=problem.expected, found=problem.found, remedy=problem.remedy,
-            ) from problem  # fmt: skip
+            problem.locate(file=_file(adapter), tensor=str(job.targets[0]))
+            raise
 
     for job, (delta, cut) in zip(jobs, in_threads(work, jobs, [job.size for job in jobs], threads, progress), strict=True):
         cuts.append(cut)
         deltas.update(job.parts(delta))
+    findings += nothing_left(_file(adapter), [cut.norm for cut in cuts], "they change nothing")
     result = replace(adapter, deltas=deltas, findings=[*adapter.findings, *findings])
     return restated(result), cuts
 
@@ -158,6 +160,8 @@ class Job(NamedTuple):
     targets: tuple[Target, ...]
     delta: Delta
     rows: tuple[int, ...]
+    dtype: DType | None = None
+    """Of the factors of the resized delta; None for that of the old ones."""
 
     @property
     def size(self) -> int:
@@ -245,12 +249,12 @@ def cut_job(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
     update = delta.load()
     pair = update.low_rank()
     if pair is None or (type(delta) is not LoRA and pair[0].shape[1] > _WIDE):
-        return _project(delta, update, names, rule, alpha, keep)
+        return _project(job, update, names, rule, alpha, keep)
     up, down = pair
-    dtypes = _dtypes(delta)
+    dtypes = _dtypes(job)
     found, rank = truncate(up, down, rule, conv=conv, resolution=max(_epsilon(dtype) for dtype in dtypes))
     if type(delta) is LoRA and rank >= delta.rank:
-        return delta, Cut(names, delta.algorithm, delta.rank, delta.rank, 1.0, 0.0, 0.0)
+        return delta, Cut(names, delta.algorithm, delta.rank, delta.rank, 1.0, 0.0, 0.0, found.norm * abs(scale))
     scaling, factor = rescaled(delta.scaling if type(delta) is LoRA else Scaling(alpha=scale * rank), scale, rank, alpha)
     norm = found.norm
     if norm == 0.0:
@@ -263,10 +267,10 @@ def cut_job(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
     stored_up, stored_down = _stored(new_up, dtypes[0]), _stored(new_down, dtypes[1])
     result = _lora(delta, stored_up, stored_down, scaling, keep)
     if norm == 0.0 or scale == 0.0:  # dW is zero, whatever the factors are
-        return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0, 0.0, 0.0)
+        return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0, 0.0, 0.0, 0.0)
     error = found.gap(doubles(stored_up), doubles(stored_down), 1 / factor) / norm
     optimum = found.tail(rank) / norm
-    return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - optimum**2, error, optimum)
+    return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - optimum**2, error, optimum, norm * abs(scale))
 
 
 def _resize_tucker(delta: LoRA, names: tuple[str, ...], rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
@@ -298,7 +302,13 @@ def _resize_tucker(delta: LoRA, names: tuple[str, ...], rule: RankRule, alpha: A
         keep(stored_up.reshape(-1, rank, *delta.up.shape[2:])), keep(stored_down.reshape(rank, -1, *delta.down.shape[2:])),
         scaling, keep(stored_mid.reshape(rank, rank, *kernel)), delta.embedding,
     )  # fmt: skip
-    return result, Cut(names, delta.algorithm, old, rank, 1.0 - lost if norm else 1.0, error, None)
+    return result, Cut(names, delta.algorithm, old, rank, 1.0 - lost if norm else 1.0, error, None, norm * abs(delta.known_scale()))
+
+
+def nothing_left(file: str | None, norms: Sequence[float | None], why: str) -> list[Finding]:
+    """A warning of modules whose dW is zero, given their norms (None: not known)."""
+    zero = sum(norm == 0.0 for norm in norms)
+    return [warning("nothing-left", file or "", f"dW is zero in {zero} of {len(norms)} modules: {why}")] if zero else []
 
 
 def rescaled(scaling: Scaling, scale: float, rank: int, rule: AlphaRule) -> tuple[Scaling, float]:
@@ -313,11 +323,11 @@ def rescaled(scaling: Scaling, scale: float, rank: int, rule: AlphaRule) -> tupl
     return new, scale / (number / divisor)
 
 
-def _project(delta: Delta, update: Update, names: tuple[str, ...], rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
+def _project(job: Job, update: Update, names: tuple[str, ...], rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Delta, Cut]:
     """A LoRA from the leading singular vectors of a dW that only gives its rows: products with tiles of it, as many as `rule` wants."""
     from upparam.algorithms.krylov import Rows, leading, optimum
 
-    conv = prod(delta.shape[2:]) > 1
+    delta, conv = job.delta, prod(job.delta.shape[2:]) > 1
     matrix = Rows((delta.shape[0], prod(delta.shape[1:])), update.rows)
     total = matrix.total()
     cap = rule.cap(conv)
@@ -328,7 +338,7 @@ def _project(delta: Delta, update: Update, names: tuple[str, ...], rule: RankRul
     scaling, factor = rescaled(Scaling(alpha=update.scale * rank), update.scale, rank, alpha)
     multiplier = update.scale / factor
     up, down = (up / multiplier, down) if multiplier else (up, down)
-    dtype = _dtypes(delta)[0]
+    dtype = _dtypes(job)[0]
     stored_up, stored_down = _stored(up, dtype), _stored(down, dtype)
     lost = 0.0
     for start, stop in tiles(matrix.shape):
@@ -337,7 +347,7 @@ def _project(delta: Delta, update: Update, names: tuple[str, ...], rule: RankRul
     norm = sqrt(total)
     best = optimum(total, found) / norm if norm else 0.0
     result = _lora(delta, stored_up, stored_down, scaling, keep)
-    return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - best**2, sqrt(lost) / norm if norm else 0.0, best)
+    return result, Cut(names, delta.algorithm, delta.rank, rank, 1.0 - best**2, sqrt(lost) / norm if norm else 0.0, best, norm)
 
 
 def _lora(delta: Delta, up: NDArray[Any], down: NDArray[Any], scaling: Scaling, keep: Keep) -> LoRA:
@@ -348,11 +358,11 @@ def _lora(delta: Delta, up: NDArray[Any], down: NDArray[Any], scaling: Scaling, 
     )  # fmt: skip
 
 
-def _dtypes(delta: Delta) -> tuple[DType, DType]:
-    """The dtypes of the new up and down: the old ones', or those of the first factor of another algorithm."""
-    if isinstance(delta, LoRA):
-        return delta.up.dtype, delta.down.dtype
-    first = next(iter(delta.factors().values())).dtype
+def _dtypes(job: Job) -> tuple[DType, DType]:
+    """The dtypes of the new up and down: as the job says, the old ones', or those of the first factor of another algorithm."""
+    if job.dtype is None and isinstance(job.delta, LoRA):
+        return job.delta.up.dtype, job.delta.down.dtype
+    first = job.dtype or next(iter(job.delta.factors().values())).dtype
     return first, first
 
 
@@ -364,15 +374,7 @@ def _epsilon(dtype: DType) -> float:
 
 
 def _stored(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
-    import ml_dtypes
-
-    largest = float(max(values.max(initial=0.0), -values.min(initial=0.0)))
-    if largest > float(ml_dtypes.finfo(dtype.numpy).max):
-        raise RefusedError(
-            f"the resized factors do not fit in {dtype}", found=f"{largest:.3g}", remedy="change the dtype with 'upparam edit'"
-        )
-    stored: NDArray[Any] = values.astype(dtype.numpy)
-    return stored
+    return stored(values, dtype, remedy="give the adapter a wider dtype first: 'upparam edit --dtype'")
 
 
 def _summary(cuts: Sequence[Cut]) -> dict[str, Any]:

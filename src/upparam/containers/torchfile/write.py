@@ -37,8 +37,8 @@ def write(stream: IO[bytes], structure: Any) -> None:
     zipped = _Zip(stream)
     zipped.add(f"{ROOT}/data.pkl", [b"\x80\x02" + b"".join(pickler.parts) + b"."])
     zipped.add(f"{ROOT}/byteorder", [b"little"])
-    for key, tensor in enumerate(pickler.storages):
-        zipped.add(f"{ROOT}/data/{key}", chunks(tensor), tensor.nbytes)
+    for key, (name, tensor) in enumerate(pickler.storages):
+        zipped.add(f"{ROOT}/data/{key}", chunks(tensor, name), tensor.nbytes)
     zipped.add(f"{ROOT}/version", [b"3\n"])
     zipped.close()
 
@@ -48,7 +48,7 @@ class _Pickler:
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
-        self.storages: list[Tensor] = []
+        self.storages: list[tuple[str, Tensor]] = []
         self.keys: dict[int, int] = {}
 
     def put(self, *parts: bytes) -> None:
@@ -107,7 +107,7 @@ class _Pickler:
         key = self.keys.get(id(tensor))
         if key is None:
             key = self.keys[id(tensor)] = len(self.storages)
-            self.storages.append(tensor)
+            self.storages.append((path.lstrip("/"), tensor))
         typed = _TYPED.get(tensor.dtype.name)
         self.put(b"ctorch._utils\n_rebuild_tensor_v2\n(" if typed else b"ctorch._utils\n_rebuild_tensor_v3\n(", b"(")
         self.scalar("storage", path)

@@ -1,4 +1,4 @@
-"""Combine: several adapters as one. By default its dW is exactly the weighted sum of theirs; other methods are told apart in METHODS."""
+"""Combine: several adapters as one. By default its dW is the weighted sum of theirs, but for one rounding; other methods are told apart in METHODS."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from upparam.atomic import refuse_existing
 from upparam.dialects.base import ReadOptions
 from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
-from upparam.operations.combine.exact import concatenated, orthogonal, to_cut
+from upparam.operations.combine.exact import Sum, concatenated, orthogonal, to_cut, wide_enough
 from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
 from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
 from upparam.operations.convert import write_adapter
 from upparam.operations.merge.plan import BlockWeight
 from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
-from upparam.operations.resize import cut_job, cuttable
+from upparam.operations.resize import cut_job, cuttable, nothing_left
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
@@ -47,7 +47,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "concat": Method("factors side by side; ranks add, dW is exactly the weighted sum", "factors"),
+    "concat": Method(
+        "factors side by side; ranks add, dW is the weighted sum (up rounded once, to float32, where scales or dtypes differ)", "factors"
+    ),
     "orthogonal": Method(
         "concat, each adapter projected off the column and row spaces of those before it: dW_i' = (1 - P) dW_i (1 - R)", "factors"
     ),
@@ -167,6 +169,9 @@ def combined(
     findings.append(
         info("combined", file_of(first), f"{method}: {len(found)} modules, {alone} of them changed by one adapter alone", *weights)
     )
+    if rule is not None:
+        cancelled = "the adapters cancel each other there, or change nothing by themselves"
+        findings += nothing_left(file_of(first), [facts["norm"] for facts in modules if "norm" in facts], cancelled)
     if block_weight is not None:
         findings += _weighted(items, block_weight)
     leftovers = {f"{file_of(adapter)}:{name}": tensor for adapter, _ in items for name, tensor in adapter.leftovers.items()}
@@ -239,33 +244,33 @@ Made = tuple[Delta, dict[str, Any]]
 def _worker(chosen: Method, method: str, how: Arithmetic, rule: RankRule | None, keep: Keep) -> Callable[[Place], Made]:
     def work(place: Place) -> Made:
         try:
-            delta, facts = _join(place, chosen, method, how, rule is not None, keep)
+            delta, facts = _join(place, chosen, method, how, rule, keep)
             if rule is None or not cuttable(delta):
                 return delta, facts
-            delta, cut = cut_job(place.job._replace(delta=delta), rule, "scale", keep)
+            dtype = wide_enough(place.pieces) if isinstance(delta, Sum) else None
+            delta, cut = cut_job(place.job._replace(delta=delta, dtype=dtype), rule, "scale", keep)
             return delta, facts | cut.facts()
         except UpparamError as problem:
-            raise type(problem)(
-                problem.message, file=problem.file or place.pieces[0].file, tensor=problem.tensor or place.name, expected=problem.expected,
-                found=problem.found, remedy=problem.remedy,
-            ) from problem  # fmt: skip
+            problem.locate(file=place.pieces[0].file, tensor=place.name)
+            raise
 
     return work
 
 
-def _join(place: Place, chosen: Method, method: str, how: Arithmetic, cut: bool, keep: Keep) -> Made:
+def _join(place: Place, chosen: Method, method: str, how: Arithmetic, rule: RankRule | None, keep: Keep) -> Made:
     if len(place.pieces) == 1 and chosen.alone:
         return scaled(place.pieces[0]), {}
     if method == "concat":
-        return (to_cut(place) if cut else concatenated(place)), {}
+        return (concatenated(place) if rule is None else to_cut(place, rule)), {}
     if method == "orthogonal":
         delta, left = orthogonal(place)
         shares = {str(piece.number): round(share, 6) for piece, share in zip(place.pieces, left, strict=True)}
-        return (delta if cut else _kept(delta, keep)), {"targets": [str(target) for target in place.job.targets], "left": shares}
+        return (_kept(delta, keep) if rule is None else delta), {"targets": [str(target) for target in place.job.targets], "left": shares}
     if chosen.form == "factors":
         delta = on_factors(place, how)
-        return (delta if cut else _kept(delta, keep)), {}
-    return (to_cut(place) if chosen.prune is None else on_weights(place, how)), {}
+        return (_kept(delta, keep) if rule is None else delta), {}
+    assert rule is not None
+    return (to_cut(place, rule) if chosen.prune is None else on_weights(place, how)), {}
 
 
 def _kept(delta: Delta, keep: Keep) -> Delta:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upparam._native import compiled
 from upparam.errors import RefusedError
+from upparam.operations.recast import largest_finite
 from upparam.tensors import DType, Tensor, lies_as_wanted, singles
 
 if TYPE_CHECKING:
@@ -89,15 +90,10 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
 
 def _refuse_overflow(values: NDArray[Any], factor: float, dtype: DType) -> None:
     """Raise where a finite value times the factor does not fit in the dtype."""
-    import ml_dtypes
-    import numpy as np
+    from upparam.operations.merge.rounding import largest
 
-    wide = singles(values) if values.dtype.itemsize < 4 else values
-    largest = float(ml_dtypes.finfo(dtype.numpy).max)
-    size = max(float(np.fmax.reduce(wide, initial=0.0)), -float(np.fmin.reduce(wide, initial=0.0)))
-    if size == float("inf"):
-        size = float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0))
-    if size * abs(factor) > largest:
+    size = largest_finite(singles(values) if values.dtype.itemsize < 4 else values)
+    if size * abs(factor) > largest(dtype):
         raise RefusedError(
             f"a multiplier makes a factor too large for {dtype}", found=f"{size:.3g} times {factor:.3g}", remedy="give a smaller multiplier"
         )

@@ -14,11 +14,14 @@ from upparam.algorithms.lora import LoRA
 from upparam.errors import RefusedError
 from upparam.operations.combine.beside import beside, widened
 from upparam.operations.combine.pieces import Piece, Place
+from upparam.operations.recast import stored
 from upparam.tensors import DTYPES, DType, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from upparam.algorithms.lowrank import RankRule
 
     Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -31,7 +34,7 @@ def concatenated(place: Place) -> Delta:
     where one has none but is stored as large as dW itself, the sum is a full difference. Raises RefusedError for those that have neither.
     """
     pieces = place.pieces
-    loras = [(piece.delta, piece.strength()) for piece in pieces if type(piece.delta) is LoRA and piece.delta.mid is None]
+    loras = _loras(place)
     if len(loras) == len(pieces):
         return _concatenated(loras)
     forms = [_low_rank(piece) for piece in pieces]
@@ -48,6 +51,16 @@ def concatenated(place: Place) -> Delta:
                 else "merge it into its base and make a LoRA of the difference with 'upparam extract'",
             )  # fmt: skip
     return _full(place)
+
+
+def _loras(place: Place) -> list[tuple[LoRA, float]]:
+    """Those of the pieces that are plain LoRAs, each with its weight times its scale."""
+    return [(piece.delta, piece.strength()) for piece in place.pieces if type(piece.delta) is LoRA and piece.delta.mid is None]
+
+
+def _as_stored(loras: Sequence[tuple[LoRA, float]]) -> bool:
+    """True where factors side by side are the sum without a rounding: of one scale and dtype."""
+    return len({scale for _, scale in loras}) == 1 and len({factor.dtype for delta, _ in loras for factor in (delta.up, delta.down)}) == 1
 
 
 def _low_rank(piece: Piece) -> Pair | None:
@@ -69,12 +82,16 @@ def _wide(dtypes: Iterable[DType]) -> DType:
     return DTYPES["float64" if DTYPES["float64"] in dtypes else "float32"]
 
 
+def fitted(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """Computed values rounded once to the dtype of the result. Raises RefusedError where a finite one does not fit."""
+    return stored(values, dtype, remedy="give a smaller multiplier, or one adapter float64 factors first: 'upparam edit --dtype fp64'")
+
+
 def _concatenated(loras: Sequence[tuple[LoRA, float]]) -> LoRA:
     first = loras[0][0]
     rank = sum(delta.rank for delta, _ in loras)
-    scales = {scale for _, scale in loras}
-    dtypes = list(dict.fromkeys(factor.dtype for delta, _ in loras for factor in (delta.up, delta.down)))
-    as_stored = len(scales) == 1 and len(dtypes) == 1
+    as_stored = _as_stored(loras)
+    dtypes = [factor.dtype for delta, _ in loras for factor in (delta.up, delta.down)]
     scale, dtype = (loras[0][1], dtypes[0]) if as_stored else (1.0, _wide(dtypes))
     shape = (first.up.shape[0], rank, *first.up.shape[2:])
     down = Tensor.stack([delta.down if as_stored else widened(delta.down, dtype) for delta, _ in loras])
@@ -90,8 +107,8 @@ def _joined_pairs(place: Place, ranks: Sequence[int]) -> LoRA:
         return [form for piece in place.pieces if (form := _low_rank(piece)) is not None]
 
     return lora_of(
-        shape, rank, Tensor.computed(dtype, (shape[0], rank), lambda: _beside(pairs()).astype(dtype.numpy), "combined up"),
-        Tensor.computed(dtype, (rank, prod(shape[1:])), lambda: _below(pairs()).astype(dtype.numpy), "combined down"), _embedding(place),
+        shape, rank, Tensor.computed(dtype, (shape[0], rank), lambda: fitted(_beside(pairs()), dtype), "combined up"),
+        Tensor.computed(dtype, (rank, prod(shape[1:])), lambda: fitted(_below(pairs()), dtype), "combined down"), _embedding(place),
     )  # fmt: skip
 
 
@@ -126,7 +143,7 @@ def _full(place: Place) -> Full:
 
     def make() -> NDArray[Any]:
         total: Any = sum(piece.weight * piece.delta.load().rows(0, shape[0]) for piece in place.pieces)
-        return total.reshape(shape).astype(dtype.numpy)  # type: ignore[no-any-return]
+        return fitted(total.reshape(shape), dtype)
 
     classes = {type(piece.delta) for piece in place.pieces}
     kind = next(iter(classes)) if len(classes) == 1 else Full
@@ -140,8 +157,15 @@ class _SumUpdate(Update):
         self.parts, self.shape, self.scale = parts, parts[0][0].shape, 1.0
 
     def rows(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Rows [start, stop) of the sum."""
-        total: NDArray[np.float64] = sum(weight * update.rows(start, stop) for update, weight in self.parts)  # type: ignore[assignment]
+        """Rows [start, stop) of the sum; zero where what is left of the terms is no more than their roundings."""
+        import numpy as np
+
+        total, sizes = np.zeros((stop - start, prod(self.shape[1:]))), np.zeros((stop - start, prod(self.shape[1:])))
+        for update, weight in self.parts:
+            rows = weight * update.rows(start, stop)
+            total += rows
+            sizes += np.abs(rows)
+        total[np.abs(total) <= len(self.parts) * 2.0**-52 * sizes] = 0.0
         return total
 
     def low_rank(self) -> Pair | None:
@@ -166,9 +190,10 @@ class Sum(Delta):
         return self.pieces[0].delta.shape
 
     @property
-    def rank(self) -> None:
-        """None: what it is nobody knows before it is cut."""
-        return None
+    def rank(self) -> int | None:
+        """Theirs added, where all are plain LoRAs."""
+        ranks = [piece.delta.rank for piece in self.pieces if type(piece.delta) is LoRA]
+        return sum(ranks) if len(ranks) == len(self.pieces) else None
 
     @property
     def embedding(self) -> bool:
@@ -184,10 +209,16 @@ class Sum(Delta):
         return _SumUpdate([(piece.delta.load(), piece.weight) for piece in self.pieces])
 
 
-def to_cut(place: Place) -> Delta:
-    """The sum in the form that cutting it takes: concatenated where all are LoRAs, else a Sum. Raises RefusedError where one has no dW."""
-    if all(type(piece.delta) is LoRA and piece.delta.mid is None for piece in place.pieces):
-        return concatenated(place)
+def to_cut(place: Place, rule: RankRule) -> Delta:
+    """The sum in the form that cutting it takes: concatenated where that keeps all bits or no rank is to go, else a Sum, which rounds nothing.
+
+    Raises RefusedError where one has no dW.
+    """
+    loras = _loras(place)
+    if len(loras) == len(place.pieces):
+        cap = rule.cap(prod(loras[0][0].shape[2:]) > 1)
+        if _as_stored(loras) or (rule.lost is None and (cap is None or cap >= sum(delta.rank for delta, _ in loras))):
+            return _concatenated(loras)
     for piece in place.pieces:
         piece.strength()
         if not piece.delta.additive:
@@ -226,7 +257,7 @@ def orthogonal(place: Place) -> tuple[LoRA, list[float]]:
         pairs.append((new_up, new_down.T))
         left.append(_size(new_up, new_down.T) / before if before else 1.0)
     dtype = wide_enough(place.pieces)
-    made = [Tensor.of(array.astype(dtype.numpy)) for array in (_beside(pairs), _below(pairs))]
+    made = [Tensor.of(fitted(array, dtype)) for array in (_beside(pairs), _below(pairs))]
     return lora_of(shape, made[0].shape[1], made[0], made[1], _embedding(place)), left
 
 

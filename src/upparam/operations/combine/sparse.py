@@ -18,9 +18,9 @@ from upparam.algorithms.base import tiles
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
 from upparam.errors import MalformedError, MismatchError, RefusedError
-from upparam.operations.combine.exact import lora_of, wide_enough
+from upparam.operations.combine.exact import fitted, lora_of, wide_enough
 from upparam.operations.combine.pieces import Piece, Place
-from upparam.tensors import Tensor
+from upparam.tensors import DTYPES, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,7 +69,7 @@ def on_factors(place: Place, how: Arithmetic) -> LoRA:
     up = _added([(_seed(how, place, piece, 0), read, share) for (piece, read, _), share in zip(tasks, shares, strict=True)], how)
     down = _added([(_seed(how, place, piece, 1), read, share) for (piece, _, read), share in zip(tasks, signed, strict=True)], how)
     dtype = wide_enough(place.pieces)
-    made = [Tensor.of(array.reshape(size).astype(dtype.numpy)) for array, size in ((up, (shape[0], rank)), (down, (rank, -1)))]
+    made = [Tensor.of(fitted(array.reshape(size), dtype)) for array, size in ((up, (shape[0], rank)), (down, (rank, -1)))]
     return lora_of(shape, rank, made[0], made[1], deltas[0][1].embedding)
 
 
@@ -78,6 +78,8 @@ def on_weights(place: Place, how: Arithmetic) -> Full:
 
     At most five arrays of the weight's size are held. Raises RefusedError for deltas without a dW.
     """
+    import numpy as np
+
     shape = place.pieces[0].delta.shape
     tasks = []
     for piece in place.pieces:
@@ -88,7 +90,11 @@ def on_weights(place: Place, how: Arithmetic) -> Full:
                 file=piece.file, tensor=place.name,
             )  # fmt: skip
         tasks.append((_seed(how, place, piece, 2), _dense(piece), piece.weight))
-    return Full(Tensor.of(_added(tasks, how).reshape(shape)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = _added(tasks, how).reshape(shape)
+    if not np.isfinite(total).all():
+        raise RefusedError("the weighted sum does not fit in float32", tensor=place.name, remedy="give a smaller multiplier")
+    return Full(Tensor.of(total))
 
 
 def _dense(piece: Piece) -> Task:
@@ -99,7 +105,7 @@ def _dense(piece: Piece) -> Task:
         update = delta.load()
         matrix = np.empty((delta.shape[0], prod(delta.shape[1:])), np.float32)
         for start, stop in tiles(delta.shape):
-            matrix[start:stop] = update.rows(start, stop)
+            matrix[start:stop] = fitted(update.rows(start, stop), DTYPES["float32"])
         return matrix
 
     return make

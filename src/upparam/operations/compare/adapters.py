@@ -57,10 +57,8 @@ def _compare(angles: bool, job: Job) -> ModuleComparison:
     try:
         return compare_deltas(str(target), mine, theirs, angles)
     except UpparamError as problem:
-        raise type(problem)(
-            problem.message, file=problem.file, tensor=problem.tensor or str(target), expected=problem.expected, found=problem.found,
-            remedy=problem.remedy,
-        ) from problem  # fmt: skip
+        problem.locate(tensor=str(target))
+        raise
 
 
 def _base(adapter: Adapter) -> str | None:

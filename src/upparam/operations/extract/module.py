@@ -12,9 +12,9 @@ from upparam.adapter import Extra, ExtraKind
 from upparam.algorithms.base import Scaling, tiles
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
-from upparam.errors import RefusedError
 from upparam.operations.extract.difference import Difference, Workspace, difference, same_weights, square
 from upparam.operations.extract.pairing import Pair
+from upparam.operations.recast import stored
 from upparam.operations.spool import Keep
 from upparam.tensors import DTYPES, DType, Tensor
 
@@ -143,17 +143,11 @@ class Maker:
             return None
 
     def _stored(self, job: Pair, found: Leading) -> tuple[NDArray[Any], NDArray[Any]]:
-        import ml_dtypes
-
         up, down = found.factors()
         own = job.tuned.dtype if job.tuned.dtype.name in ("float32", "float16", "bfloat16") else DTYPES["float32"]
         dtype = self.dtype or own
-        largest = max(abs(factor).max(initial=0.0) for factor in (up, down))
-        if largest > float(ml_dtypes.finfo(dtype.numpy).max):
-            raise RefusedError(
-                f"the factors do not fit in {dtype}", tensor=str(job.target), found=f"{largest:.3g}", remedy="give --dtype fp32"
-            )
-        return up.astype(dtype.numpy), down.astype(dtype.numpy)
+        remedy = "give --dtype fp32"
+        return stored(up, dtype, remedy=remedy), stored(down, dtype, remedy=remedy)
 
     def _lora(self, job: Pair, up: Tensor, down: Tensor) -> LoRA:
         return LoRA(up, down, Scaling(alpha=float(down.shape[0])), embedding=job.kind == "Embedding")
