@@ -105,10 +105,10 @@ def lay_out(plan: Plan) -> list[OutFile]:
     if any(file.verbatim for file in files):
         _check_verbatim(plan)
     for name, tensor in plan.added.items():
-        file = next(file for file in reversed(files) if file.source.holds(name))
-        own = name.removeprefix(file.source.qualified(""))
-        file.added[own] = tensor
-        file.tensors[own] = _described(tensor, plan.out_dtype(tensor))
+        last = next(one for one in reversed(files) if one.source.holds(name))
+        own = name.removeprefix(last.source.qualified(""))
+        last.added[own] = tensor
+        last.tensors[own] = _described(tensor, plan.out_dtype(tensor))
     return files
 
 
