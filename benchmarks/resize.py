@@ -1,6 +1,8 @@
-"""Resize of an SDXL-sized LoRA from rank 64 to 32, against `cp` and sd-scripts' resize_lora.py, every contender once a round.
+"""Resize of an SDXL-sized LoRA from rank 64 to 32, against `cp`, sd-scripts' resize_lora.py and sft-cli, every contender once a round.
 
-    python benchmarks/resize.py SCRATCH [--rounds 5] [--sd-scripts CHECKOUT]
+    python benchmarks/resize.py SCRATCH [--rounds 5] [--sd-scripts CHECKOUT] [--sft SFT]
+
+sft (of the package sft-cli) reads PEFT's names alone, so it gets the same factors under those, and so does upparam beside it.
 
 The peer materialises and decomposes every dW, minutes of work for the whole file, so it gets every twelfth module (one round), upparam the same file
 beside it, and the whole is extrapolated by the share of modules. Its routine `resize_lora_model` is run as it is in the checkout, with stand-ins
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +76,41 @@ def errors(source: Path, result: Path, count: int = 8) -> list[float]:
     return found
 
 
+def against_sft(command: Path, source: Path, count: int, scratch: Path) -> None:
+    """The same PEFT file resized by sft and by upparam, once a round each."""
+    contenders: dict[str, Callable[[Path], Run]] = {
+        "upparam": lambda out: timed([UPPARAM, "resize", str(source), "--rank", "32", "-o", str(out), "-q"]),
+        "sft": lambda out: timed(
+            [str(command), "lora", "resize", str(source), "--rank", "32", "-o", str(out / "adapter_model.safetensors")]
+        ),
+    }
+
+    def into(name: str) -> Callable[[Path], Run]:
+        def run(_: Path) -> Run:
+            folder = scratch / f"resized-{name}"
+            remove(folder)
+            if name == "sft":
+                folder.mkdir()
+                shutil.copy(source.parent / "adapter_config.json", folder)
+            return contenders[name](folder)
+
+        return run
+
+    print("## the same under PEFT's names, against sft lora resize")
+    best = rounds(count, {name: into(name) for name in contenders}, scratch / "nothing")
+    for name, run in best.items():
+        found = errors(source, scratch / f"resized-{name}" / "adapter_model.safetensors")
+        print(f"{name:12s} {run}   error over the optimum: worst {max(found):.6f}, best {min(found):.6f}")
+        remove(scratch / f"resized-{name}")
+    print(f"sft takes {best['sft'].wall / best['upparam'].wall:.1f}x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sd-scripts", type=Path, help="a checkout of kohya-ss/sd-scripts")
+    parser.add_argument("--sft", type=Path, help="the command of sft-cli, in whatever environment it is installed")
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--clean", action="store_true", help="remove the inputs afterwards")
     args = parser.parse_args()
@@ -93,6 +126,11 @@ def main() -> None:
     best = rounds(args.rounds, {"cp": lambda out: timed(["cp", str(whole), str(out)]), "upparam": ours(whole)}, out)
     for name, run in best.items():
         print(f"{name:12s} {run}")
+    if args.sft is not None:
+        peft = args.scratch / "sdxl-64-peft"
+        if not peft.is_dir():
+            subprocess.run([UPPARAM, "convert", whole, "--to", "peft", "-o", peft, "-q"], check=True)
+        against_sft(args.sft, peft / "adapter_model.safetensors", args.rounds, args.scratch)
     if args.peer:
         part = generate("sdxl_lora(path, every=12)", args.scratch / "sdxl-64-part.safetensors", "workbench_inputs")
         checkout = "" if args.sd_scripts is None else str(args.sd_scripts)
