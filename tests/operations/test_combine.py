@@ -17,6 +17,7 @@ from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.cli import main
+from upparam.containers import open_file
 from upparam.errors import MismatchError, RefusedError, UsageError
 from upparam.operations.combine import combine, combined
 from upparam.operations.opening import open_adapter
@@ -157,3 +158,35 @@ def test_a_multiplier_that_overflows_a_factor_is_refused_and_nothing_is_left(tmp
     combine([(one, 2.0), (other, 1.0)], tmp_path / "out.safetensors")
     made = next(iter(open_adapter(tmp_path / "out.safetensors").deltas.values()))
     assert isinstance(made, LoRA) and np.isinf(made.up.doubles()).sum() == 1
+
+
+def having(seed: int, name: str, value: float, kind: ExtraKind = ExtraKind.SAVED_MODULE) -> Adapter:
+    return adapter({"m": lora(*factors(seed))}, extras=[Extra(kind, name, Tensor.of(np.full(3, value, np.float32)))])
+
+
+@pytest.mark.parametrize("kind", [ExtraKind.SAVED_MODULE, ExtraKind.BIAS])
+def test_that_no_multiplier_weakens_a_saved_tensor_is_said(kind: ExtraKind) -> None:
+    """As merge says it; of an adapter with multiplier 0 nothing is applied, there as here."""
+    one, other = having(1, "head.weight", 1.0, kind), adapter({"m": lora(*factors(2))})
+    for multiplier, codes, kept in (
+        (1.0, [], 1),
+        (0.5, ["whole-replacement"], 1),
+        (-1.0, ["whole-replacement"], 1),
+        (0.0, ["left-out"], 0),
+    ):
+        made = combined([(other, 0.3), (one, multiplier)]).adapter
+        assert [finding.code for finding in made.findings if finding.severity] == codes and len(made.extras) == kept
+
+
+def test_saved_tensors_that_differ_are_given_up_by_name(tmp_path: Path) -> None:
+    one, other = peft_folder(tmp_path / "one", 1, 4, 8), peft_folder(tmp_path / "other", 2, 4, 8)
+    for folder, value in ((one, 1.0), (other, 2.0)):
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        tensors = {name: tensor.read() for name, tensor in open_file(folder / "adapter_model.safetensors").tensors.items()}
+        save(folder / "adapter_model.safetensors", tensors | {"base_model.model.lm_head.weight": np.full((40, 32), value, np.float32)})
+    with pytest.raises(MismatchError, match="--drop saved-module"):
+        combine([(one, 1.0), (other, 1.0)], tmp_path / "out")
+    receipt = combine([(one, 1.0), (other, 1.0)], tmp_path / "out", drop=["saved-module"])
+    assert [finding.code for finding in receipt.findings] == ["given-up", "given-up"]
+    assert not open_adapter(tmp_path / "out").extras

@@ -9,7 +9,7 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from upparam.adapter import Adapter, Target
+from upparam.adapter import Adapter, Target, without
 from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling, Update, tiles
 from upparam.algorithms.experts import ExpertLoRA
@@ -92,13 +92,12 @@ def resize(
     out = Path(out)
     refuse_existing(out, force)
     pin_blas()
-    source = adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read)
-    if "conditions" in drop:
-        source = replace(source, conditions=[])
+    source, given_up = without(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read), drop)
     with Spool(out.absolute().parent) as spool:
         result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)
         receipt = write_adapter(result, out, to or source.dialect, read=read, force=force, verify=verify, drop=drop)
     receipt.operation = "resize"
+    receipt.findings += given_up
     if not isinstance(adapter, Adapter):
         receipt.inputs = [str(adapter)]
     receipt.counts = {**_summary(cuts), **receipt.counts}

@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from upparam.adapter import Adapter
+from upparam.adapter import Adapter, ExtraKind, without
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.atomic import refuse_existing
@@ -147,6 +147,8 @@ def combined(
     chosen = METHODS[method]
     _check(items, chosen, method, density)
     findings = _agreeing(items)
+    items, told = _whole(items)
+    findings += told
     found = places(items, block_weight)
     if not found:
         raise RefusedError("nothing is left to combine: every module's block weight is 0", file=file_of(items[0][0]))
@@ -185,8 +187,8 @@ def combined(
 
 
 def _opened(given: Adapter | Path | str, read: ReadOptions | None, drop: Collection[str]) -> Adapter:
-    adapter = given if isinstance(given, Adapter) else open_adapter(given, options=read)
-    return replace(adapter, conditions=[]) if "conditions" in drop else adapter
+    less, given_up = without(given if isinstance(given, Adapter) else open_adapter(given, options=read), drop)
+    return replace(less, findings=[*less.findings, *given_up])
 
 
 def _check(items: Sequence[Weighted], chosen: Method, method: str, density: float | None) -> None:
@@ -225,6 +227,28 @@ def _agreeing(items: Sequence[Weighted]) -> list[Finding]:
     if len(names) > 1:
         findings.append(warning("bases-differ", file_of(first), "the adapters seem to be for different bases", ", ".join(sorted(names))))
     return findings
+
+
+_WHOLE = (ExtraKind.SAVED_MODULE, ExtraKind.BIAS)
+"""Extras that take the place of the base's own tensor."""
+
+
+def _whole(items: Sequence[Weighted]) -> tuple[list[Weighted], list[Finding]]:
+    """The adapters without saved tensors where the multiplier is 0, and warnings of those that a multiplier does not weaken."""
+    result: list[Weighted] = []
+    findings = []
+    for adapter, multiplier in items:
+        whole = [extra for extra in adapter.extras if extra.kind in _WHOLE]
+        if whole and not multiplier:
+            adapter = replace(adapter, extras=[extra for extra in adapter.extras if extra.kind not in _WHOLE])
+            findings.append(
+                warning("left-out", file_of(adapter), f"{len(whole)} saved tensors of an adapter with multiplier 0 are left out")
+            )
+        elif whole and multiplier != 1.0:
+            said = f"{len(whole)} saved tensors replace the base's whole, whatever the multiplier"
+            findings.append(warning("whole-replacement", file_of(adapter), said, f"multiplier {multiplier:g}"))
+        result.append((adapter, multiplier))
+    return result, findings
 
 
 def _largest_rank(found: Sequence[Place]) -> RankRule:

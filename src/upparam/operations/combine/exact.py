@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
+OF_THE_DIFFERENCE = "merge it into its base and make a LoRA of the difference with 'upparam extract'"
+"""What to do with a delta whose change depends on the weight."""
+
+
 def concatenated(place: Place) -> Delta:
     """up = [up1 up2 ...], down stacked likewise: dW is the sum.
 
@@ -48,7 +52,7 @@ def concatenated(place: Place) -> Delta:
                 f"{called(delta.algorithm)} delta cannot be added to another by concatenation", file=piece.file, tensor=place.name,
                 remedy="give the rank of the result (--rank), or make a LoRA of it with 'upparam resize'"
                 if delta.additive
-                else "merge it into its base and make a LoRA of the difference with 'upparam extract'",
+                else OF_THE_DIFFERENCE,
             )  # fmt: skip
     return _full(place)
 
@@ -224,7 +228,7 @@ def to_cut(place: Place, rule: RankRule) -> Delta:
         if not piece.delta.additive:
             raise RefusedError(
                 f"how {called(piece.delta.algorithm)} delta changes a weight depends on the weight: it cannot be added to another",
-                file=piece.file, tensor=place.name,
+                file=piece.file, tensor=place.name, remedy=OF_THE_DIFFERENCE,
             )  # fmt: skip
     return Sum(place.pieces)
 
@@ -247,7 +251,7 @@ def orthogonal(place: Place) -> tuple[LoRA, list[float]]:
         if form is None:
             raise RefusedError(
                 f"{called(piece.delta.algorithm)} delta has no factors to project", file=piece.file, tensor=place.name,
-                remedy="make a LoRA of it with 'upparam resize'",
+                remedy="make a LoRA of it with 'upparam resize'" if piece.delta.additive else OF_THE_DIFFERENCE,
             )  # fmt: skip
         up, down = form
         before = _size(up, down)

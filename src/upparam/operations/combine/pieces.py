@@ -150,6 +150,7 @@ def extras(items: Sequence[Weighted]) -> list[Extra]:
             elif not same_bits(there[0].tensor, extra.tensor):
                 raise MismatchError(
                     f"two adapters bring different {extra.kind.value}s of one name", tensor=extra.name, expected=f"that of {there[1]}",
-                    found=f"another in {file_of(adapter)}", remedy="take one out of its adapter first",
+                    found=f"another in {file_of(adapter)}",
+                    remedy=f"take one out first ('upparam edit --remove {extra.name}'), or give all up with --drop {extra.kind.value}",
                 )  # fmt: skip
     return [extra for extra, _ in found.values()]

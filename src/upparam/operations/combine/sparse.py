@@ -18,7 +18,7 @@ from upparam.algorithms.base import tiles
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
 from upparam.errors import MalformedError, MismatchError, RefusedError
-from upparam.operations.combine.exact import fitted, lora_of, wide_enough
+from upparam.operations.combine.exact import OF_THE_DIFFERENCE, fitted, lora_of, wide_enough
 from upparam.operations.combine.pieces import Piece, Place
 from upparam.tensors import DTYPES, Tensor
 
@@ -51,7 +51,8 @@ def on_factors(place: Place, how: Arithmetic) -> LoRA:
         if type(piece.delta) is not LoRA or piece.delta.mid is not None:
             raise RefusedError(
                 f"this method adds the factors of plain LoRAs, and {called(piece.delta.algorithm)} delta has others", file=piece.file,
-                tensor=place.name, remedy="use a method that works on dW (svd, ties_svd, ...)",
+                tensor=place.name,
+                remedy="use a method that works on dW (svd, ties_svd, ...)" if piece.delta.additive else OF_THE_DIFFERENCE,
             )  # fmt: skip
         deltas.append((piece, piece.delta))
     rank = deltas[0][1].rank
@@ -87,7 +88,7 @@ def on_weights(place: Place, how: Arithmetic) -> Full:
         if not piece.delta.additive:
             raise RefusedError(
                 f"how {called(piece.delta.algorithm)} delta changes a weight depends on the weight: it cannot be added to another",
-                file=piece.file, tensor=place.name,
+                file=piece.file, tensor=place.name, remedy=OF_THE_DIFFERENCE,
             )  # fmt: skip
         tasks.append((_seed(how, place, piece, 2), _dense(piece), piece.weight))
     with np.errstate(over="ignore", invalid="ignore"):
