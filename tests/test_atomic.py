@@ -1,4 +1,4 @@
-"""Bringing a file to the disk while it is written: nothing depends on it, and it ends with the writing."""
+"""Outputs whole or not at all, under any path, and bringing them to the disk while they are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from upparam.atomic import atomic_file, atomic_folder, reaching_disk
+from upparam.atomic import atomic_file, atomic_folder, reaching_disk, swap
 
 
 def settled(before: int) -> bool:
@@ -61,3 +61,32 @@ def test_temporary_folders_are_gone_whether_or_not_it_worked(tmp_path: Path) -> 
         (folder / "inside" / "x").write_bytes(b"y")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder", "folder/inside", "folder/inside/x"]
     assert (tmp_path / "folder" / "inside" / "x").read_bytes() == b"y"
+
+
+@pytest.mark.parametrize("way", ["../{0}", "../{0}/../{0}", "link", "."])
+def test_a_folder_is_replaced_by_a_path_that_leads_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """`a/../a` leads nowhere while `a` is renamed: the folder and what it held were lost that way."""
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "x").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(out)
+    given = tmp_path / "link" / "a" if way == "link" else Path(way.format("a"))
+    with atomic_folder(given, force=True) as folder:
+        (folder / "x").write_bytes(b"new")
+    assert (out / "x").read_bytes() == b"new" and sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
+    monkeypatch.chdir(out)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/x").write_bytes(b"newer")
+    swap(Path(f"../../{tmp_path.name}/b"), Path("../a"))
+    assert (out / "x").read_bytes() == b"newer" and sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
+
+
+@pytest.mark.parametrize("name", ["y" * 255, "é" * 127])
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> None:
+    with atomic_file(tmp_path / name) as path:
+        path.write_bytes(b"x")
+    assert (tmp_path / name).read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1
+    with atomic_folder(tmp_path / name[::2] / "", force=True) as folder:
+        (folder / "x").write_bytes(b"x")
+    assert (tmp_path / name[::2] / "x").read_bytes() == b"x"

@@ -29,6 +29,7 @@ def atomic_file(out: Path, *, force: bool = False, sync: bool = True) -> Iterato
     refuse_existing(out, force)
     if out.is_dir():
         raise OutputExistsError("a folder stands where the file should go", file=out)
+    out = _settled(out)
     folder = _beside(out, "tmp")
     temporary = folder / out.name
     try:
@@ -50,6 +51,7 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
     one does not have is not replaced (OutputExistsError): --force gives up an earlier output, nothing else. `sync` as for `atomic_file`.
     """
     refuse_existing(out, force)
+    out = _settled(out)
     temporary = _beside(out, "tmp")
     try:
         yield temporary
@@ -117,6 +119,7 @@ _PAUSE = 0.02
 
 def swap(new: Path, out: Path) -> None:
     """Rename `new` to `out`; what stands there is kept aside until that is done, then removed."""
+    new, out = _settled(new), _settled(out)
     if not os.path.lexists(out):
         new.rename(out)
         return
@@ -132,9 +135,20 @@ def swap(new: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
+def _settled(path: Path) -> Path:
+    """The same place by a path that leads through no link and no `..`: one such as `a/../a` would lead nowhere once `a` is renamed."""
+    real = Path(os.path.realpath(path.parent)) / path.name
+    return Path(os.path.realpath(path)) if path.name in ("", "..") else real
+
+
+_NAME_BYTES = 200
+"""Bytes of a name that are taken over into one beside it: file systems allow 255 in all."""
+
+
 def _beside(out: Path, ending: str) -> Path:
     """A new folder beside `out`, for this user alone and of a name that nobody has."""
-    folder = out.parent / f".{out.name}.{os.urandom(4).hex()}.{ending}"
+    name = os.fsencode(out.name)[:_NAME_BYTES].decode("utf-8", "ignore")
+    folder = out.parent / f".{name}.{os.urandom(4).hex()}.{ending}"
     folder.mkdir(0o700)
     return folder
 

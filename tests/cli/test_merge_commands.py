@@ -99,6 +99,12 @@ def test_refusals_and_exit_codes(model: tuple[Path, Path], tmp_path: Path, capsy
         (4, "scale 0", ("merge", base, f"{adapter}@0", "-o", tmp_path / "o")),
         (4, "would change nothing", ("merge", base, adapter, "-o", tmp_path / "o", "--only", "nothing.*")),
         (2, "no dtype", ("merge", base, adapter, "-o", tmp_path / "o", "--dtype", "int4")),
+        *(
+            (2, "what follows '@' is no scale", ("merge", base, f"{adapter}@{scale}", "-o", tmp_path / "o"))
+            for scale in ("", "1,5", "1_0", "half")
+        ),
+        (3, "No such file", ("merge", base, f"{adapter}x@1,5", "-o", tmp_path / "o")),
+        (3, "No such file", ("merge", base, "@2", "-o", tmp_path / "o")),
         (3, "No such file", ("merge", tmp_path / "absent", adapter, "-o", tmp_path / "o")),
         (2, "not a block weight", ("merge", base, adapter, "-o", tmp_path / "o", "--block-weights", "sideways")),
     )

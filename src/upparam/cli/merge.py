@@ -52,13 +52,21 @@ def add_merging(parser: argparse.ArgumentParser) -> None:
 
 
 def scaled(text: str) -> tuple[Path, float]:
-    """ADAPTER[@SCALE] as a path and a multiplier. A path that exists is taken whole, '@' and all."""
+    """ADAPTER[@SCALE] as a path and a multiplier. A path that exists is taken whole, '@' and all.
+
+    Raises UsageError where what follows the '@' of an adapter that is there is no number.
+    """
     path, at, scale = text.rpartition("@")
-    if at and not Path(text).exists():
+    if path and at and not Path(text).exists():
         try:
-            return Path(path), float(scale)
+            if "_" not in scale:  # Python's own way to group digits
+                return Path(path), float(scale)
         except ValueError:
             pass
+        if Path(path).exists():
+            from upparam.errors import UsageError
+
+            raise UsageError("what follows '@' is no scale", file=path, expected="a number such as 0.8 or -1e-2", found=scale)
     return Path(text), 1.0
 
 
