@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from upparam.algorithms.base import Delta
-from upparam.errors import UsageError
+from upparam.errors import RefusedError, UsageError
 from upparam.findings import Finding, warning
 from upparam.tensors import Tensor
 
@@ -47,7 +47,7 @@ class ExtraKind(str, Enum):
 
 
 DROPPABLE = (*(kind.value for kind in ExtraKind), "leftovers", "conditions")
-"""What `--drop` may name: kinds of extras, tensors that no rule explains, conditions."""
+"""What `--drop` may name: kinds of extras (`bias` means changes of biases too), tensors that no rule explains, conditions."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,23 @@ class Adapter:
 
 
 def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:
-    """The adapter without what is named in `drop`, and a finding for each thing given up. Raises UsageError for a name not in DROPPABLE."""
+    """The adapter without what is named in `drop`, and a finding for each thing given up.
+
+    Raises UsageError for a name not in DROPPABLE, RefusedError where there are only changes of biases and these are given up.
+    """
     unknown = [name for name in drop if name not in DROPPABLE]
     if unknown:
         raise UsageError("there is no such kind to drop", expected=f"one of {', '.join(DROPPABLE)}", found=", ".join(unknown))
-    gone = [(extra.name, extra.kind.value) for extra in adapter.extras if extra.kind.value in drop]
+    biases = [target for target in adapter.deltas if target.parameter == "bias"] if ExtraKind.BIAS.value in drop else []
+    if biases and len(biases) == len(adapter.deltas):
+        raise RefusedError("nothing but changes of biases is here", file=adapter.files[0] if adapter.files else None, found="--drop bias")
+    gone = [(str(target), "change of a bias") for target in biases]
+    gone += [(extra.name, extra.kind.value) for extra in adapter.extras if extra.kind.value in drop]
     gone += [(name, "leftover") for name in adapter.leftovers if "leftovers" in drop]
     gone += [(reason, "condition") for reason in adapter.conditions if "conditions" in drop]
     less = replace(
         adapter,
+        deltas={target: delta for target, delta in adapter.deltas.items() if target not in biases},
         extras=[extra for extra in adapter.extras if extra.kind.value not in drop],
         leftovers={} if "leftovers" in drop else adapter.leftovers,
         conditions=[] if "conditions" in drop else adapter.conditions,

@@ -49,6 +49,10 @@ MODULES = {
 }  # fmt: skip
 """The targets of the specimens of each base; for SAM every qkv of the image encoder, q and v rows, as its trainers do."""
 CONV = {"sd1.5": ("unet.down_blocks.0.resnets.0.conv1", "unet.down_blocks.0.attentions.0.proj_in")}
+BIASED = {
+    "sd1.5": ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", "unet.down_blocks.0.resnets.0.conv1"),
+    "flux.1-dev": MODULES["flux.1-dev"][:4],
+}
 TEXT = {
     "sd1.5": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder.text_model.encoder.layers.3.mlp.fc1"),
     "flux.1-dev": ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",),
@@ -315,6 +319,16 @@ def full(base: str) -> Adapter:
     return adapter(base, deltas)
 
 
+def up_biases(base: str) -> Adapter:
+    """LoRAs whose up has a bias, scaled with the rest."""
+    deltas: dict[Target, Delta] = {}
+    for path in BIASED[base]:
+        plain = lora(base, path, scaling=Scaling(alpha=2.0))
+        deltas[Target(path)] = plain
+        deltas[Target(path, parameter="bias")] = Full(values(plain.shape[:1], f"{path}bias"), Scaling(alpha=2.0, divisor=4.0))
+    return adapter(base, deltas)
+
+
 def norms(base: str) -> Adapter:
     path = NORM[base]
     size = module(base, path).canonical
@@ -349,6 +363,7 @@ FEATURES: dict[str, tuple[Callable[[str], Adapter], tuple[str, ...]]] = {
     "PEFT's OFT": (oft, ("sd1.5", "llama-3-8b")),
     "PEFT's BOFT": (boft, ("sd1.5", "llama-3-8b")),
     "full": (full, tuple(CONV)),
+    "biases of up": (up_biases, tuple(BIASED)),
     "norm": (norms, tuple(NORM)),
     "text encoder": (text_encoder, tuple(TEXT)),
     "embedding": (embedding, tuple(EMBEDDING)),

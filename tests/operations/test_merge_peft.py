@@ -66,6 +66,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama-dora": (llama, {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "up_proj"]}),
     "gpt2-conv1d": (gpt2, {"r": 4, "lora_alpha": 8, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "bert-classifier-and-bias": (bert, {"r": 4, "lora_alpha": 8, "task_type": "SEQ_CLS", "target_modules": ["query", "value"], "bias": "lora_only"}),
+    "bert-biases-of-up": (bert, {"r": 4, "lora_alpha": 6, "target_modules": ["query", "dense"], "lora_bias": True, "alpha_pattern": {"query": 3}}),
+    "gpt2-conv1d-biases-of-up": (gpt2, {"r": 4, "lora_alpha": 8, "use_rslora": True, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_fc"], "lora_bias": True}),
 }  # fmt: skip
 
 

@@ -68,11 +68,12 @@ class Full(Delta):
         return replace(self, diff=self.diff.rows(start, stop))
 
     def join_rows(self, others: Sequence[Full]) -> Full | None:
-        """The delta of the weight that stacks these; None where their dtypes differ."""
-        from upparam.algorithms.slicing import stack
+        """The delta of the weight that stacks these; None where their dtypes differ. Raises RefusedError where their scales do."""
+        from upparam.algorithms.slicing import one_scale, stack
 
         if any((other.diff.dtype, other.diff.shape[1:]) != (self.diff.dtype, self.diff.shape[1:]) for other in others):
             return None
+        one_scale((self, *others))
         return replace(self, diff=stack([part.diff for part in (self, *others)]))
 
     def take_rows(self, rows: Sequence[int]) -> Full:

@@ -265,14 +265,9 @@ def _zeros(like: Tensor, rows: int) -> Tensor:
     return Tensor.computed(like.dtype, shape, lambda: np.zeros(shape, like.dtype.numpy), "zeros")
 
 
-def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA:
-    """One LoRA of rank r1 + r2 + ...: downs on top of each other, each up in its own columns.
-
-    Its scale must be every part's: alpha is scaled with the rank, exactly where alpha / rank is. Raises RefusedError when scales or dtypes differ.
-    """
-    import numpy as np
-
-    scales = [part.known_scale() for part in deltas]
+def one_scale(parts: Sequence[Delta]) -> float:
+    """The scale that all these parts have. Raises RefusedError where they differ or one is not known."""
+    scales = [part.known_scale() for part in parts]
     if not all(isclose(scale, scales[0], rel_tol=1e-12) for scale in scales):
         raise RefusedError(
             "parts of a fused weight with different scales cannot be joined without arithmetic",
@@ -280,6 +275,17 @@ def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA
             remedy="put the scales into the factors with --bake-scale",
             problems=[Problem("scales", "differ from part to part", cure="--bake-scale")],
         )
+    return scales[0]
+
+
+def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA:
+    """One LoRA of rank r1 + r2 + ...: downs on top of each other, each up in its own columns.
+
+    Its scale must be every part's: alpha is scaled with the rank, exactly where alpha / rank is. Raises RefusedError when scales or dtypes differ.
+    """
+    import numpy as np
+
+    scale = one_scale(deltas)
     dtypes = {part.up.dtype for part in deltas} | {part.down.dtype for part in deltas}
     if len(dtypes) > 1:
         raise RefusedError("parts of a fused weight with different dtypes cannot be joined", found=", ".join(sorted(map(str, dtypes))))
@@ -299,5 +305,5 @@ def _block_diagonal(parts: Sequence[LoRA | int], deltas: Sequence[LoRA]) -> LoRA
             row, column = row + part.up.shape[0], column + part.rank
         return whole
 
-    scaling = Scaling(ScaleRule.ALPHA_OVER_RANK, alpha=scales[0] * rank) if deltas[0].scaling != BAKED else BAKED
+    scaling = Scaling(ScaleRule.ALPHA_OVER_RANK, alpha=scale * rank) if deltas[0].scaling != BAKED else BAKED
     return LoRA(Tensor.computed(dtype, shape, up), stack([part.down for part in deltas]), scaling)

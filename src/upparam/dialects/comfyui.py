@@ -87,7 +87,7 @@ class ComfyUI:
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """One safetensors file. Raises RefusedError for what ComfyUI has no words or names for."""
         told: Parts = {}
-        problems: list[str | Problem] = []
+        problems: list[str | Problem] = [*self._passed_over(adapter, options)]
         named, saved = self._named(adapter, options, told, problems)
         bare = _control(adapter, named, saved) and not problems
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
@@ -97,7 +97,7 @@ class ComfyUI:
                 spelled = words.spell(delta, chosen(spelling, "pair", module) or "ab", parameter)
                 alpha = words.stored_alpha(delta)
             except RefusedError as problem:
-                problems.append(because(module, problem))
+                problems.append(because(module if parameter == "weight" else f"{module}.{parameter}", problem))
                 continue
             if "diff_b" in spelled and (bare or f"bias {module}" in spelling):
                 spelled["lora_B.bias"] = spelled.pop("diff_b")
@@ -119,6 +119,13 @@ class ComfyUI:
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
+
+    def _passed_over(self, adapter: Adapter, options: Mapping[str, Any]) -> list[str]:
+        """Changes of biases that the base does not have."""
+        base = None if adapter.dialect == self.name or adapter.layout != "reference" else base_of(adapter, options)
+        modules = {} if base is None else base.by_path
+        lost = [target for target in adapter.deltas if target.parameter == "bias" and (at := modules.get(target.module)) and not at.bias]
+        return [f"{target}: a delta of a bias that the base does not have, which ComfyUI would pass over" for target in lost]
 
     def _named(
         self, adapter: Adapter, options: Mapping[str, Any], told: Parts, problems: list[str | Problem]

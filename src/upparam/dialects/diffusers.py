@@ -20,12 +20,13 @@ from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
+from upparam.dialects import up_bias
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import form_of, remember
 from upparam.dialects.words import alpha_for, alpha_tensor
-from upparam.errors import DeadAdapterError, MalformedError, RefusedError
+from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error, warning
 from upparam.patterns import regex
 from upparam.tensors import DTYPES, Tensor
@@ -51,7 +52,7 @@ FORMS: dict[str, Form] = {
     "kohya": Form("lora_down.weight", "lora_up.weight"),
 }
 """`linear` and `text` until 2023, `peft` since; `kohya` words under diffusers names are what several trainers write."""
-_WITH_PEFT = {"lora_B.bias": "bias", "lora_magnitude_vector.weight": "magnitude", "lora_magnitude_vector": "magnitude"}
+_WITH_PEFT = {up_bias.WORD: "bias", "lora_magnitude_vector.weight": "magnitude", "lora_magnitude_vector": "magnitude"}
 """What PEFT writes beside its factors: the bias of up (`lora_bias`), the magnitude of DoRA, one number a row."""
 _ENDINGS = {ending: (form, role) for form, pair in FORMS.items() for ending, role in ((pair.down, "down"), (pair.up, "up"))}
 _ENDINGS |= {ending: ("peft", role) for ending, role in _WITH_PEFT.items()}
@@ -175,11 +176,11 @@ class Diffusers:
         norms = {
             extra.name: extra.tensor for extra in adapter.extras if extra.kind is ExtraKind.SAVED_MODULE and _NORM.fullmatch(extra.name)
         }
-        problems = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.name not in norms]
-        biases = {target.module: delta for target, delta in deltas.items() if target.parameter == "bias" and delta.algorithm == "full"}
+        problems: list[str | Problem] = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if extra.name not in norms]
+        biases = up_bias.taken(deltas)
         tensors: dict[str, Tensor] = dict(norms)
         stored: dict[str, Delta] = {}
-        problems += _mixed(deltas, biases)
+        problems += _mixed(deltas)
         for target, delta in deltas.items():
             if target.module in biases and target.parameter == "bias":
                 continue
@@ -188,20 +189,20 @@ class Diffusers:
                 problems.append(f"{target}: {problem}")
                 continue
             assert isinstance(delta, (LoRA, DoRA))
-            form = _form(spelling, target.module)
+            form = "peft" if target.module in biases else _form(spelling, target.module)
             module = target.module.removeprefix(spelling.get("bare", "\0"))
             tensors[f"{module}.{FORMS[form].down}"], tensors[f"{module}.{FORMS[form].up}"] = delta.down, delta.up
             if isinstance(delta, DoRA):
                 tensors[f"{module}.lora_magnitude_vector"] = delta.magnitude.reshape((delta.shape[0],))
             if target.module in biases:
-                tensors[f"{module}.lora_B.bias"] = biases[target.module].factors()["diff"]
+                tensors[f"{module}.{up_bias.WORD}"] = biases[target.module].factors()["diff"]
             if f"alpha {target.module}" in spelling or "alpha" in spelling:
                 alpha = alpha_for(delta)
                 if alpha is not None:
                     tensors[f"{module}.alpha"] = _alpha(spelling, target.module, alpha, delta)
                     continue
             stored[target.module] = delta
-        refuse(self.name, problems)
+        refuse(self.name, problems or _unfit_biases(biases, deltas))
         metadata = {"format": "pt", **adapter.metadata}
         config = _config_of(stored, set(biases))
         if not _says(adapter.metadata.get(METADATA_KEY), stored):
@@ -214,15 +215,15 @@ class Diffusers:
 def _take_beside(adapter: Adapter, biases: Mapping[str, Tensor]) -> None:
     """Biases of up as deltas of the base's biases, and the weights of norms as what replaces the base's."""
     for path, bias in biases.items():
-        weight = adapter.deltas[Target(path)]
-        if weight.scale == 1.0 and bias.shape == weight.shape[:1]:
-            from upparam.algorithms.full import Full
-
-            adapter.deltas[Target(path, parameter="bias")] = Full(bias)
+        beside = up_bias.change_of(adapter.deltas.get(Target(path)), bias)
+        if beside is not None:
+            adapter.deltas[Target(path, parameter="bias")] = beside
         else:
-            adapter.leftovers[f"{path}.lora_B.bias"] = bias
+            adapter.leftovers[f"{path}.{up_bias.WORD}"] = bias
             adapter.findings.append(
-                error("lora-bias", path, "a bias of lora_B that is not one number a row, or that is scaled with the rest")
+                error(
+                    "lora-bias", path, "a bias of lora_B beside no plain LoRA of as many outputs, where diffusers has none", f"{bias.shape}"
+                )
             )
     for name in list(adapter.leftovers):
         found = _NORM.fullmatch(name)
@@ -366,20 +367,28 @@ def unwritable(target: Target, delta: Delta) -> str | None:
     return unloadable(target, delta.direction)
 
 
-def _mixed(deltas: Mapping[Target, Delta], biases: Mapping[str, Delta]) -> list[str]:
-    """What is trained in some modules of a component only, and diffusers' loader expects in all of them or in none."""
-    weights = {target.module: delta for target, delta in deltas.items() if target.parameter == "weight"}
-    found = [
-        f"{module}.bias: a delta of a bias whose weight has none of scale 1"
-        for module in biases
-        if module not in weights or weights[module].scale != 1.0
-    ]
-    for component in dict.fromkeys(module.split(".", 1)[0] for module in weights):
-        own = [module for module in weights if module.split(".", 1)[0] == component]
-        for what, having in (("DoRA", {m for m in own if type(weights[m]) is DoRA}), ("bias", {m for m in own if m in biases})):
-            if having and len(having) < len(own):
-                missing = next(module for module in own if module not in having)
-                found.append(f"{missing}: no {what}, where diffusers has one in every module of the {component} or in none")
+def _mixed(deltas: Mapping[Target, Delta]) -> list[str]:
+    """Components of which only some modules have a magnitude: diffusers' loader expects one in all of them or in none."""
+    found = []
+    for component, own in _by_component(deltas).items():
+        plain = [target for target, delta in own.items() if target.parameter == "weight" and type(delta) is not DoRA]
+        if plain and any(type(delta) is DoRA for delta in own.values()):
+            found.append(f"{plain[0]}: no DoRA, where diffusers has one in every module of the {component} or in none")
+    return found
+
+
+def _unfit_biases(biases: Mapping[str, Delta], deltas: Mapping[Target, Delta]) -> list[str | Problem]:
+    """Why these cannot be biases of up; every component has a setting of its own."""
+    return [
+        problem for component, own in _by_component(deltas).items()
+        for problem in up_bias.unfit({module: bias for module, bias in biases.items() if Target(module, parameter="bias") in own}, own, f"diffusers in the {component}")
+    ]  # fmt: skip
+
+
+def _by_component(deltas: Mapping[Target, Delta]) -> dict[str, dict[Target, Delta]]:
+    found: dict[str, dict[Target, Delta]] = {}
+    for target, delta in deltas.items():
+        found.setdefault(target.module.split(".", 1)[0], {})[target] = delta
     return found
 
 

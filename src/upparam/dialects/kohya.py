@@ -150,7 +150,7 @@ class Kohya:
             try:
                 spelled = self.spell(adapter, module, parameter, delta)
             except RefusedError as problem:
-                problems.append(because(module, problem))
+                problems.append(because(module if parameter == "weight" else f"{module}.{parameter}", problem))
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
         refuse(self.name, problems)

@@ -24,6 +24,7 @@ from upparam.dialects import lycoris_words, words
 from upparam.dialects.base import Bundle, Match, ReadOptions
 from upparam.dialects.kohya import MODULE, Kohya, stored_alpha
 from upparam.dialects.placing import Parts
+from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import chosen, form, form_of, remember
 from upparam.findings import info, warning
 from upparam.tensors import Tensor
@@ -85,6 +86,11 @@ class LyCORIS(Kohya):
         named = super().names(adapter, options, told)
         if adapter.dialect == self.name:
             return named
+        alone = [module for module, parameter in named if parameter == "bias" and not isinstance(named.get((module, "weight")), Full)]
+        refuse(
+            self.name,
+            [f"{module}.bias: a delta of the bias beside none of the whole weight, which LyCORIS would pass over" for module in alone],
+        )
         norms = {module for (module, parameter), delta in named.items() if parameter == "weight" and len(delta.shape) == 1}
         return {
             (module, parameter): Norm(delta.diff, delta.scaling) if module in norms and isinstance(delta, Full) else delta

@@ -38,11 +38,15 @@ _HEADS = ("classifier", "score", "qa_outputs")
 
 @dataclass(frozen=True)
 class Model:
-    """One model to be saved: its deltas by PEFT's module names, its extras under PEFT's names, the base's modules as PEFT names them."""
+    """One model to be saved: its deltas by PEFT's module names, its extras under PEFT's names, the base's modules as PEFT names them.
+
+    `biased` when every up has a bias.
+    """
 
     deltas: Mapping[str, Delta]
     extras: Sequence[Extra]
     base: Base | None
+    biased: bool = False
 
     @property
     def type(self) -> str:
@@ -89,7 +93,8 @@ def _still_true(config: Mapping[str, Any], model: Model, transposed: bool | None
     """Whether a config that came with an adapter describes these modules as they are now."""
     if not config or (config.get("peft_type") or "LORA") != model.type or config.get("enable_lora"):
         return False
-    if bool(config.get("use_dora")) != any(delta.algorithm == "dora" for delta in model.deltas.values()):
+    dora = any(delta.algorithm == "dora" for delta in model.deltas.values())
+    if (bool(config.get("use_dora")), bool(config.get("lora_bias"))) != (dora, model.biased):
         return False
     for module, delta in model.deltas.items():
         r = patterned(config.get("rank_pattern"), module, number(config, "r"))
@@ -192,7 +197,7 @@ def _made(adapter: Adapter, old: Mapping[str, Any], model: Model) -> dict[str, A
         rooted = all(delta.scaling.rule is ScaleRule.ALPHA_OVER_SQRT_RANK and delta.scaling.divisor is None for delta in names.values())
         made |= _ranked(names, kind, {module: delta.rank or 0 for module, delta in names.items()}, rooted) | {
             "bias": "none" if not biases else "lora_only" if biases <= set(names) else "all", "fan_in_fan_out": _conv1d(adapter, names, model.base),
-            "init_lora_weights": True, "lora_dropout": 0.0, "target_parameters": sorted(parameters) or None,
+            "init_lora_weights": True, "lora_bias": model.biased, "lora_dropout": 0.0, "target_parameters": sorted(parameters) or None,
             "use_dora": any(delta.algorithm == "dora" for delta in names.values()), "use_rslora": rooted,
         }  # fmt: skip
     else:

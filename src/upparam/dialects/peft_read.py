@@ -15,7 +15,7 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.recognise import recognise
 from upparam.containers.base import TensorFile
-from upparam.dialects import peft_adalora, peft_config
+from upparam.dialects import peft_adalora, peft_config, up_bias
 from upparam.dialects.base import ReadOptions
 from upparam.dialects.peft_experts import parameter_deltas
 from upparam.dialects.peft_kinds import deltas_of
@@ -67,9 +67,13 @@ def take_deltas(adapter: Adapter, member: Member, options: ReadOptions) -> dict[
         told = isinstance(made, str)
         adapter.findings.append(error("cannot-tell", module, str(made), ", ".join(roles)) if told else _why_none(member, module, roles))
     for module, bias in member.names.biases.items():
-        adapter.leftovers[member.original(module, "lora_B.bias")] = bias
+        beside = up_bias.change_of(found.get(Target(module)), bias)
+        if beside is not None:
+            found[Target(module, parameter="bias")] = beside
+            continue
+        adapter.leftovers[member.original(module, up_bias.WORD)] = bias
         adapter.findings.append(
-            warning("lora-bias", module, "a bias of lora_B: the base's bias changes by scale times it, which upparam does not apply")
+            error("lora-bias", module, "a bias of lora_B beside no plain LoRA of as many outputs, where PEFT has none", f"{bias.shape}")
         )
     if not any(delta.algorithm == "vera" for delta in found.values()):
         adapter.leftovers |= member.names.shared

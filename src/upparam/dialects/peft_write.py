@@ -13,7 +13,7 @@ from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.bases.base import Base
 from upparam.bases.layouts import layout
-from upparam.dialects import peft_config
+from upparam.dialects import peft_config, up_bias
 from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import PEFT_TYPES, method_of, spelled
@@ -52,7 +52,10 @@ def whole(adapter: Adapter, base: Base | None) -> dict[Target, Delta]:
         )  # fmt: skip
     sliced = {target.module for target in adapter.deltas if target.rows}
     parts = {target: delta for target, delta in adapter.deltas.items() if target.module in sliced}
-    joined = {Target(module): delta for module, delta in to_foreign(layout(base, "reference"), parts).items()}
+    joined: dict[Target, Delta] = {}
+    for parameter in dict.fromkeys(target.parameter for target in parts):
+        own = {target: delta for target, delta in parts.items() if target.parameter == parameter}
+        joined |= {Target(module, parameter=parameter): delta for module, delta in to_foreign(layout(base, "reference"), own).items()}
     return joined | {target: delta for target, delta in adapter.deltas.items() if target not in parts}
 
 
@@ -102,9 +105,12 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
     naming = naming_of(adapter, "" if alone else component) or Naming(add=f"{component}." if component else "")
     tensors: dict[str, Tensor] = {}
     names: dict[str, Delta] = {}
+    biases = up_bias.taken(deltas)
     problems: list[str | Problem] = []
-    bare = [target for target in deltas if target.parameter != "weight"]
-    for target, delta in deltas.items():
+    tensors |= {f"{WRAPPER}{naming.back(module)}.{up_bias.WORD}": delta.factors()["diff"] for module, delta in biases.items()}
+    others = {target: delta for target, delta in deltas.items() if target.parameter != "bias" or target.module not in biases}
+    bare = [target for target in others if target.parameter != "weight"]
+    for target, delta in others.items():
         module = naming.back(target.module)
         wrapper = module + nesting_of(target, bare) if target in bare else module
         known = base.by_path.get(target.module) if base is not None else None
@@ -124,15 +130,15 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         tensors[f"{WRAPPER}{module}.base_layer.{leaf}" if module in names else f"{WRAPPER}{extra.name}"] = extra.tensor
     if problems:
         return Saved({}, {}, {}, problems)
-    if mixed := _mixed(deltas):
-        return Saved({}, {}, {}, [*mixed])
+    if unfit := _mixed(others) or up_bias.unfit(biases, deltas, "PEFT"):
+        return Saved({}, {}, {}, [*unfit])
     try:
         method = method_of(next(iter(names.values())))
         tensors |= method.shared(names) if method is not None else {}
-        config = for_saving(adapter, component, Model(names, extras, _renamed(base, component, naming)))
+        config = for_saving(adapter, component, Model(names, extras, _renamed(base, component, naming), bool(biases)))
     except RefusedError as problem:
         return Saved({}, {}, {}, [because(component or "the adapter", problem)])
-    return Saved(tensors, config, _slices(adapter, deltas, naming), [])
+    return Saved(tensors, config, _slices(adapter, others, naming), [])
 
 
 def _mixed(deltas: Mapping[Target, Delta]) -> list[Problem]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from upparam.adapter import Adapter, Target
+from upparam.adapter import Adapter, ExtraKind, Target, without
 from upparam.algorithms.base import Delta, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.bases.layouts import available, find
@@ -37,13 +37,15 @@ def _explained(problem: Problem, adapter: Adapter, options: Mapping[str, Any]) -
     cure = problem.cure
     if cure is None and targets and any(lowerable(target, delta) for target, delta in zip(targets, deltas, strict=True)):
         cure = LOWER
+    if cure is None and targets and all(target.parameter == "bias" for target in targets):
+        cure = f"--drop {ExtraKind.BIAS.value}"
     if cure == BAKE and not all(map(bakeable, deltas)):
         cure = LOWER
     return problem._replace(targets=targets, cure=cure)
 
 
 def _meant(problem: Problem, adapter: Adapter, options: Mapping[str, Any]) -> Iterable[Target]:
-    """The targets a problem is about: those it lists, those it names, or those of the foreign module it names."""
+    """The targets a problem is about: those it lists, those it names, or those of the foreign module (or its bias) it names."""
     if problem.targets:
         wanted = set(problem.targets)
         whole = {(target.module, target.parameter) for target in wanted if target.rows is None}
@@ -52,10 +54,12 @@ def _meant(problem: Problem, adapter: Adapter, options: Mapping[str, Any]) -> It
     base = base_of(adapter, options)
     if named or base is None:
         return named
+    subject = problem.subject.removesuffix(".bias")
     for name in available(base):
         one = find(base, name)
-        modules = {part.module for part in one.to_reference(problem.subject)} if one is not None else set()
-        if named := [target for target in adapter.deltas if target.module in modules]:
+        modules = {part.module for part in one.to_reference(subject)} if one is not None else set()
+        own = [target for target in adapter.deltas if target.module in modules]
+        if named := [target for target in own if target.parameter == "bias"] if subject != problem.subject else own:
             return named
     return []
 
@@ -116,10 +120,9 @@ def _rehearsed(told: Sequence[Problem], adapter: Adapter, member: Dialect, optio
         gone = {one.cure.removeprefix("--drop ") for one in told if one.cure is not None and one.cure.startswith("--drop ")}
         if not changed and not gone:
             return None
-        extras = [extra for extra in adapter.extras if extra.kind.value not in gone]
-        adapter = restated(replace(adapter, deltas={**adapter.deltas, **changed}, extras=extras))
         options = {**options, "drop": frozenset(options.get("drop", ())) | gone}
         try:
+            adapter = restated(without(replace(adapter, deltas={**adapter.deltas, **changed}), gone)[0])
             member.write(adapter, options)
         except RefusedError as problem:
             told = explained(problem, adapter, options)

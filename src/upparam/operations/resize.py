@@ -21,6 +21,7 @@ from upparam.dialects import restated
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.operations.convert import write_adapter
+from upparam.operations.fitting import Arithmetic
 from upparam.operations.opening import open_adapter
 from upparam.operations.recast import stored
 from upparam.operations.receipt import Receipt
@@ -86,6 +87,8 @@ def resize(
 ) -> Receipt:
     """Write `adapter` resized by `rule` to `out`, in dialect `to` (its own when None). Memory is bounded by the largest module.
 
+    A multiplier that the dialect cannot say goes into a factor.
+
     Raises what `resized` and `upparam.operations.convert.write_adapter` raise.
     """
     begun = time.monotonic()
@@ -95,7 +98,8 @@ def resize(
     source, given_up = without(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read), drop)
     with Spool(out.absolute().parent) as spool:
         result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)
-        receipt = write_adapter(result, out, to or source.dialect, read=read, force=force, verify=verify, drop=drop)
+        baked = Arithmetic(bake_scale=True)
+        receipt = write_adapter(result, out, to or source.dialect, read=read, force=force, verify=verify, drop=drop, arithmetic=baked)
     receipt.operation = "resize"
     receipt.findings += given_up
     if not isinstance(adapter, Adapter):

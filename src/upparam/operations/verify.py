@@ -188,7 +188,7 @@ def _fit(adapter: Adapter, path: Path, base: Path, options: ReadOptions | None, 
     from upparam.operations.merge.plan import make_plan
 
     checkpoint = Checkpoint.open(base)
-    beside = {*DROPPABLE} - {"conditions"}
+    beside = {*DROPPABLE} - {"conditions", "bias"}
     try:
         ingredients = open_ingredients(checkpoint, path if options is None or options == ReadOptions() else adapter)
         plan = make_plan(checkpoint, [replace(one, adapter=without(one.adapter, beside)[0]) for one in ingredients])

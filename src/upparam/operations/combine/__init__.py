@@ -16,6 +16,7 @@ from upparam.atomic import refuse_existing
 from upparam.dialects.base import ReadOptions
 from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
+from upparam.operations import fitting
 from upparam.operations.combine.exact import Sum, concatenated, orthogonal, to_cut, wide_enough
 from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
 from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
@@ -96,7 +97,7 @@ def combine(
 ) -> Receipt:
     """Write the combination of adapters, each with a multiplier, to `out` in dialect `to` (the first one's when None).
 
-    With `rule` each module is cut through the factors to the rank it chooses. Memory is bounded by the largest module. Raises what
+    With `rule` each module is cut through the factors to the rank it chooses. A multiplier that the dialect cannot say goes into a factor. Memory is bounded by the largest module. Raises what
     `combined` raises, and what opening and writing raise.
     """
     begun = time.monotonic()
@@ -109,7 +110,10 @@ def combine(
             opened, method=method, rule=rule, density=density, seed=seed, block_weight=block_weight, keep=spool.keep, threads=threads,
             progress=progress,
         )  # fmt: skip
-        receipt = write_adapter(result.adapter, out, to or opened[0][0].dialect, read=read, force=force, verify=verify, drop=drop)
+        baked = fitting.Arithmetic(bake_scale=True)
+        receipt = write_adapter(
+            result.adapter, out, to or opened[0][0].dialect, read=read, force=force, verify=verify, drop=drop, arithmetic=baked
+        )  # fmt: skip
     receipt.operation = f"combine ({result.method}) to {to or opened[0][0].dialect}"
     receipt.inputs = [f"{given if not isinstance(given, Adapter) else file_of(given)}@{multiplier:g}" for given, multiplier in items]
     chosen = METHODS[result.method]

@@ -170,7 +170,7 @@ def _restated(adapter: Adapter, changes: Changes, counts: dict[str, Any]) -> Ada
     deltas: dict[Target, Delta] = {}
     number = 0
     for target, delta in adapter.deltas.items():
-        if not delta.rank:
+        if not delta.rank and delta.scaling.divisor is None:
             deltas[target] = delta
             continue
         try:
@@ -187,14 +187,13 @@ def _restated(adapter: Adapter, changes: Changes, counts: dict[str, Any]) -> Ada
 def _said(delta: Delta, changes: Changes) -> Delta:
     """The delta with alpha or scale as asked for; with `keep_scale` a factor takes over the rest, in the dtype asked for or its own."""
     old, rank, scaling = delta.scaling, delta.rank, delta.scaling
-    assert rank
     ruled = old.rule in (ScaleRule.ALPHA_OVER_RANK, ScaleRule.ALPHA_OVER_SQRT_RANK)
     if changes.alpha is not None:
         scaling = replace(old, alpha=changes.alpha) if ruled else Scaling(alpha=changes.alpha)
     elif changes.scale is not None and old.rule is ScaleRule.EXPLICIT:
         scaling = replace(old, multiplier=changes.scale)
     elif changes.scale is not None:
-        divisor = (old.divisor if old.divisor is not None else rank) if ruled else rank
+        divisor = (old.divisor if ruled and old.divisor is not None else rank) or 1
         scaling = replace(
             old if ruled else Scaling(), alpha=changes.scale * (sqrt(divisor) if old.rule is ScaleRule.ALPHA_OVER_SQRT_RANK else divisor)
         )

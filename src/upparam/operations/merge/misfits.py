@@ -38,8 +38,8 @@ def refuse(misfits: Sequence[Misfit], checkpoint: Checkpoint) -> None:
     )  # fmt: skip
 
 
-def not_there(checkpoint: Checkpoint, target: Target) -> Misfit:
-    """A target that the base does not have."""
+def not_there(checkpoint: Checkpoint, target: Target, bias_alone: bool = False) -> Misfit:
+    """A target that the base does not have; `bias_alone` for a bias whose module it has."""
     if target.module.rpartition(".")[2] in ("lm_head", "embed_out") and ties_head(checkpoint):
         return Misfit(
             f"{target}: the base ties its output head to the input embedding and stores one weight for both",
@@ -51,7 +51,7 @@ def not_there(checkpoint: Checkpoint, target: Target) -> Misfit:
             "the base has to hold its experts stacked: load it with transformers 5 and save it with "
             "save_pretrained(FOLDER, save_original_format=False)",
         )
-    return Misfit(f"{target}: not in the base")
+    return Misfit(f"{target}: not in the base", "give up changes of biases with --drop bias" if bias_alone else None)
 
 
 def _single_expert(checkpoint: Checkpoint, target: Target) -> str | None:

@@ -217,7 +217,10 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         )  # fmt: skip
     deltas = {target: adapter.deltas[target] for target in chosen}
     spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)
-    problems += [misfits.not_there(plan.checkpoint, target) for target in missing]
+    problems += [
+        misfits.not_there(plan.checkpoint, target, target.parameter == "bias" and target._replace(parameter="weight") not in missing)
+        for target in missing
+    ]
     conv1d = _conv1d(plan.checkpoint)
     spots = _experts_settled(plan, spots)
     agreed = _agreed_orientation(plan, spots)
