@@ -14,6 +14,8 @@ from upparam.errors import OutputExistsError, UnreadableError
 def refuse_existing(out: Path, force: bool) -> None:
     """Raise OutputExistsError if `out` is there and `force` is not set, UnreadableError if its parent folder is not."""
     if not out.parent.is_dir():
+        if os.path.lexists(out.parent):
+            raise UnreadableError("the output cannot lie in what is no folder", file=out.parent, remedy="choose another place")
         raise UnreadableError("the folder to write into does not exist", file=out.parent, remedy="create it first")
     if os.path.lexists(out) and not force:
         raise OutputExistsError("the output already exists", file=out, remedy="choose another name or give --force")
@@ -51,6 +53,8 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
     one does not have is not replaced (OutputExistsError): --force gives up an earlier output, nothing else. `sync` as for `atomic_file`.
     """
     refuse_existing(out, force)
+    if out.is_file():
+        raise OutputExistsError("a file stands where the folder should go", file=out, remedy="choose another name, or remove it first")
     out = _settled(out)
     temporary = _beside(out, "tmp")
     try:

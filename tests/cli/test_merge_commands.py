@@ -104,6 +104,8 @@ def test_refusals_and_exit_codes(model: tuple[Path, Path], tmp_path: Path, capsy
             for scale in ("", "1,5", "1_0", "half")
         ),
         (3, "No such file", ("merge", base, f"{adapter}x@1,5", "-o", tmp_path / "o")),
+        (2, "a file stands where the folder should go", ("merge", base, adapter, "-o", base / "config.json", "--force")),
+        (3, "cannot lie in what is no folder", ("merge", base, adapter, "-o", base / "config.json/o")),
         (3, "No such file", ("merge", base, "@2", "-o", tmp_path / "o")),
         (3, "No such file", ("merge", tmp_path / "absent", adapter, "-o", tmp_path / "o")),
         (2, "not a block weight", ("merge", base, adapter, "-o", tmp_path / "o", "--block-weights", "sideways")),
@@ -111,4 +113,12 @@ def test_refusals_and_exit_codes(model: tuple[Path, Path], tmp_path: Path, capsy
     for code, message, words in cases:
         found, _, errors = run(capsys, *words)
         assert (found, message in errors, errors.count("\n")) == (code, True, 1), errors
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o").exists() and (base / "config.json").is_file()
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5", ""])
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_threads_are_a_number(command: str, count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "a", "b", "-o", "c", "--threads", count])
+    assert f"{count!r} is no whole number of at least 1" in capsys.readouterr().err

@@ -55,6 +55,8 @@ def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path, w
     merge(base, item, tmp_path / "out")
     receipt = merge(base, item, in_place=True)
     assert "0 wrongly rounded" in receipt.proofs[0] and receipt.counts["tensors_changed"] == 6
+    kept = sum(path.stat().st_size for path in base.iterdir() if path.name.startswith("."))
+    assert f"--discard {base}' frees {kept:,} bytes" in receipt.findings[-1].message
     for path in sorted(base.glob("*.safetensors")):
         here, there = load(path), load(tmp_path / "out" / path.name)
         assert all(np.array_equal(here[name].view(np.uint16), there[name].view(np.uint16)) for name in there)
@@ -63,6 +65,7 @@ def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path, w
         merge(base, item, in_place=True)
     counts = undo(base).counts
     assert (counts["ranges_restored"], counts["files_restored"]) == ((6, 0) if way == "ranges" else (0, 3))
+    assert counts["bytes"] == (6 * 40 * 48 * 2 if way == "ranges" else sum(path.stat().st_size for path in base.glob("*.safetensors")))
     assert digests(base) == before
     with pytest.raises(UnreadableError, match="no undo journal"):
         undo(base)
@@ -82,7 +85,8 @@ def test_only_files_that_mostly_change_are_written_anew(tmp_path: Path) -> None:
     assert digests(base) == before
 
 
-def test_new_files_keep_mode_and_other_names_keep_the_old_content(tmp_path: Path) -> None:
+def test_new_files_keep_mode_and_other_names_keep_the_old_content(tmp_path: Path, way: str) -> None:
+    """Whatever share of it changes, a file with other names is written anew."""
     base = save(tmp_path / "b.safetensors", {"m.weight": np.ones((8, 6), np.float32)})
     base.chmod(0o640)
     other = tmp_path / "other-name.safetensors"

@@ -53,9 +53,9 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     """A whole number of at least 1. Raises what argparse makes a usage error."""
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return number
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, add_drop, add_output, add_reading, emit_receipt, progress_for, reading
+from upparam.cli.common import add_common, add_drop, add_output, add_reading, add_threads, emit_receipt, progress_for, reading
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "whatever a relative error of 1%% takes. DoRA and others that depend on the weight need --base PATH. Where all modules must have one rank, "
         "the smaller ones are filled up with zeros",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, metavar="N", help="threads for --lowrank (default: the cores, at most 8)")
+    add_threads(parser)
     parser.add_argument("--initial", type=Path, metavar="PATH", help="the adapter training began as (PiSSA, OLoRA ...), to be subtracted")
     parser.add_argument(
         "--no-sync", dest="sync", action="store_false", help="do not wait for the disk (safe against a kill, not a power cut)"

@@ -79,7 +79,6 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
             remedy=f"'upparam undo {base}' takes that merge back, with --discard it is made final",
         )
     way = _choose(plan, exact, Samples.for_works(len(plan.works)) if verify else None)
-    kept = way.size
     moved = _prepare(plan, path, way, sync=sync, threads=threads, progress=progress)
     try:
         proof = _apply(plan, moved, way, sync=sync, threads=threads, progress=progress)
@@ -90,6 +89,7 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
         undo(base)
         raise
     outcome.bytes = plan.touched_bytes
+    kept = sum(left.stat().st_size for left in (path, *map(old_path, way.files)))
     outcome.proofs = [proof] if proof else []
     outcome.findings.append(
         info("undo-journal", path.name, f"'upparam undo {base}' takes the merge back; 'upparam undo --discard {base}' frees {kept:,} bytes")
@@ -98,16 +98,20 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
 
 
 def _choose(plan: Plan, exact: bool, samples: Samples | None) -> _Way:
-    """New files where most of a file changes and there is room for them; Raises UnreadableError when there is none for the ranges either."""
+    """New files where most of a file changes and there is room for them, and where a file has other names (hard links), under which nothing changes.
+
+    Raises UnreadableError when there is no room for the ranges of the others either.
+    """
     by_file: dict[Path, list[Work]] = {}
     for work in plan.works.values():
         by_file.setdefault(work.file.path, []).append(work)
     mostly = {
         path: works for path, works in by_file.items() if sum(work.tensor.nbytes for work in works) >= REPLACED_SHARE * path.stat().st_size
     }
+    linked = {path: works for path, works in by_file.items() if path.stat().st_nlink > 1}
     ways = [
         _Way([work for path, works in by_file.items() if path not in files for work in works], files, exact, samples)
-        for files in (mostly, {})
+        for files in (mostly | linked, linked)
     ]
     parent = plan.checkpoint.path.parent
     free = shutil.disk_usage(parent).free

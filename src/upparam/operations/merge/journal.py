@@ -209,6 +209,7 @@ def undo(base: Path | str, *, discard: bool = False, force: bool = False) -> Rec
         restored = _restore(journal)
         for path in journal.replaced:
             _put_back(path)
+            restored += path.stat().st_size
     for path in _left_over(base, journal):
         path.unlink(missing_ok=True)
     journal.path.unlink()
