@@ -140,7 +140,7 @@ def test_a_folder_that_contains_itself(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "again").symlink_to(tmp_path)
     (tmp_path / "below" / "a.bin").write_bytes(b"x")
-    assert [report.path.name for report in scan([tmp_path], recursive=True)] == ["a.bin"]
+    assert [(report.path.name, report.passed_over) for report in scan([tmp_path], recursive=True)] == [("a.bin", False), ("again", True)]
 
 
 def test_no_permission_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_extras_are_compared_bit_for_bit() -> None:
         extra = Extra(ExtraKind.SAVED_MODULE, "head.weight", Tensor.of(np.full((2, 2), value, np.float32)))
         return adapter({"m": lora(*factors())}, extras=[extra])
 
-    assert "1 extras bit-identical" in prove_same(having(1.0), having(1.0))
+    assert "1 extra bit-identical" in prove_same(having(1.0), having(1.0))
     for other in (having(np.nextafter(np.float32(1), np.float32(2))), adapter({"m": lora(*factors())})):
         with pytest.raises(VerificationError, match="saved-module"):
             prove_same(having(1.0), other)

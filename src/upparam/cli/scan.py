@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scan; exit code 1 for a file that carries code or is malformed, 3 for one that cannot be opened, 0 when all are clean or unknown."""
+    """Scan; exit code 1 for a file that carries code or is malformed, 3 for one that cannot be opened and for a folder of which nothing was looked at, 0 when all are clean or unknown."""
     from upparam.operations.scan import Verdict, scan
 
     reports, worst = [], 0
@@ -37,8 +37,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(args, [report.facts() for report in reports], str)
     elif not args.quiet and len(reports) > 1:
-        counts = {verdict: sum(report.verdict is verdict for report in reports) for verdict in Verdict}
-        print(f"{len(reports)} files: " + ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count))
+        from upparam.report.text import counted
+
+        files = [report for report in reports if not report.passed_over]
+        counts = {verdict.value: sum(report.verdict is verdict for report in files) for verdict in Verdict}
+        counts["folders not looked into"] = len(reports) - len(files)
+        print(f"{counted(len(files), 'file')}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count))
     if args.sarif:
         from upparam.atomic import atomic_file
         from upparam.report.sarif import sarif

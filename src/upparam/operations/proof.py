@@ -45,7 +45,7 @@ def statements(proofs: Sequence[ModuleProof], meant: Adapter) -> list[str]:
     if gaps:
         told.append(f"re-opened: {len(gaps)} modules equal in dW (largest relative distance {max(gaps):.2g})")
     if meant.extras:
-        told.append(f"{len(meant.extras)} extras bit-identical")
+        told.append(f"{len(meant.extras)} extra{'s' * (len(meant.extras) != 1)} bit-identical")
     return told
 
 

@@ -12,6 +12,8 @@ def scan_lines(report: FileScan, quiet: bool = False) -> list[str]:
     """The verdict, then one line for each finding that matters. Quiet: nothing for files without trouble."""
     if quiet and not report.exit_code:
         return []
+    if report.passed_over:
+        return [f"{clean(str(report.path), 1000)}: NOT LOOKED INTO ({report.findings[0].message})"]
     what = "cannot be opened" if report.unreadable else report.verdict.value.upper() if report.exit_code else report.verdict.value
     held = f", {report.tensors} tensors" if report.tensors else ""
     formats = f" ({' in '.join(reversed(report.formats))}{held})" if report.formats else ""

@@ -27,10 +27,13 @@ class Verdict(Enum):
 CODE_FINDINGS = frozenset({"pickle-code", "torchscript", "keras-code"})
 """Codes of findings that mean a loader would run something."""
 
+PASSED_OVER = "not-looked-into"
+"""Code of the finding that stands for a folder of which nothing was scanned."""
+
 
 @dataclass
 class FileScan:
-    """One file: its formats (outermost first), the evidence, and the verdict that follows from it.
+    """One file (or a folder that was passed over): its formats (outermost first), the evidence, and the verdict that follows from it.
 
     `uses` are the globals its pickles name, each with the member it lies in; `tensors` how many tensors can be read (and rescued).
     """
@@ -61,6 +64,11 @@ class FileScan:
         if self.verdict in (Verdict.CODE, Verdict.MALFORMED):
             return EXIT_FINDINGS
         return EXIT_UNREADABLE if self.unreadable else EXIT_OK
+
+    @property
+    def passed_over(self) -> bool:
+        """True for a folder of which nothing was scanned."""
+        return any(finding.code == PASSED_OVER for finding in self.findings)
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready facts."""
