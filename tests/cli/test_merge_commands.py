@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +124,51 @@ def test_threads_are_a_number(command: str, count: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main([command, "a", "b", "-o", "c", "--threads", count])
     assert f"{count!r} is no whole number of at least 1" in capsys.readouterr().err
+
+
+STOPPED = """
+import os, signal, sys
+from upparam.cli import main
+from upparam.operations.merge import stream
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+real, number = stream.Change.run, signal.Signals[sys.argv.pop(1)]
+def run(self, buffers):
+    real(self, buffers)
+    os.kill(os.getpid(), number)
+stream.Change.run = run
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("signal", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 0)])
+def test_a_command_that_is_stopped_leaves_nothing_behind(model: tuple[Path, Path], tmp_path: Path, signal: str, code: int) -> None:
+    base, adapter = model
+    before = sorted(tmp_path.rglob("*"))
+    words = [
+        sys.executable,
+        "-c",
+        STOPPED,
+        signal,
+        signal,
+        "merge",
+        str(base),
+        str(adapter),
+        "-o",
+        str(tmp_path / "out"),
+        "-q",
+        "--threads",
+        "1",
+    ]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    if code:
+        assert ended.stderr == "upparam: interrupted; nothing was left half-written\n" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupt_before_the_work_begins_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upparam.cli.importlib.import_module", interrupted)
+    assert main(["merge", "a", "b"]) == 130
+    assert capsys.readouterr().err == "upparam: interrupted; nothing was left half-written\n"

@@ -11,7 +11,7 @@ from tests.operations.merging import NUMPY, adapter, load, lora, ordered_distanc
 
 from upparam.adapter import Adapter
 from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
-from upparam.operations.merge import inplace, merge, stream
+from upparam.operations.merge import inplace, journal, merge, stream
 from upparam.operations.merge.journal import Journal, journal_path, undo
 from upparam.operations.unmerge import unmerge
 
@@ -219,3 +219,20 @@ def test_unmerge_refuses_what_subtraction_cannot_restore(tmp_path: Path) -> None
     item.extras.append(Extra(ExtraKind.SAVED_MODULE, "layers.0.k.weight", Tensor.of(np.zeros((40, 48), np.float32))))
     with pytest.raises(RefusedError, match=r"layers\.0\.k\.weight"):
         unmerge(base, item, tmp_path / "back")
+
+
+def test_an_interrupted_undo_says_so_and_goes_on_when_run_again(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, item = model(tmp_path / "base")
+    before = digests(base)
+    merge(base, item, in_place=True)
+    with monkeypatch.context() as patch:
+        for name in ("run_tasks", "_put_back"):
+            patch.setattr(journal, name, interrupt)
+        with pytest.raises(UnreadableError, match=r"undo was interrupted.*again"):
+            undo(base)
+    undo(base)
+    assert digests(base) == before
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

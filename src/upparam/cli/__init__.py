@@ -68,14 +68,36 @@ class _Help(argparse.HelpFormatter):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; every expected failure is one line on stderr (or a JSON object on stdout with --json)."""
     if argv is not None:
-        return _command(list(argv))
+        return _interruptible(list(argv))
+    _clean_up_when_stopped()
     # The process is ours and short: of its many small objects few are garbage, and looking for it would take a tenth of a small command,
     # half of that at the very end.
     gc.set_threshold(100_000)
     try:
-        return _command(sys.argv[1:])
+        return _interruptible(sys.argv[1:])
     finally:
         gc.freeze()
+
+
+def _clean_up_when_stopped() -> None:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what is half-written is removed; not where they are ignored (nohup)."""
+    import signal
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
+
+
+def _interruptible(argv: list[str]) -> int:
+    try:
+        return _command(argv)
+    except KeyboardInterrupt as stop:
+        print("upparam: interrupted; nothing was left half-written", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else 2)
 
 
 def _command(argv: list[str]) -> int:
@@ -125,9 +147,6 @@ def _run(args: argparse.Namespace) -> int:
         return code
     except UpparamError as problem:
         return _told(args, problem)
-    except KeyboardInterrupt:
-        print("upparam: interrupted; nothing was left half-written", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -206,10 +206,15 @@ def undo(base: Path | str, *, discard: bool = False, force: bool = False) -> Rec
         findings = _check_later(base, journal, force)
         if journal.state == APPLIED:
             set_state(journal.path, COMPLETE)  # from here on the base may be half changed, until the journal is gone
-        restored = _restore(journal)
-        for path in journal.replaced:
-            _put_back(path)
-            restored += path.stat().st_size
+        try:
+            restored = _restore(journal)
+            for path in journal.replaced:
+                _put_back(path)
+                restored += path.stat().st_size
+        except KeyboardInterrupt:
+            raise UnreadableError(
+                "undo was interrupted, and the base may be half restored; its journal is kept", file=base, remedy=f"run 'upparam undo {base}' again"
+            ) from None  # fmt: skip
     for path in _left_over(base, journal):
         path.unlink(missing_ok=True)
     journal.path.unlink()
