@@ -144,21 +144,8 @@ sys.exit(main())
 def test_a_command_that_is_stopped_leaves_nothing_behind(model: tuple[Path, Path], tmp_path: Path, signal: str, code: int) -> None:
     base, adapter = model
     before = sorted(tmp_path.rglob("*"))
-    words = [
-        sys.executable,
-        "-c",
-        STOPPED,
-        signal,
-        signal,
-        "merge",
-        str(base),
-        str(adapter),
-        "-o",
-        str(tmp_path / "out"),
-        "-q",
-        "--threads",
-        "1",
-    ]
+    told = ["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "-q", "--threads", "1"]
+    words = [sys.executable, "-c", STOPPED, signal, *told]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == code, ended.stderr
     if code:
