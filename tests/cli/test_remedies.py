@@ -97,7 +97,7 @@ def test_a_base_that_was_named_and_is_another_is_said_to_be_so(dialect: str, tmp
     assert main(command) == 4 and "is not known" in capsys.readouterr().err
     assert main([*command, "--base", "sd1.5"]) == 4
     told = capsys.readouterr().err
-    assert "not the one that could translate them" in told and "sd1.5" in told and "is not known" not in told
+    assert "2 of 2 targets do not fit the base named" in told and "sd1.5" in told and "is not known" not in told
 
 
 @pytest.mark.parametrize(

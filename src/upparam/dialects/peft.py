@@ -38,10 +38,10 @@ class Peft:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """Those PEFT has a kind of adapter for."""
+        """Those PEFT has a kind of adapter for, and whole changes of biases (those of up)."""
         from upparam.dialects.peft_kinds import PEFT_TYPES
 
-        return tuple(PEFT_TYPES)
+        return (*PEFT_TYPES, "full")
 
     def match(self, file: TensorFile) -> Match | None:
         """By names: `base_model.model.<module>.lora_A.weight` and the like. Factors among base weights (a training checkpoint) count less."""

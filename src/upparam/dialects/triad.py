@@ -101,7 +101,10 @@ class Triad:
         config, config_name = _config(bundle, found)
         note = config.get(triad_whole.KEY)
         if isinstance(note, dict) and "modules" in note:
-            return _whole(bundle, found, note, config_name)
+            adapter = _whole(bundle, found, note, config_name)
+            if options.base is not None:
+                triad_whole.placed(adapter, options.base)
+            return adapter
         adapter = Adapter({}, self.name, config=config, files=tuple(str(file.path) for file in bundle.files))
         adapter.findings = [finding for file in bundle.files for finding in file.findings]
         parts = components(bundle.files)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, Target
 from upparam.algorithms import ALGORITHMS, called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.bases.base import Base
+from upparam.dialects.prefixes import Naming, change
 from upparam.errors import MalformedError, RefusedError
 from upparam.tensors import Tensor
 
@@ -69,6 +72,22 @@ def restored(note: Mapping[str, Any], factors: Mapping[Any, Mapping[str, Tensor]
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise MalformedError("the config's upparam section does not describe these factors", file=file, found=str(problem)) from problem
     return adapter
+
+
+def placed(adapter: Adapter, base: Base) -> None:
+    """Put what was split under names that no base then explained under those of the base the user names, where it explains them."""
+    shapes = {
+        target.module: delta.shape for target, delta in adapter.deltas.items() if target.parameter == "weight" and target.rows is None
+    }
+    naming = change(base, shapes) if adapter.layout == "peft" else None
+    if naming is None or (adapter.dialect != "peft" and naming != Naming()):
+        return
+    paths = [*(target.module for target in adapter.deltas), *(extra.name for extra in adapter.extras)]
+    if adapter.dialect == "peft":
+        adapter.spelling["names:"] = json.dumps([naming.strip, naming.add, *(path for path in paths if not path.startswith(naming.strip))])
+    adapter.deltas = {target._replace(module=naming(target.module)): delta for target, delta in adapter.deltas.items()}
+    adapter.extras = [replace(extra, name=naming(extra.name)) for extra in adapter.extras]
+    adapter.base, adapter.layout = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True), "reference"
 
 
 def _class(algorithm: str) -> type[Delta]:

@@ -22,6 +22,7 @@ from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.operations.fitting import Arithmetic, fitted
 from upparam.operations.initial import open_without
+from upparam.operations.named_base import refuse_other
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
@@ -121,6 +122,8 @@ def write_adapter(
             file=adapter.files[0] if adapter.files else None, found="; ".join(adapter.conditions), remedy="give them up with --drop conditions",
         )  # fmt: skip
     given = {"base": read.base} if read is not None and read.base is not None else {}
+    if read is not None and read.base is not None:
+        refuse_other(adapter, read.base)
     adapter = _with_kernels(adapter, base_of(adapter, given))
     how = arithmetic or Arithmetic()
     adapter, package = fitted(adapter, member, {**given, **(options or {}), "drop": frozenset(drop)}, how)

@@ -14,6 +14,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
 from upparam.findings import Finding, Severity, error, exit_code, info, warning
 from upparam.operations.inspect import ModuleStats, inspect_modules
+from upparam.operations.named_base import fit
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
 from upparam.tensors import DTYPES
@@ -66,6 +67,8 @@ def verify(path: Path | str, *, base: Path | str | None = None, options: ReadOpt
     verdict.findings += _numbers(stats, subject)
     if base is not None:
         verdict.findings += _fit(adapter, Path(path), Path(base), options, subject)
+    elif options is not None and options.base is not None:
+        verdict.findings.append(fit(adapter, options.base, subject))
     if verdict.sound:
         verdict.findings.append(
             info(
