@@ -13,6 +13,6 @@ setup(
             extra_compile_args=FLAGS,
             optional=True,
         )
-        for name, kernels in (("tile", True), ("gram", True), ("spread", False))
+        for name, kernels in (("tile", True), ("gram", True), ("spread", False), ("carry", False))
     ]
 )

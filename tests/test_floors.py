@@ -12,7 +12,7 @@ import upparam
 
 ROOT = Path(upparam.__file__).parent
 FLOORS = [
-    {"tensors", "findings", "errors", "limits", "atomic", "progress", "patterns", "plugins", "_version", "_native"},
+    {"tensors", "carrying", "findings", "errors", "limits", "atomic", "progress", "patterns", "plugins", "_version", "_native"},
     {"containers"},
     {"algorithms"},
     {"adapter", "checkpoint"},

@@ -119,6 +119,11 @@ class FileSource:
                         raise UnreadableError(problem.strerror or str(problem), file=self.path) from problem
         return self._fd
 
+    def place(self, offset: int, size: int) -> tuple[int, int]:
+        """The open descriptor and where in it `size` bytes from `offset` begin, for callers that read by themselves."""
+        self._check(offset, size)
+        return self.fileno(), self.start + offset
+
     def span(self, offset: int, size: int) -> FileSource:
         """A narrower span of the same file."""
         return FileSource(self.path, self.start + offset, size)

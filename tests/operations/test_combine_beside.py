@@ -70,7 +70,7 @@ def test_widened_in_pieces_is_what_numpy_makes_of_it(tmp_path: Path) -> None:
 
 def test_compiled_and_numpy_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every finite float16 and bfloat16, and as many float32, times numbers that round, overflow and vanish."""
-    if module._compiled() is None:
+    if module.wanted("spread", module._INTERFACE) is None:
         pytest.skip("the compiled module is not built")
     monkeypatch.setattr(module, "_refuse_overflow", lambda *_: None)  # what overflows is refused before either comes to it
     codes = np.arange(1 << 16, dtype=np.uint16)
@@ -82,7 +82,7 @@ def test_compiled_and_numpy_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch)
         for factors in ([1 / 3, -1.7, 1e-30], [2.0, 1e39, 0.0]):
             made = beside(parts, factors, DTYPES["float32"]).raw(), widened(parts[0], DTYPES["float32"]).raw()
             with monkeypatch.context() as patch:
-                patch.setattr(module, "_compiled", lambda: None)
+                patch.setattr(module, "wanted", lambda *_: None)
                 assert made == (beside(parts, factors, DTYPES["float32"]).raw(), widened(parts[0], DTYPES["float32"]).raw())
 
 

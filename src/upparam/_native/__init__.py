@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -13,3 +15,9 @@ def compiled(name: str, interface: int) -> Any:
     except ImportError:
         return None
     return module if getattr(module, "INTERFACE", 1) == interface else None
+
+
+@cache
+def wanted(name: str, interface: int) -> Any:
+    """The same, and None where compiled modules are to be left aside (UPPARAM_KERNEL=numpy when first asked)."""
+    return None if os.environ.get("UPPARAM_KERNEL") == "numpy" else compiled(name, interface)

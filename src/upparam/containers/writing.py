@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BufferedWriter
 from typing import Any, TypeVar
 
+from upparam.carrying import carried
 from upparam.errors import UpparamError
 from upparam.tensors import Tensor, scratch
 
@@ -45,7 +46,8 @@ def _put_side_by_side(stream: BufferedWriter, tensors: Mapping[str, Tensor], pad
     make_room(descriptor, at)
 
     def work(group: Sequence[tuple[int, str, Tensor]]) -> None:
-        for offset, name, tensor in group:
+        done = carried(descriptor, [(offset, tensor) for offset, _, tensor in group])
+        for offset, name, tensor in (place for place, whole in zip(group, done, strict=True) if not whole):
             for chunk in chunks(tensor, name):
                 offset += write_at(descriptor, chunk, offset)
 

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta, Update, tiles
+from upparam.carrying import same_each
 from upparam.errors import VerificationError
 from upparam.operations.threads import in_threads
 from upparam.progress import silent
-from upparam.tensors import same_bits
+from upparam.tensors import Tensor, same_bits
 
 TOLERANCE = 1e-6
 """Relative Frobenius distance of dW above which a re-expressed delta does not count as the same: a few float32 roundings of a factor."""
@@ -65,15 +66,21 @@ def proved(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list
             "the targets read back differ", expected=f"{len(ours)} modules", found=f"{len(theirs)}", tensor=".".join(missing[0])
         )
 
-    def gap_of(module: tuple[str, str]) -> float | None:
-        """None for the same bits, else the distance."""
-        pieces, others = ours[module], theirs[module]
-        if pieces.keys() == others.keys() and all(same_delta(delta, others[target]) for target, delta in pieces.items()):
-            return None
-        return distance(pieces, others)
+    def gaps_of(batch: list[tuple[str, str]]) -> list[float | None]:
+        """For each module None for the same bits, else the distance."""
+        pairs = [_factor_pairs(ours[module], theirs[module]) for module in batch]
+        same = same_each([pair for found in pairs for pair in found or ()])
+        gaps: list[float | None] = []
+        at = 0
+        for module, found in zip(batch, pairs, strict=True):
+            stop = at + len(found or ())
+            equal = found is not None and all(same[at:stop])
+            gaps.append(None if equal else distance(ours[module], theirs[module]))
+            at = stop
+        return gaps
 
     batches = _batches(ours)
-    gaps = in_threads(lambda batch: [gap_of(module) for module in batch], batches, [len(batch) for batch in batches], None, silent)
+    gaps = in_threads(gaps_of, batches, [len(batch) for batch in batches], None, silent)
     for module, gap in zip(ours, chain.from_iterable(gaps), strict=True):
         if gap is None:
             proofs.append(ModuleProof(_name(module), None))
@@ -111,17 +118,31 @@ def _name(module: tuple[str, str]) -> str:
 
 def same_delta(one: Delta, other: Delta) -> bool:
     """Same algorithm, same factor bits by role, same effective scale (or both unknown), and all else that decides what happens to a weight."""
+    pairs = _pairs(one, other)
+    return pairs is not None and all(same_bits(*pair) for pair in pairs)
+
+
+def _factor_pairs(pieces: Mapping[Target, Delta], others: Mapping[Target, Delta]) -> list[tuple[Tensor, Tensor]] | None:
+    """The factors of one module on both sides, of which the bits decide whether it is the same; None where it is not whatever they are."""
+    if pieces.keys() != others.keys():
+        return None
+    found = [_pairs(delta, others[target]) for target, delta in pieces.items()]
+    return None if None in found else [pair for pairs in found for pair in pairs or ()]
+
+
+def _pairs(one: Delta, other: Delta) -> list[tuple[Tensor, Tensor]] | None:
+    """The factors of both by role; None where the deltas differ in anything else that decides what happens to a weight."""
     if one.algorithm != other.algorithm or one.shape != other.shape or not _same_choices(one, other):
-        return False
+        return None
     mine, theirs = one.factors(), other.factors()
     if mine.keys() != theirs.keys():
-        return False
+        return None
     if one.scale is None or other.scale is None:
         if one.scale is not other.scale:
-            return False
+            return None
     elif not isclose(one.scale, other.scale, rel_tol=1e-12):
-        return False
-    return all(same_bits(factor, theirs[role]) for role, factor in mine.items())
+        return None
+    return [(factor, theirs[role]) for role, factor in mine.items()]
 
 
 def _same_choices(one: Delta, other: Delta) -> bool:

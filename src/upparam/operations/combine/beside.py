@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from upparam._native import compiled
+from upparam._native import wanted
 from upparam.errors import RefusedError
 from upparam.operations.recast import largest_finite
 from upparam.tensors import DType, Tensor, lies_as_wanted, singles
@@ -125,15 +123,9 @@ def _elements(tensor: Tensor, start: int, count: int) -> NDArray[Any]:
     return values
 
 
-@cache
-def _compiled() -> Any:
-    """The compiled module, where it is built from this source and not left aside (UPPARAM_KERNEL=numpy); else None."""
-    return None if os.environ.get("UPPARAM_KERNEL") == "numpy" else compiled("spread", _INTERFACE)
-
-
 def _spread(buffer: memoryview, at: int, stride: int, values: NDArray[Any], rank: int, factor: float, dtype: DType) -> bool:
     """Put rows of `rank` elements times a factor into the buffer, from byte `at` on and `stride` bytes apart; False where only numpy can."""
-    module = _compiled()
+    module = wanted("spread", _INTERFACE)
     if module is None or dtype.name != "float32" or str(values.dtype) not in _KINDS:
         return False
     stored = values.view("u1").data
