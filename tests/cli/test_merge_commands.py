@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,36 @@ def test_an_interrupt_before_the_work_begins_is_no_traceback(capsys: pytest.Capt
     monkeypatch.setattr("upparam.cli.importlib.import_module", interrupted)
     assert main(["merge", "a", "b"]) == 130
     assert capsys.readouterr().err == "upparam: interrupted; nothing was left half-written\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("words", "streams", "code", "said"),
+    [
+        ("merge {base} {adapter} -o {out}", ">&-", 0, ""),
+        ("merge {base} {adapter} -o {out}", "<&- >&- 2>&-", 0, ""),
+        ("merge {base} {adapter} -o {out}", "| true", 0, ""),
+        (
+            "merge {base} {adapter} -o {out}",
+            "> /dev/full",
+            3,
+            "upparam: what was to be said could not be written: No space left on device\n",
+        ),
+        ("merge {base} {adapter}@0 -o {out}", "2>&-", 4, ""),
+        ("merge {base} {adapter}@0 -o {out}", "2> /dev/full", 4, ""),
+        ("merge {base} {adapter}@0 -o {out} --json", "> /dev/full 2> /dev/full", 4, ""),
+        ("verify {adapter} --base {adapter}", "| true", 3, "upparam: "),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    model: tuple[Path, Path], tmp_path: Path, words: str, streams: str, code: int, said: str, unbuffered: str
+) -> None:
+    """The work is done, the exit code says how it went, and no traceback is seen."""
+    base, adapter = model
+    told = words.format(base=base, adapter=adapter, out=tmp_path / "out")
+    script = f"set -o pipefail; {sys.executable} -m upparam {told} {streams}"
+    ended = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    )
+    assert (ended.returncode, ended.stdout) == (code, "") and ended.stderr.startswith(said) and "Traceback" not in ended.stderr
+    assert (tmp_path / "out/model.safetensors").exists() is (code in (0, 3) and "verify" not in words)

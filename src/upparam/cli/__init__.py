@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; every expected failure is one line on stderr (or a JSON object on stdout with --json)."""
     if argv is not None:
         return _interruptible(list(argv))
+    _open_what_is_closed()
     _clean_up_when_stopped()
     # The process is ours and short: of its many small objects few are garbage, and looking for it would take a tenth of a small command,
     # half of that at the very end.
@@ -77,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _interruptible(sys.argv[1:])
     finally:
         gc.freeze()
+
+
+def _open_what_is_closed() -> None:
+    """Put the null device where a standard stream was closed (`>&-`): its number would go to the next file opened, and Python has None for it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def _clean_up_when_stopped() -> None:
@@ -134,8 +142,14 @@ def _command(argv: list[str]) -> int:
         return _told(argparse.Namespace(json=True), UsageError(message))
     from upparam.cli.screen import screened
 
-    with screened():
-        return _run(args)
+    with screened() as out:
+        code = _run(args)
+        out.flush()
+        if out.lost is None or isinstance(out.lost, BrokenPipeError):  # whoever read has enough
+            return code
+        from upparam.errors import UnreadableError
+
+        return code or _told(argparse.Namespace(), UnreadableError(f"what was to be said could not be written: {out.lost.strerror}"))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -143,13 +157,9 @@ def _run(args: argparse.Namespace) -> int:
 
     try:
         code: int = args.run(args)
-        sys.stdout.flush()
         return code
     except UpparamError as problem:
         return _told(args, problem)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as problem:
         return _told(args, UnreadableError(problem.strerror or str(problem), file=problem.filename))
 

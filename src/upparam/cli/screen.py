@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 from upparam.report.text import coloured, escaped
@@ -18,8 +18,11 @@ from upparam.report.text import coloured, escaped
 class Screen:
     """A text stream that writes to another one, escaped, with marks such as `warning:` in colour where that is a terminal.
 
-    `stream` is the other one, for what draws on purpose.
+    `stream` is the other one, for what draws on purpose. Where it takes nothing more (a full disk, a reader that has gone), `lost` says why and
+    the rest goes nowhere, so that a command does its work and exits with its own code all the same.
     """
+
+    lost: OSError | None = None
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -29,11 +32,26 @@ class Screen:
     def write(self, text: str) -> int:
         """Write `text`, escaped; what the stream's encoding lacks becomes \\uXXXX too."""
         shown = coloured(escaped(text)) if self._colours else escaped(text)
-        try:
-            self.stream.write(shown)
-        except UnicodeEncodeError:
-            self.stream.write("".join(mark if mark.isascii() else _units(mark) for mark in shown))
+        with self._heard():
+            try:
+                self.stream.write(shown)
+            except UnicodeEncodeError:
+                self.stream.write("".join(mark if mark.isascii() else _units(mark) for mark in shown))
         return len(text)
+
+    def flush(self) -> None:
+        """Send on what was written."""
+        with self._heard():
+            self.stream.flush()
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            self.lost = problem
+            with suppress(OSError, ValueError):  # also for the interpreter, which flushes when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -45,11 +63,12 @@ def _units(mark: str) -> str:
 
 
 @contextmanager
-def screened() -> Iterator[None]:
-    """Everything printed inside goes through a Screen."""
+def screened() -> Iterator[Screen]:
+    """Everything printed inside goes through a Screen; gives that of stdout."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast("Any", Screen(out)), cast("Any", Screen(err))
+    screen = Screen(out)
+    sys.stdout, sys.stderr = cast("Any", screen), cast("Any", Screen(err))
     try:
-        yield
+        yield screen
     finally:
         sys.stdout, sys.stderr = out, err
