@@ -73,3 +73,5 @@ def test_weights_that_name_no_block_of_the_adapter_are_said(tmp_path: Path) -> N
     item = adapter({"model.layers.0.q": lora(np.ones((4, 1), np.float32), np.ones((1, 6), np.float32))})
     assert [finding.code for finding in prepare(base, item, block_weight=parse(["NONE"])).findings] == ["block-weights"]
     assert not prepare(base, item, block_weight=parse(["*.q=0.5"])).findings
+    found = prepare(base, item, block_weight=parse(["*.q=0.5", "*.p=0"])).findings
+    assert [(finding.code, finding.subject) for finding in found] == [("idle-glob", "*.p")]

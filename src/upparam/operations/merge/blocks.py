@@ -8,13 +8,13 @@ leaves out weigh 0. Source of ids, their order and the presets: hako-mikan/sd-we
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
 
 from upparam.adapter import Target
 from upparam.errors import UsageError
-from upparam.operations.merge.plan import BlockWeight
 from upparam.patterns import regex
 
 _IN, _OUT = [f"IN{number:02}" for number in range(12)], [f"OUT{number:02}" for number in range(12)]
@@ -82,7 +82,23 @@ def block_of(module: str, flux: bool = False) -> str | None:
     return None
 
 
-def parse(texts: Sequence[str]) -> BlockWeight:
+@dataclass(frozen=True)
+class Weights:
+    """The weight of each block id and of each glob over module paths; globs win, the first that matches."""
+
+    blocks: Mapping[str, float]
+    globs: Mapping[str, float]
+    flux: bool
+
+    def __call__(self, target: Target) -> float:
+        """The multiplier of a target: 1 for what lies in no block that is named."""
+        for glob, value in self.globs.items():
+            if fnmatchcase(target.module, glob):
+                return value
+        return self.blocks.get(block_of(target.module, self.flux) or "", 1.0)
+
+
+def parse(texts: Sequence[str]) -> Weights:
     """The multiplier of each target that these arguments ask for.
 
     Each is a preset's name (`INALL`), a vector of 12, 17, 20, 26 or 61 numbers (`1,0,0.5,...`), a block or range of blocks
@@ -108,14 +124,7 @@ def parse(texts: Sequence[str]) -> BlockWeight:
         flux = len(vector) == len(IDS_FLUX)
         blocks = dict.fromkeys(IDS_FLUX if flux else IDS_26, 0.0) | dict(zip(IDS[len(vector)], vector, strict=True))
     flux = flux or any(block in ("CLIP", "T5") or re.fullmatch(r"[DS]\d\d", block) for block in blocks)
-
-    def weight(target: Target) -> float:
-        for glob, value in globs.items():
-            if fnmatchcase(target.module, glob):
-                return value
-        return blocks.get(block_of(target.module, flux) or "", 1.0)
-
-    return weight
+    return Weights(blocks, globs, flux)
 
 
 def _range(key: str) -> list[str]:

@@ -181,15 +181,18 @@ def make_plan(
 
 
 def _refuse_unplaceable(adapter: Adapter) -> None:
-    lost = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras if not _placeable(extra)]
+    extras = [extra for extra in adapter.extras if not _placeable(extra)]
+    lost = [f"{extra.kind.value} {extra.name}" for extra in extras]
     lost += [f"leftover {name}" for name in adapter.leftovers]
     lost += adapter.conditions
+    kinds = list(dict.fromkeys(extra.kind.value for extra in extras))
+    kinds += [kind for kind, held in (("leftovers", adapter.leftovers), ("conditions", adapter.conditions)) if held]
     if lost:
         raise RefusedError(
             f"{len(lost)} part{'s' if len(lost) > 1 else ''} of the adapter cannot be merged into weights",
             file=adapter.files[0] if adapter.files else None,
             found=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
-            remedy="give them up by kind with --drop (textual-inversion, other, leftovers, conditions)",
+            remedy=f"give them up with --drop {' --drop '.join(kinds)}",
         )
 
 

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING
 from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.ia3 import IA3
 from upparam.findings import Finding, warning
+from upparam.operations.merge.blocks import Weights
 
 if TYPE_CHECKING:
     from upparam.operations.merge.plan import Piece, Plan
 
 
 def idle_globs(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> list[Finding]:
-    """A warning for `--only` and `--skip` globs that match no part of any adapter: a slip of the pen merges what was to be left out."""
+    """A warning for globs of `--only`, `--skip` and `--block-weights` that match no part of any adapter: a slip of the pen merges what was to be left out."""
     adapters = [ingredient.adapter for ingredient in plan.ingredients]
     names = [target.module for adapter in adapters for target in adapter.deltas]
     names += [extra.name.rpartition(".")[0] for adapter in adapters for extra in adapter.extras]
-    idle = [glob for glob in (*only, *skip) if not any(fnmatchcase(name, glob) for name in names)]
-    return [warning("idle-glob", glob, "--only and --skip name target modules, and this glob matches none") for glob in idle]
+    weights = [ingredient.block_weight for ingredient in plan.ingredients]
+    weighed = dict.fromkeys(glob for weight in weights if isinstance(weight, Weights) for glob in weight.globs)
+    idle = [glob for glob in (*only, *skip, *weighed) if not any(fnmatchcase(name, glob) for name in names)]
+    return [warning("idle-glob", glob, "a glob over target modules, and it matches none") for glob in idle]
 
 
 def order_matters(plan: Plan) -> list[Finding]:
