@@ -141,20 +141,22 @@ class Pair:
         return Relation((squares[0], squares[1]), inner, (spreads[0], spreads[1]), (noises[0], noises[1]), floor)
 
     def sway(self) -> float:
-        """The standard deviation of the best multiplier of two equal matrices when each factor element is rounded once; 0 where they are zero.
+        """The relative standard deviation of the best multiplier of two matrices that are multiples of each other, when each factor element is
+        rounded once; 0 where they are zero.
 
         An error e in up moves <A, A> by <e, up (down down^T)>, one in down by <e, (up^T up) down>.
         """
         import numpy as np
 
-        square = variance = 0.0
+        total = 0.0
         for form, ups, downs in zip((self.one, self.other), self._ups, self._downs, strict=False):
-            square = max(square, form.scale**2 * float((ups * downs).sum()))
+            square, variance = float((ups * downs).sum()), 0.0
             up, down = form.up.astype("f8", copy=False), form.down.astype("f8", copy=False)
             for factor, slope in ((up, up @ downs), (down, ups @ down)):
                 errors = form.precision.unit**2 * np.square(factor) + form.precision.step**2
-                variance += form.scale**4 * float((errors * np.square(slope)).sum()) / 3
-        return sqrt(variance) / square if square > 0.0 else 0.0
+                variance += float((errors * np.square(slope)).sum()) / 3
+            total += variance / square**2 if square > 0.0 else 0.0
+        return sqrt(total)
 
     def cut(self, smaller: int) -> Cut | None:
         """Whether the matrix `smaller` (0 or 1) is a truncation of the other: see Cut. None where its rank is not less than the other's.

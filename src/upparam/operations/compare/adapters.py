@@ -10,7 +10,7 @@ from upparam.algorithms.base import Delta
 from upparam.algorithms.slicing import join
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
-from upparam.operations.compare.module import Alike, ModuleComparison, compare_deltas
+from upparam.operations.compare.module import SAME, Alike, Asked, ModuleComparison, compare_deltas
 from upparam.operations.compare.verdict import Alone, Comparison, ExtraComparison, Verdict, decide
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.threads import in_threads
@@ -42,7 +42,12 @@ def compare_adapters(
     if not jobs and not problems and one.deltas and other.deltas:
         _refuse_strangers(one, other, names)
     sizes = [sum(factor.nbytes for delta in job[1:] for factor in delta.factors().values()) for job in jobs]
-    found = list(in_threads(partial(_compare, angles), jobs, sizes, threads, progress))
+    found = list(in_threads(partial(_compare, Asked(angles)), jobs, sizes, threads, progress))
+    kinds = {module.alike for module in found}
+    if Alike.EQUAL in kinds and Alike.SCALED in kinds and kinds <= SAME | {Alike.SCALED}:
+        # Whether all share one multiplier takes that of equal ones as exactly as those of the scaled are known.
+        sure = partial(_compare, Asked(certain=True))
+        found = [sure(job) if module.alike is Alike.EQUAL else module for job, module in zip(jobs, found, strict=True)]
     result = Comparison(
         *names, Verdict.UNDECIDED, "", [*found, *problems], alone, _extras(one, other), dialects=(one.dialect, other.dialect),
         bases=(_base(one), _base(other)),
@@ -52,10 +57,10 @@ def compare_adapters(
     return result
 
 
-def _compare(angles: bool, job: Job) -> ModuleComparison:
+def _compare(asked: Asked, job: Job) -> ModuleComparison:
     target, mine, theirs = job
     try:
-        return compare_deltas(str(target), mine, theirs, angles)
+        return compare_deltas(str(target), mine, theirs, asked)
     except UpparamError as problem:
         problem.locate(tensor=str(target))
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from math import degrees, hypot, isclose, prod, sqrt
+from math import degrees, isclose, prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.base import BAKED, Delta, Update, tiles
@@ -14,6 +14,7 @@ from upparam.algorithms.relation import Cut, Form, Pair, Relation
 from upparam.algorithms.slicing import RowSlice
 from upparam.errors import MalformedError, RefusedError
 from upparam.operations.compare.forms import form_of, precision, stored_form, unit
+from upparam.operations.compare.rounding import EQUAL_CAP, allowance, certainty
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
 from upparam.tensors import Tensor, singles
@@ -27,17 +28,6 @@ NEAR = 0.1
 
 A copy whose factors went through 8 bits lies at 0.04; deltas trained apart have cosines near 0, which is 1.0 by this measure.
 """
-ROUNDINGS = 1.5
-"""How many times further apart than one rounding of every factor of both is expected to bring them two equal deltas may lie.
-
-The expectation takes the largest relative error for every element, where it is three quarters of that on average: room for three roundings.
-"""
-SWAYS = 6.0
-"""Standard deviations of the best multiplier of two equal deltas, as rounding scatters it around 1, beyond which it is another number."""
-ARITHMETIC = 16 * 2.0**-24
-"""The relative error of factors that were computed in float32 (another gauge, a scale put into them), sums of some hundred products."""
-EQUAL_CAP = 0.02
-"""Relative distance beyond which deltas are not called equal however coarsely they are stored: rounding could then hide training."""
 
 
 class Alike(str, Enum):
@@ -83,8 +73,8 @@ class ModuleComparison:
     """One module. Pairs are (first, second).
 
     `distance` = ||dW1 - dW2|| / max(||dW1||, ||dW2||), or what float64 can tell from none where that is larger; `tolerance` is the distance up to which they count as equal, from the dtypes;
-    `multiplier` is the c for which c dW1 is nearest to dW2. None where it was not computed or has no meaning. `smaller` is 0 or 1 where
-    that one is the other resized. Norms include the scale, unless `scales` are unknown.
+    `multiplier` is the c for which c dW1 is nearest to dW2, and `certainty` the relative error of it that rounding explains, of deltas that
+    are the same or scaled. None where it was not computed or has no meaning. `smaller` is 0 or 1 where that one is the other resized. Norms include the scale, unless `scales` are unknown.
     """
 
     target: str
@@ -101,6 +91,7 @@ class ModuleComparison:
     distance: float | None = None
     tolerance: float | None = None
     multiplier: float | None = None
+    certainty: float | None = None
     smaller: int | None = None
     columns: Angles | None = None
     rows: Angles | None = None
@@ -119,11 +110,19 @@ class ModuleComparison:
         )
 
 
-def compare_deltas(target: str, one: Delta, other: Delta, angles: bool = True) -> ModuleComparison:
-    """What two deltas of one target are to each other. Reads both; memory is bounded by their factors and a tile of dW.
+class Asked(NamedTuple):
+    """What is computed beyond what a module's own relation takes: principal angles, on which nothing rests, and `certain`, the certainty of
+    the multiplier of equal deltas too as exactly as it can be known."""
 
-    Principal angles are left out without `angles`: nothing else rests on them.
-    """
+    angles: bool = True
+    certain: bool = False
+
+
+_ALL = Asked()
+
+
+def compare_deltas(target: str, one: Delta, other: Delta, asked: Asked = _ALL) -> ModuleComparison:
+    """What two deltas of one target are to each other. Reads both; memory is bounded by their factors and a tile of dW."""
     found = ModuleComparison(
         target, one.shape, Alike.INCOMPARABLE, (one.algorithm, other.algorithm), (one.rank, other.rank), (one.alpha, other.alpha),
         (one.scale, other.scale), (_dtypes(one), _dtypes(other)),
@@ -133,9 +132,11 @@ def compare_deltas(target: str, one: Delta, other: Delta, angles: bool = True) -
     if same_delta(one, other):
         norm = _norm(one)
         one_or_none = 1.0 if norm else None
-        return replace(found, alike=Alike.BITS, norms=(norm, norm), cosine=one_or_none, distance=0.0, multiplier=one_or_none)
+        return replace(
+            found, alike=Alike.BITS, norms=(norm, norm), cosine=one_or_none, distance=0.0, multiplier=one_or_none, certainty=0.0 if norm else None
+        )  # fmt: skip
     try:
-        numbers = _numbers(found, one, other, angles)
+        numbers = _numbers(found, one, other, asked)
     except (MalformedError, RefusedError) as problem:
         numbers = replace(found, reason=problem.message)
     if _same_scale(one, other) and _rounded(one, other):
@@ -152,10 +153,10 @@ def _norm(delta: Delta) -> float | None:
     return norm if norm < float("inf") else None
 
 
-def _numbers(found: ModuleComparison, one: Delta, other: Delta, angles: bool) -> ModuleComparison:
+def _numbers(found: ModuleComparison, one: Delta, other: Delta, asked: Asked) -> ModuleComparison:
     """Norms, cosine, distance, angles and the relation they bear out; raises MalformedError for factors that are not finite."""
     if isinstance(one, Decomposed) and isinstance(other, Decomposed):
-        return _decomposed(found, one, other, angles)
+        return _decomposed(found, one, other, asked)
     if not one.additive or not other.additive:
         return _by_factor(found, one, other)
     note = ""
@@ -166,20 +167,20 @@ def _numbers(found: ModuleComparison, one: Delta, other: Delta, angles: bool) ->
     found, half_known = replace(found, reason=note), len(unknown) == 1
     narrow = stored_form(one, 0), stored_form(other, 1)
     if narrow[0] is not None and narrow[1] is not None:
-        apart = _far_apart(found, narrow[0], narrow[1], half_known, angles)
+        apart = _far_apart(found, narrow[0], narrow[1], half_known, asked)
         if apart is not None:
             return apart
         pair = Pair(narrow[0], narrow[1])
-        return _judged(found, pair.relation(), pair, half_known, angles)
+        return _judged(found, pair.relation(), pair, half_known, asked)
     mine, theirs = one.load(), other.load()
     wide = form_of(one, mine), form_of(other, theirs)
     if wide[0] is not None and wide[1] is not None:
         pair = Pair(wide[0], wide[1])
-        return _judged(found, pair.relation(), pair, half_known, angles)
-    return _judged(found, _by_rows(one, other, mine, theirs), None, half_known, angles)
+        return _judged(found, pair.relation(), pair, half_known, asked)
+    return _judged(found, _by_rows(one, other, mine, theirs), None, half_known, asked)
 
 
-def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half_known: bool, angles: bool) -> ModuleComparison:
+def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half_known: bool, asked: Asked) -> ModuleComparison:
     norms, largest = relation.norms, max(relation.norms)
     allowed = allowance(relation)
     found = replace(
@@ -188,21 +189,25 @@ def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half
         tolerance=allowed / largest if largest else None, multiplier=relation.multiplier,
     )  # fmt: skip
     alike, smaller = _relation(relation, allowed, pair)
-    if alike is Alike.EQUAL and not _of_one_size(relation, allowed, pair, found.shape):
-        scaled = relation.distance(relation.multiplier or 0.0) <= allowance(relation, relation.multiplier or 0.0)
-        alike = Alike.SCALED if scaled else Alike.NEAR
+    if alike in (Alike.EQUAL, Alike.SCALED):
+        off = abs((relation.multiplier or 1.0) - 1.0)
+        known = certainty(relation, pair, _flat(found.shape), off if alike is Alike.EQUAL and not asked.certain else None)
+        if alike is Alike.EQUAL and off > known:
+            scaled = relation.distance(relation.multiplier or 0.0) <= allowance(relation, relation.multiplier or 0.0)
+            alike = Alike.SCALED if scaled else Alike.NEAR
+        found = replace(found, certainty=known if alike is not Alike.NEAR and relation.multiplier is not None else None)
     if half_known and alike is Alike.EQUAL:
         alike = Alike.SCALED
     if half_known:
-        found = replace(found, multiplier=None)
+        found = replace(found, multiplier=None, certainty=None)
     columns = rows = None
-    told = pair.angles() if angles and pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT) else None
+    told = pair.angles() if asked.angles and pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT) else None
     if pair is not None and told is not None:
         columns, rows = _angles(told[0], pair, len(pair.one.up)), _angles(told[1], pair, pair.one.down.shape[1])
     return replace(found, alike=alike, smaller=smaller, columns=columns, rows=rows)
 
 
-def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool, angles: bool) -> ModuleComparison | None:
+def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool, asked: Asked) -> ModuleComparison | None:
     """The comparison of two LoRAs that are plainly different, from products in float32; None where that is too coarse to say so.
 
     A few elements of both tell beforehand whether it is worth trying. What it gives is known to 1e-6 or so, angles to 1e-4.
@@ -217,8 +222,8 @@ def _far_apart(found: ModuleComparison, one: Form, other: Form, half_known: bool
         smallest > 0.0 and multiplier is not None and relation.distance() > 2 * NEAR * sqrt(largest)
         and relation.distance(multiplier) > 2 * NEAR * relation.norms[1] and abs(relation.inner - smallest) > 4 * EQUAL_CAP * largest
     )  # fmt: skip
-    result = _judged(found, relation, pair, half_known, angles) if plain else None
-    told = result is not None and result.alike is Alike.DIFFERENT and (result.columns is not None or not angles)
+    result = _judged(found, relation, pair, half_known, asked) if plain else None
+    told = result is not None and result.alike is Alike.DIFFERENT and (result.columns is not None or not asked.angles)
     return result if told else None
 
 
@@ -235,32 +240,6 @@ def _unlike(one: Form, other: Form) -> bool:
         mine, theirs = ((singles(form.up[::rows]) @ singles(form.down[:, ::columns])).reshape(-1) for form in (one, other))
         size = float(np.linalg.norm(mine)) * float(np.linalg.norm(theirs))
         return 0.0 < size < float("inf") and abs(float(mine @ theirs)) < 0.9 * size
-
-
-def allowance(relation: Relation, multiplier: float = 1.0) -> float:
-    """The distance of multiplier * A from B that rounding can explain: of the stored factors of both, and of float32 arithmetic."""
-    size, largest = abs(multiplier), max(abs(multiplier) * relation.norms[0], relation.norms[1])
-    rounded = hypot(size * relation.noise[0], relation.noise[1])  # the errors of the two are independent
-    computed = ARITHMETIC * (size * relation.spread[0] + relation.spread[1])
-    return min(ROUNDINGS * rounded + computed + relation.floor, EQUAL_CAP * largest)
-
-
-def _of_one_size(relation: Relation, allowed: float, pair: Pair | None, shape: tuple[int, ...]) -> bool:
-    """True when the best multiplier of two close deltas is 1 as far as rounding tells: far nearer than their distance, since errors average out.
-
-    Errors also make the norm of what has them larger, which pulls the multiplier down by the square of their share.
-    """
-    if relation.multiplier is None:
-        return True
-    largest = max(relation.norms)
-    off, noise = abs(relation.multiplier - 1.0), hypot(*relation.noise) / largest
-    off -= (ARITHMETIC * sum(relation.spread) + relation.floor) / largest + (allowed / largest) ** 2
-    rows, columns = _flat(shape)
-    if pair is None:
-        return off <= SWAYS * noise / sqrt(max(min(rows, columns), 1))
-    # Over how many elements errors average out at most, which is mostly enough to know; how many they are takes products of the factors.
-    elements = pair.one.up.shape[1] * (rows + columns)
-    return off <= SWAYS / 2 * noise / sqrt(max(elements, 1)) or off <= SWAYS * pair.sway()
 
 
 def _relation(relation: Relation, allowed: float, pair: Pair | None) -> tuple[Alike, int | None]:
@@ -343,11 +322,11 @@ def _by_rows(one: Delta, other: Delta, mine: Update, theirs: Update) -> Relation
     return Relation((squares[0], squares[1]), inner, (spread[0], spread[1]), (noise[0], noise[1]), floor)
 
 
-def _decomposed(found: ModuleComparison, one: Decomposed, other: Decomposed, angles: bool) -> ModuleComparison:
+def _decomposed(found: ModuleComparison, one: Decomposed, other: Decomposed, asked: Asked) -> ModuleComparison:
     """Deltas with a magnitude: equal when the directions are and the magnitudes are. Numbers are those of the directions."""
     import numpy as np
 
-    inside = _numbers(found, one.direction, other.direction, angles)
+    inside = _numbers(found, one.direction, other.direction, asked)
     if one.per_row is not other.per_row:
         return replace(inside, alike=Alike.INCOMPARABLE, reason="one has a magnitude for each row, the other for each column")
     first, second = one.magnitude.doubles().reshape(-1), other.magnitude.doubles().reshape(-1)

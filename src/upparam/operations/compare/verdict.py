@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from math import prod, sqrt
+from math import ceil, log10, prod, sqrt
 from typing import Any
 
 from upparam.errors import EXIT_FINDINGS, EXIT_OK
@@ -15,6 +15,9 @@ from upparam.operations.compare.module import NEAR, SAME, Alike, ModuleCompariso
 
 CHANCE = 6.0
 """Standard deviations of the cosine of independent deltas above which a cosine is not chance."""
+
+_EXACT = 2.0**-40
+"""A relative error of a multiplier below which none is told from another."""
 
 
 class Verdict(str, Enum):
@@ -213,14 +216,58 @@ def _scaled(result: Comparison) -> tuple[Verdict, str]:
     numbers = [module.multiplier for module in modules]
     if any(number is None for number in numbers):
         return Verdict.SCALED, "the same factors; the effective scale is not in the files of one of them"
-    known = [number for number in numbers if number is not None]
-    low, high = min(known), max(known)
-    slack = max(2 * (module.tolerance or 0.0) for module in modules)
-    if high - low <= slack * max(abs(low), abs(high)):
-        squares = [(module.norms[0] or 0.0) ** 2 for module in modules]
-        result.multiplier = sum(square * number for square, number in zip(squares, known, strict=True)) / sum(squares)
-        return Verdict.SCALED, f"the second is the first times {result.multiplier:.6g}"
-    return Verdict.SCALED, f"each module of the second is that of the first times a number of its own, from {low:.4g} to {high:.4g}"
+    # Of factors that are the same the multiplier is 1, whatever rounding one of them made of the best.
+    exact = (Alike.BITS, Alike.ROUNDED)
+    known = [(1.0, 0.0) if module.alike in exact else (module.multiplier or 0.0, module.certainty or 0.0) for module in modules]
+    shared, agree = _shared(known)
+    count, best = len(known), min(certainty for _, certainty in known)
+    told = f"{shared:.{min(max(3, ceil(-log10(max(best, _EXACT)))), 12)}g}"
+    if all(agree):
+        result.multiplier = shared
+        off = max(abs(number / shared - 1.0) for number, _ in known)
+        return Verdict.SCALED, (
+            f"the second is the first times {told}, the same in all {count} modules within {off:.1g}, "
+            f"where rounding explains {max(certainty for _, certainty in known):.1g}"
+        )  # fmt: skip
+    others = [number for (number, _), same in zip(known, agree, strict=True) if not same]
+    if 2 * len(others) < count:
+        return Verdict.SCALED, (
+            f"the second is the first times {told} in {count - len(others)} of {count} modules; in the rest times {_span(others)}, further "
+            "from that than rounding explains"
+        )  # fmt: skip
+    return Verdict.SCALED, (
+        f"each module of the second is that of the first times a number of its own, {_span([number for number, _ in known])}, "
+        "further apart than rounding explains"
+    )  # fmt: skip
+
+
+def _shared(numbers: Sequence[tuple[float, float]]) -> tuple[float, list[bool]]:
+    """(the multiplier that most modules may have, which those are), from (multiplier, relative certainty) of each.
+
+    Each allows for an interval. Of what the most of them have in common it is the point nearest to their mean by certainty.
+    """
+    known = [(number, max(certainty, _EXACT)) for number, certainty in numbers]
+    spans = [(number - certainty * abs(number), number + certainty * abs(number)) for number, certainty in known]
+    depth = most = 0
+    place = 0.0
+    for at, closes in sorted([(low, False) for low, _ in spans] + [(high, True) for _, high in spans]):
+        depth += -1 if closes else 1
+        if depth > most:
+            most, place = depth, at
+    agree = [low <= place <= high for low, high in spans]
+    kept = [(number, certainty**-2) for (number, certainty), same in zip(known, agree, strict=True) if same]
+    mean = sum(number * weight for number, weight in kept) / sum(weight for _, weight in kept)
+    lows, highs = zip(*(span for span, same in zip(spans, agree, strict=True) if same), strict=True)
+    return min(max(mean, *lows), *highs), agree
+
+
+def _span(numbers: Sequence[float]) -> str:
+    """From the smallest to the largest, with digits enough to tell them apart."""
+    low, high = min(numbers), max(numbers)
+    if low == high:
+        return f"{low:.6g}"
+    digits = next(digits for digits in range(4, 18) if f"{low:.{digits}g}" != f"{high:.{digits}g}")
+    return f"from {low:.{digits + 1}g} to {high:.{digits + 1}g}"
 
 
 def _near(result: Comparison) -> str | None:

@@ -32,10 +32,10 @@ def moved(before: Adapter, after: Adapter, threads: int | None, progress: Progre
     """
 
     def move(target: Target) -> _Move:
-        from upparam.operations.compare.module import compare_deltas
+        from upparam.operations.compare.module import Asked, compare_deltas
 
         one, other = before.deltas[target], after.deltas[target]
-        effect = compare_deltas(str(target), one, other, angles=False).distance
+        effect = compare_deltas(str(target), one, other, Asked(angles=False)).distance
         magnitude = _apart(one.magnitude, other.magnitude) if isinstance(one, Decomposed) and isinstance(other, Decomposed) else None
         theirs = other.factors()
         vanished = [
