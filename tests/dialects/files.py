@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def read(dialect: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 def written(dialect: str, adapter: Adapter, **options: Any) -> NamedTensors:
-    """The one tensor file that `dialect` writes."""
+    """The one tensor file that `dialect` writes, with the metadata that is made while it is written."""
     (content,) = (file for file in dialects.get(dialect).write(adapter, options).files.values() if isinstance(file, NamedTensors))
-    return content
+    return content if content.late is None else replace(content, metadata={**content.metadata, **content.late()}, late=None)
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ huggingface/safetensors README.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,32 @@ _RANK = {
 """The writer's order of dtypes, last declared first. Source: huggingface/safetensors safetensors/src/tensor.rs (enum Dtype, serialize)."""
 
 
-def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file to a binary stream; to a real file with two threads, of which each has one tensor in memory where it has to be computed."""
+def write(
+    stream: Any,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    late: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
+    """Write a safetensors file to a binary stream; to a real file with two threads, of which each has one tensor in memory where it has to be computed.
+
+    What `late` makes meanwhile takes the place of metadata of the same length, for which the stream must let itself be wound back.
+    """
     ordered = layout_order(tensors)
-    stream.write(header_bytes(ordered, metadata))
-    put(stream, ordered)
+    header = header_bytes(ordered, metadata)
+    if late is None:
+        stream.write(header)
+        put(stream, ordered)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    start = stream.tell()
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(late)
+        stream.write(header)
+        put(stream, ordered)
+    end, final = stream.tell(), header_bytes(ordered, {**(metadata or {}), **told.result()})
+    if len(final) != len(header):
+        raise MalformedError("metadata made while writing is not as long as its place", expected=len(header), found=len(final))
+    stream.seek(start)
+    stream.write(final)
+    stream.seek(end)

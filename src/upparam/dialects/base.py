@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +80,9 @@ class NamedTensors:
     container: str = "safetensors"
     structure: Any = None
     """For torch files: the nested value to pickle (Tensors at its leaves); None means the flat dict of `tensors`."""
+    late: Callable[[], Mapping[str, str]] | None = None
+    """For safetensors: makes metadata that only the bytes tell (their hash), on a thread of its own while they are written. `metadata` holds
+    texts of the same length in its place."""
 
 
 class Dialect(Protocol):

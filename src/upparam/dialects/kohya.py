@@ -154,10 +154,10 @@ class Kohya:
                 continue
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
         refuse(self.name, problems)
-        metadata = kohya_metadata.written(adapter, tensors, base, self.module)
+        metadata, late = kohya_metadata.stamped_later(tensors, kohya_metadata.written(adapter, base, self.module))
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
-        return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)
+        return Package({"lora.safetensors": NamedTensors(tensors, metadata, late=late)}, folder=False)
 
     def restated(self, adapter: Adapter) -> Adapter:
         """The adapter with `ss_network_dim` and `ss_network_alpha`, where its metadata has them, as its deltas are."""

@@ -6,7 +6,7 @@ library/sai_model_spec.py (determine_architecture, determine_implementation, det
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from upparam.adapter import Adapter
@@ -57,18 +57,15 @@ def stated_base(metadata: Mapping[str, str]) -> str | None:
     return next((name for name, model in _MODELS.items() if version is not None and version.removesuffix("_v") == model.version), None)
 
 
-def written(adapter: Adapter, tensors: Mapping[str, Tensor], base: Base | None, module: str) -> dict[str, str]:
-    """The metadata for these tensors: what the adapter brought, completed with what is known, hashes computed anew.
+def written(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:
+    """The metadata to write: what the adapter brought, completed with what is known; the hashes of an adapter from elsewhere are still empty.
 
     A kohya file without training metadata is left without: nothing was lost that must be filled in.
     """
     metadata = dict(adapter.metadata)
-    own = adapter.dialect in ("kohya", "lycoris")
-    if not own:
-        metadata = {**_filled(adapter, base, module), **metadata}
-    if not own:
-        metadata["sshs_model_hash"] = ""
-    return stamped(tensors, metadata)
+    if adapter.dialect in ("kohya", "lycoris"):
+        return metadata
+    return {**_filled(adapter, base, module), **metadata, HASHES[0]: ""}
 
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
@@ -81,6 +78,14 @@ def stamped(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[
     if HASHES[0] in metadata:
         metadata |= zip(HASHES, hashes(tensors, metadata), strict=True)
     return metadata
+
+
+def stamped_later(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[dict[str, str], Callable[[], dict[str, str]] | None]:
+    """The same for tensors that are still to be written: the metadata with noughts for hashes, and what computes these (None without any)."""
+    if HASHES[0] not in metadata:
+        return dict(metadata), None
+    noughts = dict(metadata) | dict(zip(HASHES, ("0" * 64, "0" * 8), strict=True))
+    return noughts, lambda: dict(zip(HASHES, hashes(tensors, metadata), strict=True))
 
 
 def restated(adapter: Adapter) -> dict[str, str]:

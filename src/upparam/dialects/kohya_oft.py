@@ -108,10 +108,8 @@ class KohyaOFT:
             for number, delta in enumerate(parts):
                 tensors[f"{module}.oft_blocks{f'.{number}' if fused else ''}"] = delta.blocks
             tensors[f"{module}.alpha"] = _alpha(adapter, parts[0])
-        return Package(
-            {"lora.safetensors": NamedTensors(tensors, _metadata(adapter, tensors, base.family if base is not None else "", deltas))},
-            folder=False,
-        )
+        metadata, late = kohya_metadata.stamped_later(tensors, _metadata(adapter, base.family if base is not None else "", deltas))
+        return Package({"lora.safetensors": NamedTensors(tensors, metadata, late=late)}, folder=False)
 
     def _named(self, adapter: Adapter, options: Mapping[str, Any], deltas: Mapping[Target, DiagOFT]) -> dict[str, list[DiagOFT]]:
         """The turns by the file's names, those of a fused weight's parts in order. Raises RefusedError for what the loader would pass over."""
@@ -217,17 +215,17 @@ def _alpha(adapter: Adapter, delta: DiagOFT) -> Tensor:
     return alpha_tensor(delta.constraint, dtype, delta.blocks.dtype, dims, exact=True)
 
 
-def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor], family: str, deltas: Mapping[Target, DiagOFT]) -> dict[str, str]:
+def _metadata(adapter: Adapter, family: str, deltas: Mapping[Target, DiagOFT]) -> dict[str, str]:
     """What the adapter brought; of one from elsewhere also what sd-scripts says of its network."""
     if adapter.dialect == KohyaOFT.name or not deltas:
-        return kohya_metadata.stamped(tensors, adapter.metadata)
+        return adapter.metadata
     first = next(iter(deltas.values()))
     own = {
         "ss_network_module": _FAMILIES.get(family, "networks.oft"),
         "ss_network_dim": str(first.blocks.shape[0]),
         "ss_network_alpha": f"{first.constraint:g}",
     }
-    return kohya_metadata.stamped(tensors, {**adapter.metadata, **own})
+    return {**adapter.metadata, **own}
 
 
 dialect = KohyaOFT()

@@ -37,8 +37,8 @@ WRITERS: dict[str, str] = {
     "raw": "upparam.containers.raw:write",
     "gguf": "upparam.containers.gguf:write",
 }
-"""Container to its writer. safetensors and gguf take (stream, tensors, metadata), npz (stream, tensors), npy and raw (stream, tensor),
-torch (stream, structure)."""
+"""Container to its writer. safetensors takes (stream, tensors, metadata, late), gguf (stream, tensors, metadata), npz (stream, tensors),
+npy and raw (stream, tensor), torch (stream, structure)."""
 
 
 def convert(
@@ -220,6 +220,8 @@ def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> 
             writer(stream, tensor)
         elif content.container == "npz":
             writer(stream, content.tensors)
+        elif content.container == "safetensors":
+            writer(stream, content.tensors, content.metadata, content.late)
         else:
             writer(stream, content.tensors, content.metadata)
     return path.stat().st_size
