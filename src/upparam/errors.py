@@ -102,6 +102,17 @@ class AmbiguousError(UsageError):
     """Several answers fit and upparam will not choose in silence; the message lists the candidates."""
 
 
+class SeveralAdaptersError(AmbiguousError):
+    """One file holds several adapters, told apart by their names: `names`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        super().__init__(
+            "several adapters are in one file", found=", ".join(self.names),
+            remedy="choose one with --adapter NAME (where a command has no --adapter, take it out first with 'upparam convert --adapter NAME')",
+        )  # fmt: skip
+
+
 class OutputExistsError(UsageError):
     """The output path already holds something and `--force` was not given."""
 

@@ -307,3 +307,11 @@ def test_corpus(name: str, dialect: str, base: str, count: int, corpus: Path, tm
     for target, delta in adapter.deltas.items():
         same(dict(again.deltas[target].factors()), dict(delta.factors()))
         assert again.deltas[target].scale == delta.scale
+
+
+def test_a_magnitude_under_two_names_is_no_one_magnitude() -> None:
+    """PEFT has spelled it both ways; the second is left over, not put in the place of the first."""
+    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    shapes = {f"{module}.lora_A.weight": [4, 320], f"{module}.lora_B.weight": [320, 4], f"{module}.lora_magnitude_vector": [320]}
+    adapter = read("diffusers", filled(shapes | {f"{module}.lora_magnitude_vector.weight": [320]}))
+    assert list(adapter.leftovers) == [f"{module}.lora_magnitude_vector.weight"]

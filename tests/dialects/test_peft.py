@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from upparam.dialects.base import ReadOptions  # noqa: E402
-from upparam.errors import AmbiguousError, DeadAdapterError, NotAnAdapterError, RefusedError, UsageError  # noqa: E402
+from upparam.errors import DeadAdapterError, NotAnAdapterError, RefusedError, SeveralAdaptersError, UsageError  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
 
@@ -238,8 +238,9 @@ def test_what_the_user_says_must_not_contradict_the_config(tmp_path: Path) -> No
 
 def test_several_adapters_in_one_file(tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_{factor}.{name}.weight": torch.ones(4, 4) for factor in "AB" for name in ("one", "two")}
-    with pytest.raises(AmbiguousError, match="one, two"):
+    with pytest.raises(SeveralAdaptersError, match=r"one, two.*--adapter NAME") as caught:
         open_adapter(save(tmp_path / "a", tensors, {}))
+    assert caught.value.names == ("one", "two") and str(caught.value.file).endswith("adapter_model.safetensors")
 
 
 def test_only_half_an_adapter_is_dead(tmp_path: Path) -> None:

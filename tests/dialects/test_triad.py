@@ -458,6 +458,17 @@ def test_halves_under_another_dialects_names_belong_together(tmp_path: Path, wor
     assert [target.module for target in open_adapter(tmp_path).deltas] == modules
 
 
+def test_two_names_that_become_one_are_both_named(tmp_path: Path) -> None:
+    """Before, the second took the place of the first."""
+    module = "model.layers.0.self_attn.q_proj"
+    for role, word, factor in (("up", "lora_B", UP), ("down", "lora_A", DOWN)):
+        torch_file(tmp_path / f"{role}-param.bin", {f"{prefix}{module}.{word}.weight": factor for prefix in ("base_model.model.", "")})
+    with pytest.raises(AmbiguousError, match="two names mean the same factor") as caught:
+        open_adapter(tmp_path)
+    told = {caught.value.tensor, caught.value.found}
+    assert told in [{f"{prefix}{module}.{word}.weight" for prefix in ("base_model.model.", "")} for word in ("lora_A", "lora_B")]
+
+
 def test_factors_that_share_a_size_by_chance_are_not_turned_until_they_fit(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     torch_file(tmp_path / "up-param.bin", rng.standard_normal((64, 4)).astype(np.float32))

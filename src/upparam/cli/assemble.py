@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_drop, add_output, add_reading, emit_receipt, reading
+from upparam.cli.common import add_adapter, add_common, add_drop, add_output, add_reading, emit_receipt, reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_drop(parser)
     add_output(parser, "file or folder")
     add_reading(parser)
+    add_adapter(parser)
     add_common(parser)
 
 

@@ -70,8 +70,15 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="rank, where headerless factors leave it open")
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """--adapter."""
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="of several adapters in one file the one of this name; 'upparam inspect' lists them"
+    )
+
+
 def reading(args: argparse.Namespace) -> ReadOptions:
-    """The ReadOptions that `add_reading`'s arguments say."""
+    """The ReadOptions that the arguments of `add_reading` and `add_adapter` say."""
     from upparam.dialects.base import ReadOptions
 
     base = None
@@ -80,7 +87,9 @@ def reading(args: argparse.Namespace) -> ReadOptions:
 
         base = find_base(args.base)
     targets = tuple(args.target) if args.target else None
-    return ReadOptions(base=base, targets=targets, alpha=args.alpha, scale=args.scale, rank=args.rank)
+    return ReadOptions(
+        base=base, targets=targets, alpha=args.alpha, scale=args.scale, rank=args.rank, adapter=getattr(args, "adapter", None)
+    )
 
 
 def emit(args: argparse.Namespace, facts: Any, render: Callable[[], str]) -> None:

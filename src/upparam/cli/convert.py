@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, add_drop, add_output, add_reading, add_threads, emit_receipt, progress_for, reading
+from upparam.cli.common import add_adapter, add_common, add_drop, add_output, add_reading, add_threads, emit_receipt, progress_for, reading
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_output(parser, "file or folder")
     add_reading(parser)
+    add_adapter(parser)
     add_common(parser)
 
 

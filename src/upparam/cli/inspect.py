@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upparam.cli.common import add_common, add_reading, emit, emit_receipt, progress_for, reading
+from upparam.cli.common import add_adapter, add_common, add_reading, emit, emit_receipt, progress_for, reading
 
 if TYPE_CHECKING:
     from upparam.errors import MalformedError
@@ -22,15 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     add_reading(parser)
+    add_adapter(parser)
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the modules, totals, metadata and hashes; for a damaged file, what can still be recovered (exit code 3)."""
+    """Show the modules, totals, metadata and hashes; for a damaged file, what can still be recovered (exit code 3).
+
+    Of a file that holds several adapters, show which, unless one is named.
+    """
     from upparam.operations.threads import pin_blas
 
     pin_blas()
-    from upparam.errors import MalformedError
+    from upparam.errors import MalformedError, SeveralAdaptersError
     from upparam.operations.inspect import inspect_file
     from upparam.report.inspection import inspection_text
 
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         ).facts()
     except MalformedError as problem:
         return _recoverable(args, problem)
+    except SeveralAdaptersError as problem:
+        return _several(args, problem.names)
     emit(args, facts, lambda: inspection_text(facts))
     return 0
 
@@ -50,6 +57,15 @@ def _salvage(args: argparse.Namespace) -> int:
     from upparam.operations.salvage import salvage, write_salvage
 
     return emit_receipt(args, write_salvage(salvage(args.path), args.salvage, force=args.force))
+
+
+def _several(args: argparse.Namespace, names: Sequence[str]) -> int:
+    from upparam.operations.inspect import choices
+    from upparam.report.inspection import choices_text
+
+    facts = choices(args.path, names, reading(args))
+    emit(args, facts, lambda: choices_text(facts))
+    return 0
 
 
 def _recoverable(args: argparse.Namespace, problem: MalformedError) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upparam.cli.common import add_common, add_reading, emit, progress_for, reading
+from upparam.cli.common import add_adapter, add_common, add_reading, emit, progress_for, reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """ADAPTER, what only the user knows, --json."""
     parser.add_argument("path", type=Path, metavar="ADAPTER", help="an adapter file or folder")
     add_reading(parser)
+    add_adapter(parser)
     add_common(parser)
 
 

@@ -51,7 +51,7 @@ class Match:
 class ReadOptions:
     """What only the user can know. Fields are None when not given; a dialect uses those that mean something to it.
 
-    `targets` names modules for factors that carry no names; `alpha`, `scale` and `rank` fill in what the files do not say (a value in
+    `adapter` chooses by name among several adapters in one file; `targets` names modules for factors that carry no names; `alpha`, `scale` and `rank` fill in what the files do not say (a value in
     the files that contradicts one of these is an error, except that an explicit `--alpha` may override an assumed one).
     """
 
@@ -60,6 +60,7 @@ class ReadOptions:
     alpha: float | None = None
     scale: float | None = None
     rank: int | None = None
+    adapter: str | None = None
 
 
 @dataclass

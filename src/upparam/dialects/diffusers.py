@@ -82,7 +82,7 @@ def pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], dict[str, Ten
         else:
             form, role = _ENDINGS[match.group(2)]
             pair = found.setdefault(match.group(1), Pair(form, {}))
-            if pair.form == form:
+            if pair.form == form and role not in pair.tensors:
                 pair.tensors[role] = tensor
             else:
                 rest[name] = tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from upparam.adapter import Adapter
@@ -17,7 +18,7 @@ from upparam.containers.side import read_json
 from upparam.dialects import peft_config, peft_others, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.peft_names import COMPONENTS, WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
-from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError
+from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError, UsageError
 from upparam.patterns import regex
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Peft:
         """
         from upparam.dialects.peft_read import explain, place, take_deltas, take_extras, take_slices
 
-        members = [_member(file, bundle) for file in peft_shards.joined(bundle.files)]
+        members = [_member(file, bundle, options) for file in peft_shards.joined(bundle.files)]
         first = members[0]
         adapter = Adapter(
             {}, self.name, metadata=dict(first.file.metadata), config=dict(first.config or {}), files=tuple(str(file.path) for file in bundle.files),
@@ -192,6 +193,15 @@ def _config(file: TensorFile) -> dict[str, Any] | None:
         return None
 
 
+def _config_of(file: TensorFile, folder: Path, adapter: str | None) -> dict[str, Any] | None:
+    """The config of one adapter: of several in a file each but `default` has a folder of its own, where PEFT saves it."""
+    shared = read_json(folder / peft_config.FILE)
+    named = {part.adapter for name in file.tensors if (part := part_of(name)) is not None} if adapter is not None else set()
+    if adapter is None or len(named) < 2 or Path(adapter).name != adapter:
+        return shared
+    return read_json(folder / adapter / peft_config.FILE) or (shared if adapter == "default" else None)
+
+
 def _refuse_empty(file: TensorFile, names: Sorted) -> None:
     """Raise DeadAdapterError for a save that went wrong in one of the ways known: a file without tensors, or with factors of no elements."""
     if not file.tensors:
@@ -208,17 +218,22 @@ def _refuse_empty(file: TensorFile, names: Sorted) -> None:
         )  # fmt: skip
 
 
-def _member(file: TensorFile, bundle: Bundle) -> Member:
+def _member(file: TensorFile, bundle: Bundle, options: ReadOptions) -> Member:
     from upparam.dialects.peft_kinds import KNOWN_TYPES
     from upparam.dialects.peft_read import Member
 
     own = file.path.parent
     component = own.name if own != bundle.folder and own.name in COMPONENTS else ""
-    config = read_json((own if component else bundle.folder) / peft_config.FILE)
+    config = _config_of(file, own if component else bundle.folder, options.adapter)
     kind = (config or {}).get("peft_type")
-    names = sort(
-        file.tensors, peft_config.words(config, "modules_to_save"), None if config is None else config.get("bias") not in (None, "none")
-    )  # fmt: skip
+    try:
+        names = sort(
+            file.tensors, peft_config.words(config, "modules_to_save"), None if config is None else config.get("bias") not in (None, "none"),
+            options.adapter,
+        )  # fmt: skip
+    except UsageError as problem:
+        problem.locate(file=file.path)
+        raise
     told = peft_others.by_names(file.tensors) if kind is None else None
     if told is not None:
         peft_others.refuse(told[0], file.path, told[1])

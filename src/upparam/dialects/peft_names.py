@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from upparam.errors import AmbiguousError
+from upparam.errors import AmbiguousError, SeveralAdaptersError, UsageError
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 
@@ -89,7 +89,7 @@ class Sorted:
     `factors`: module -> role -> tensor; `biases`: module -> the bias of its lora_B; `shared`: projections that all modules use (VeRA);
     `saved` and `biases_saved`: tensors that replace the base's, by base parameter path; `tokens`: rows that replace rows of an embedding;
     `unknown`: tensors that no rule explains, by their own names; `base`: names of the base's own weights that a training checkpoint
-    holds beside the adapter.
+    holds beside the adapter; `others`: names of the adapters that were not chosen.
     """
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -100,6 +100,7 @@ class Sorted:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     unknown: dict[str, Tensor] = field(default_factory=dict)
     base: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     adapter: str = ""
     wrapped: bool = True
 
@@ -110,22 +111,29 @@ _FOREIGN = regex(r"(^|\.)(lora|vera|hada|lokr|oft|boft|ia3|token_adapter|trainab
 """Words of adapters: a tensor with such a name is never a parameter of the base."""
 
 
-def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool | None = None) -> Sorted:
+_NAMED = regex(r"\.(?:modules_to_save|trainable_tokens_(?:delta|original)|vera_[AB])\.(?P<adapter>[^.]+)")
+"""What bears an adapter's name beside factors."""
+
+
+def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool | None = None, adapter: str | None = None) -> Sorted:
     """Sort a file's tensors. `listed` are the config's modules_to_save, `biases` whether it says that biases were trained (None: no config).
 
-    Raises AmbiguousError when the file holds several adapters by name.
+    `adapter` names one of several in the file. Raises SeveralAdaptersError where there are several and none is named, UsageError where none
+    of this name is there, AmbiguousError where two names mean the same.
     """
     bare = is_adalora(tensors)
     parts = {name: part for name in tensors if (part := part_of(name, bare)) is not None}
     adapters = sorted({part.adapter for part in parts.values()} - {""})
     if len(adapters) > 1:
-        raise AmbiguousError("several adapters are in one file", found=", ".join(adapters), remedy="save each by itself with PEFT")
-    result = Sorted(adapter=adapters[0] if adapters else "", wrapped=all(part.wrapped for part in parts.values()))
+        parts, tensors = _chosen(parts, tensors, adapters, adapter)
+    own = adapter if adapter is not None and len(adapters) > 1 else next(iter(adapters), "")
+    result = Sorted(adapter=own, others=[name for name in adapters if name != own], wrapped=all(part.wrapped for part in parts.values()))
+    place = _Places()
     for name, part in parts.items():
         if part.bias:
-            result.biases[part.module] = tensors[name]
+            place(result.biases, part.module, tensors, name)
         else:
-            result.factors.setdefault(part.module, {})[part.role] = tensors[name]
+            place(result.factors.setdefault(part.module, {}), part.role, tensors, name)
     rest = [name for name in tensors if name not in parts]
     checkpoint = is_checkpoint(rest, parts.values())
     weights = {unwrapped(name) for name in rest}
@@ -137,20 +145,54 @@ def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool
         module, _, leaf = parameter.rpartition(".")
         known = leaf in ("weight", "bias") or any(module == word or module.endswith(f".{word}") for word in listed)
         if shared is not None:
-            result.shared[shared[2]] = tensors[name]
+            place(result.shared, shared[2], tensors, name)
         elif saved := _saved(path, result.adapter):
-            result.saved[saved] = tensors[name]
+            place(result.saved, saved, tensors, name)
         elif path.removesuffix(f".{result.adapter}").endswith(TOKENS):
-            result.tokens[path.removesuffix(f".{result.adapter}")] = tensors[name]
+            place(result.tokens, path.removesuffix(f".{result.adapter}"), tensors, name)
         elif leaf == "bias" and not original and (biases if checkpoint else biases is not False and f"{module}.weight" not in weights):
-            result.biases_saved[parameter] = tensors[name]
+            place(result.biases_saved, parameter, tensors, name)
         elif checkpoint or original:
             result.base.append(name)
         elif known and not _FOREIGN.search(path):
-            result.saved[parameter] = tensors[name]
+            place(result.saved, parameter, tensors, name)
         else:
             result.unknown[name] = tensors[name]
     return result
+
+
+def _chosen(
+    parts: Mapping[str, Part], tensors: Mapping[str, Tensor], adapters: Sequence[str], adapter: str | None
+) -> tuple[dict[str, Part], dict[str, Tensor]]:
+    """(the factors of one of several adapters, all tensors but those of the others)."""
+    if adapter is None:
+        raise SeveralAdaptersError(adapters)
+    if adapter not in adapters:
+        raise UsageError("no adapter of this name is in the file", expected=adapter, found=", ".join(adapters))
+    own = {name: part for name, part in parts.items() if part.adapter in (adapter, "")}
+    others = {*adapters} - {adapter}
+    kept = {
+        name: tensor for name, tensor in tensors.items()
+        if name in own or (name not in parts and not ((found := _NAMED.search(name)) is not None and found["adapter"] in others))
+    }  # fmt: skip
+    return own, kept
+
+
+class _Places:
+    """Puts tensors under what their names mean, each once."""
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[int, str], str] = {}
+
+    def __call__(self, place: dict[str, Tensor], key: str, tensors: Mapping[str, Tensor], name: str) -> None:
+        """Raises AmbiguousError where another name has meant the same."""
+        other = self.names.setdefault((id(place), key), name)
+        if other != name:
+            raise AmbiguousError(
+                "two names mean the same tensor: they differ only in the wrappers of training or an adapter's name", tensor=name, found=other,
+                remedy="take out or rename the one that is not meant",
+            )  # fmt: skip
+        place[key] = tensors[name]
 
 
 def is_checkpoint(rest: Iterable[str], parts: Iterable[Part]) -> bool:

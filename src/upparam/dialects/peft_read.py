@@ -186,6 +186,14 @@ def take_extras(adapter: Adapter, member: Member) -> None:
 def explain(adapter: Adapter, member: Member) -> None:
     """Findings about what was missing or beside the adapter, and the conditions under which its deltas hold."""
     subject, config, names = member.file.name, member.config, member.names
+    if names.others:
+        adapter.findings.append(
+            info(
+                "other-adapters",
+                subject,
+                f"the file also holds the adapter{'s' if len(names.others) > 1 else ''} {', '.join(names.others)}",
+            )
+        )
     if config is None:
         unknown = any(delta.scale is None for delta in adapter.deltas.values())
         adapter.findings.append(

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from upparam.containers.base import TensorFile
+from upparam.errors import MalformedError
 from upparam.findings import error
 from upparam.patterns import regex
+from upparam.tensors import Tensor
 
 _SHARD = regex(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.\w+)$")
 
@@ -33,7 +35,12 @@ def joined(files: Sequence[TensorFile]) -> list[TensorFile]:
     if own is None:
         return list(files)
     parts = sorted(files, key=lambda file: file.name)
-    tensors = {name: tensor for file in parts for name, tensor in file.tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for file in parts:
+        twice = next((name for name in file.tensors if name in tensors), None)
+        if twice is not None:
+            raise MalformedError("two files of a sharded checkpoint hold this tensor", file=file.path, tensor=twice)
+        tensors |= file.tensors
     findings = [finding for file in parts for finding in file.findings]
     if len(parts) < int(own["total"]):
         there = ", ".join(file.name for file in parts)

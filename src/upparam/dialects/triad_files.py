@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from upparam.containers.base import LONE, TensorFile
 from upparam.dialects.triad_pairs import Half, paired, role_of
+from upparam.errors import AmbiguousError
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 
@@ -124,13 +125,24 @@ def half(names: Iterable[str]) -> str | None:
 
 
 def unworded(found: Found) -> Found:
-    """Factors by their modules, where files hold each half under another dialect's names: those have a word for the factor behind it."""
+    """Factors by their modules, where files hold each half under another dialect's names: those have a word for the factor behind it.
+
+    Raises AmbiguousError where two names then mean the same factor.
+    """
     factors: dict[str | int | None, dict[str, Tensor]] = {}
-    for key, roles in found.factors.items():
+    named: dict[tuple[str | int | None, str], str | int | None] = {}
+    for whole, roles in found.factors.items():
+        key = whole
         match = _WORDED.search(key) if isinstance(key, str) else None
         if isinstance(key, str) and match is not None and set(roles) == {role_of(match["word"])}:
             key = key[: match.start()].removeprefix("base_model.model.")
-        factors.setdefault(key, {}).update(roles)
+        for role, tensor in roles.items():
+            other = named.setdefault((key, role), whole)
+            if other != whole:
+                raise AmbiguousError(
+                    "two names mean the same factor", tensor=str(whole), found=other, remedy="take out the one that is not meant"
+                )
+            factors.setdefault(key, {})[role] = tensor
     return replace(found, factors=factors)
 
 

@@ -229,7 +229,7 @@ def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> 
 
 def _prove(adapter: Adapter, package: Package, written: Path, dialect: str, read: ReadOptions | None) -> list[ModuleProof]:
     try:
-        again = open_adapter(written, dialect=dialect, options=read)
+        again = open_adapter(written, dialect=dialect, options=None if read is None else replace(read, adapter=None))
     except UsageError:
         # What the user had to say of the input, the output says itself and in its own terms: the alpha of parts that were joined, say.
         again = open_adapter(written, dialect=dialect, options=ReadOptions(base=read.base if read is not None else None))

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 def open_without(path: Path | str, initial: Path | str | None, options: ReadOptions | None = None) -> Adapter:
     """The adapter at `path`, less the one at `initial` where there is one."""
     adapter = open_adapter(path, options=options)
-    return adapter if initial is None else without_initial(adapter, open_adapter(initial, options=options))
+    return (
+        adapter
+        if initial is None
+        else without_initial(adapter, open_adapter(initial, options=None if options is None else replace(options, adapter=None)))
+    )
 
 
 def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +13,7 @@ from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
 from upparam.containers import head_of, member_source
 from upparam.dialects.base import ReadOptions
-from upparam.errors import UnreadableError, UsageError
+from upparam.errors import UnreadableError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
@@ -239,6 +239,26 @@ def inspect_file(
             found.append(file_hashes(file, _data_start(file), progress))
         adapter.findings += _stored_hash(adapter, found)
     return Inspection(Path(path), adapter, stats, found)
+
+
+def choices(path: Path | str, names: Sequence[str], options: ReadOptions) -> dict[str, Any]:
+    """The adapters of a file that holds several under these names, as JSON-ready facts. No factor is read."""
+    found: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            adapter = open_adapter(path, options=replace(options, adapter=name), whole=False)
+        except UpparamError as problem:
+            found.append({"name": name, "problem": problem.line()})
+            continue
+        scales = sorted({delta.scale for delta in adapter.deltas.values() if delta.scale is not None})
+        found.append(
+            {
+                "name": name, "dialect": adapter.dialect, "targets": len(adapter.deltas), "algorithms": adapter.algorithms(),
+                "ranks": [{"rank": rank, "count": count} for rank, count in adapter.ranks().items()], "scales": scales,
+                "parameters": adapter.parameters(), "extras": len(adapter.extras),
+            }
+        )  # fmt: skip
+    return {"path": str(path), "adapters": found}
 
 
 def _data_start(path: Path) -> int | None:

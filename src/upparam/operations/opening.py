@@ -13,7 +13,7 @@ from upparam.adapter import Adapter
 from upparam.containers import file_source, head_of, open_all
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, ReadOptions
-from upparam.errors import AmbiguousError, DeadAdapterError, UpparamError
+from upparam.errors import AmbiguousError, DeadAdapterError, UpparamError, UsageError
 from upparam.operations.explaining import explain_nothing
 from upparam.operations.kinds_other import other
 
@@ -165,7 +165,14 @@ def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadO
             remedy="name the file you mean; 'upparam identify' compares them",
         )
     name = dialect or found[0].match.dialect
-    adapter = dialects.get(name).read(found[0].bundle, options or ReadOptions())
+    options = options or ReadOptions()
+    adapter = dialects.get(name).read(found[0].bundle, options)
+    if options.adapter is not None and adapter.spelling.get("adapter") != options.adapter:
+        own = adapter.spelling.get("adapter")
+        raise UsageError(
+            "no adapter of this name is here", file=path, expected=options.adapter, found=own or "one adapter without a name",
+            remedy=f"name it with --adapter {own}" if own else "leave --adapter away",
+        )  # fmt: skip
     lost = next((finding for finding in adapter.findings if finding.code == "shards-missing"), None) if whole else None
     if lost is not None:
         raise DeadAdapterError(

@@ -48,6 +48,22 @@ def inspection_text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def choices_text(facts: dict[str, Any]) -> str:
+    """The adapters of a file that holds several, one a line."""
+    lines = [one_line(f"{facts['path']}: {len(facts['adapters'])} adapters in one file; --adapter NAME shows one")]
+    for one in facts["adapters"]:
+        if "problem" in one:
+            lines.append(one_line(f"  {one['name']}: {one['problem']}"))
+            continue
+        ranks = listed(entry["rank"] for entry in one["ranks"])
+        told = [
+            listed(one["algorithms"]), f"rank {ranks}" if ranks else "", counted(one["targets"], "target"), counted(one["parameters"], "parameter"),
+            counted(one["extras"], "extra") if one["extras"] else "", f"scale {listed(one['scales']) or 'unknown'}",
+        ]  # fmt: skip
+        lines.append(one_line(f"  {one['name']}: {', '.join(part for part in told if part)} ({one['dialect']})"))
+    return "\n".join(lines)
+
+
 def _modules(modules: Sequence[dict[str, Any]]) -> list[str]:
     rows = [
         (
