@@ -15,6 +15,7 @@ from upparam.errors import MismatchError, RefusedError, VerificationError
 from upparam.operations.merge import merge, prepare
 from upparam.operations.merge.journal import undo
 from upparam.operations.merge.rounding import narrow
+from upparam.operations.unmerge import unmerge
 
 RNG = np.random.default_rng(11)
 
@@ -169,6 +170,10 @@ def test_gguf_keeps_every_other_byte(tmp_path: Path) -> None:
     assert base.read_bytes() == new
     with pytest.raises(RefusedError, match="container of the base"):
         merge(tmp_path / "o.gguf", adapter(deltas), tmp_path / "o.safetensors")
+    with pytest.raises(
+        MismatchError, match=r"layers\.0\.mlp: not in the base under this name.*; merge into the safetensors model and convert"
+    ):
+        merge(base, adapter({"model.layers.0.mlp": rank2(4, 6)}), tmp_path / "p.gguf")
 
 
 def test_torch_files_become_safetensors(tmp_path: Path) -> None:
@@ -260,3 +265,26 @@ def test_q8_0_is_requantised_as_the_gguf_library_does(tmp_path: Path) -> None:
     assert receipt.counts["tensors_changed"] == 1 and receipt.counts["elements_changed"] > 500
     with pytest.raises(RefusedError, match="Q4_0"):
         merge(tmp_path / "b.gguf", adapter({"n": rank2(4, 64)}), tmp_path / "p.gguf")
+
+
+def test_unmerged_blocks_are_off_by_half_a_step_of_both(tmp_path: Path) -> None:
+    """A change that makes a block's step larger costs its small elements more than an ulp: unmerge promises no more than holds."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(str(tmp_path / "b.gguf"), "test")
+    writer.add_tensor("m.weight", gguf.quants.quantize(normal(10, 64), kind), raw_dtype=kind)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    item = adapter({"m": lora(np.full((10, 1), 30, np.float32), normal(1, 64))})
+    merge(tmp_path / "b.gguf", item, tmp_path / "m.gguf")
+    receipt = unmerge(tmp_path / "m.gguf", item, tmp_path / "u.gguf")
+    assert "about half a step of its block as merged and half a step of it as written now" in receipt.findings[-1].message
+    packed = {name: open_file(tmp_path / f"{name}.gguf").structure["quantised"]["m.weight"] for name in "bmu"}
+    raw = {name: (tmp_path / f"{name}.gguf").read_bytes()[place.offset : place.offset + place.nbytes] for name, place in packed.items()}
+    blocks = {name: np.frombuffer(data, np.uint8).reshape(-1, 34) for name, data in raw.items()}
+    steps = {name: data[:, :2].copy().view(np.float16).astype(np.float64) for name, data in blocks.items()}
+    values = {name: steps[name] * data[:, 2:].view(np.int8) for name, data in blocks.items()}
+    off = np.abs(values["u"] - values["b"])
+    step = 0.5 + 127 * 2.0**-11  # the step itself is stored in float16
+    assert (off <= (steps["m"] + steps["u"]) * step).all()
+    assert off.max() > np.abs(values["b"]).max() * 2.0**-7

@@ -51,6 +51,11 @@ def not_there(checkpoint: Checkpoint, target: Target, bias_alone: bool = False) 
             "the base has to hold its experts stacked: load it with transformers 5 and save it with "
             "save_pretrained(FOLDER, save_original_format=False)",
         )
+    if not bias_alone and any(file.container == "gguf" for file in checkpoint.files):
+        return Misfit(
+            f"{target}: not in the base under this name, and upparam does not know the model whose llama.cpp names would tell where it is",
+            "merge into the safetensors model and convert the result with llama.cpp",
+        )
     return Misfit(f"{target}: not in the base", "give up changes of biases with --drop bias" if bias_alone else None)
 
 
