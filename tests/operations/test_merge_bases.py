@@ -13,6 +13,7 @@ from tests.operations.merging import NUMPY, adapter, load, lora, round_once, sav
 from upparam.containers import open_file
 from upparam.errors import MismatchError, RefusedError, VerificationError
 from upparam.operations.merge import merge, prepare
+from upparam.operations.merge.blocks import parse
 from upparam.operations.merge.journal import undo
 from upparam.operations.merge.rounding import narrow
 from upparam.operations.unmerge import unmerge
@@ -60,6 +61,20 @@ def test_shards_index_side_files_and_metadata_are_carried(tmp_path: Path) -> Non
     assert [finding.code for finding in receipt.findings] == ["stale-metadata"]
     assert receipt.counts["tensors_changed"] == 1 and receipt.counts["elements_changed"] > 20
     assert "2 untouched tensors equal the base" in receipt.proofs[1]
+
+
+def test_the_note_says_what_was_merged_now_and_before(tmp_path: Path) -> None:
+    save(tmp_path / "0.safetensors", {"a.weight": normal(6, 8), "b.weight": normal(6, 8)}, {"format": "pt"})
+    item = adapter({"a": rank2(6, 8), "b": rank2(6, 8)})
+    merge(tmp_path / "0.safetensors", (item, 0.5), tmp_path / "1.safetensors", skip=["b"])
+    merge(tmp_path / "1.safetensors", item, tmp_path / "2.safetensors", block_weight=parse(["*=0.5"]))
+    merge(tmp_path / "2.safetensors", item, tmp_path / "3.safetensors")
+    metadata = open_file(tmp_path / "3.safetensors").metadata
+    notes = [json.loads(metadata[key])["adapters"][0] for key in ("upparam.merge.1", "upparam.merge.2", "upparam.merge")]
+    assert [(note["multiplier"], note["targets"], note.get("left_out"), note.get("block_weights")) for note in notes] == [
+        (0.5, 1, 1, None), (1.0, 2, None, True), (1.0, 2, None, None),
+    ]  # fmt: skip
+    assert len(metadata) == 4
 
 
 def test_a_wrong_bit_in_a_tensor_that_is_only_converted_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

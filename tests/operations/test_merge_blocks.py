@@ -73,5 +73,12 @@ def test_weights_that_name_no_block_of_the_adapter_are_said(tmp_path: Path) -> N
     item = adapter({"model.layers.0.q": lora(np.ones((4, 1), np.float32), np.ones((1, 6), np.float32))})
     assert [finding.code for finding in prepare(base, item, block_weight=parse(["NONE"])).findings] == ["block-weights"]
     assert not prepare(base, item, block_weight=parse(["*.q=0.5"])).findings
+    assert not prepare(base, item, block_weight=parse(["*.q=1"])).findings
     found = prepare(base, item, block_weight=parse(["*.q=0.5", "*.p=0"])).findings
     assert [(finding.code, finding.subject) for finding in found] == [("idle-glob", "*.p")]
+
+
+def test_a_preset_of_ones_names_its_blocks_all_the_same() -> None:
+    inside = Target("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert parse(["ALL"]).names(inside) and parse(["NONE"]).names(inside)
+    assert not parse(["ALL"]).names(Target("unet.time_embedding.linear_1")) and not parse(["IN05=0.5"]).names(inside)

@@ -92,10 +92,18 @@ class Weights:
 
     def __call__(self, target: Target) -> float:
         """The multiplier of a target: 1 for what lies in no block that is named."""
+        found = self._found(target)
+        return 1.0 if found is None else found
+
+    def names(self, target: Target) -> bool:
+        """True when a glob or a block says something of the target, 1 included."""
+        return self._found(target) is not None
+
+    def _found(self, target: Target) -> float | None:
         for glob, value in self.globs.items():
             if fnmatchcase(target.module, glob):
                 return value
-        return self.blocks.get(block_of(target.module, self.flux) or "", 1.0)
+        return self.blocks.get(block_of(target.module, self.flux) or "")
 
 
 def parse(texts: Sequence[str]) -> Weights:

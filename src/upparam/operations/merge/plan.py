@@ -19,7 +19,7 @@ from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.kernel import Device
 from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
-from upparam.operations.merge.remarks import idle_globs, order_matters
+from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import DType, Tensor
 
@@ -86,6 +86,8 @@ class Plan:
     dtype: DType | None
     findings: list[Finding]
     skipped: list[str]
+    taken: dict[int, int] = field(default_factory=dict)
+    """How many targets of each ingredient, by its index, are not left out."""
     device: Device | None = None
     """Where tiles are computed; None for the processor."""
 
@@ -174,7 +176,7 @@ def make_plan(
             file=checkpoint.path,
             found=f"all {len(plan.skipped)} targets left out (scale 0, block weight 0, --only or --skip)" if plan.skipped else "no deltas",
         )
-    plan.findings += [*idle_globs(plan, only, skip), *order_matters(plan)]
+    plan.findings += [*idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     plan.works = dict(sorted(plan.works.items(), key=lambda item: order[item[0]]))
     return plan
@@ -214,10 +216,7 @@ def _place_deltas(plan: Plan, index: int, ingredient: Ingredient, only: Sequence
         else:
             plan.skipped.append(str(target))
     adapter = ingredient.adapter
-    if ingredient.block_weight and adapter.deltas and all(ingredient.block_weight(target) == 1.0 for target in adapter.deltas):
-        plan.findings.append(
-            warning("block-weights", str(ingredient.path or adapter.dialect), "the block weights weigh nothing: no module lies in a block they name, and all are merged at their full scale")
-        )  # fmt: skip
+    plan.taken[index] = len(chosen)
     deltas = {target: adapter.deltas[target] for target in chosen}
     spots, missing = matching.place(deltas, plan.checkpoint.shapes, ingredient.base)
     problems += [

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from upparam.operations.merge.plan import Piece, Plan
 
 
+def idle_blocks(plan: Plan) -> list[Finding]:
+    """A warning for each adapter of which no module lies in a block that `--block-weights` names."""
+    said = "the block weights weigh nothing: no module lies in a block they name, and all are merged at their full scale"
+    return [
+        warning("block-weights", str(one.path or one.adapter.dialect), said)
+        for one in plan.ingredients
+        if isinstance(one.block_weight, Weights) and one.adapter.deltas and not any(map(one.block_weight.names, one.adapter.deltas))
+    ]
+
+
 def idle_globs(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> list[Finding]:
     """A warning for globs of `--only`, `--skip` and `--block-weights` that match no part of any adapter: a slip of the pen merges what was to be left out."""
     adapters = [ingredient.adapter for ingredient in plan.ingredients]

@@ -101,6 +101,8 @@ def lay_out(plan: Plan) -> list[OutFile]:
             tensors = layout_order(tensors)
         metadata = {key: value for key, value in file.metadata.items() if key not in _STALE}
         metadata.setdefault("format", "pt")
+        if NOTE_KEY in metadata:  # what was merged before stays, numbered
+            metadata[f"{NOTE_KEY}.{1 + sum(key.startswith(f'{NOTE_KEY}.') for key in metadata)}"] = metadata.pop(NOTE_KEY)
         files.append(OutFile(file, out_name(file.relative), tensors, metadata))
     if any(file.verbatim for file in files):
         _check_verbatim(plan)
@@ -135,8 +137,10 @@ def note(plan: Plan, hashes: Mapping[int, str]) -> str:
             "sha256": hashes.get(index),
             "dialect": item.adapter.dialect,
             "multiplier": item.multiplier,
-            "targets": len(item.adapter.deltas),
+            "targets": plan.taken[index],
         }
+        | ({"left_out": left} if (left := len(item.adapter.deltas) - plan.taken[index]) else {})
+        | ({"block_weights": True} if item.block_weight is not None else {})
         for index, item in enumerate(plan.ingredients)
     ]
     return json.dumps({"upparam": __version__, "adapters": adapters}, separators=(",", ":"))
@@ -319,7 +323,8 @@ def summary(plan: Plan, shares: list[Shared]) -> Outcome:
         raise RefusedError(
             "the merged model would be identical to the base", file=plan.checkpoint.path,
             found=f"{len(shares)} tensors were computed and no element of any changed",
-            remedy="the adapter's changes vanish in rounding at this scale and dtype; check the scale, or merge with --dtype float32",
+            remedy=("the changes cancel each other or" if len(plan.ingredients) > 1 else "the adapter's changes")
+            + " vanish in rounding at this scale and dtype; check the scale, or merge with --dtype float32",
         )  # fmt: skip
     still = [shared.work.name for shared in shares if not shared.elements]
     if still:
