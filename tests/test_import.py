@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,15 +25,29 @@ def test_help_loads_neither_numpy_nor_torch() -> None:
     assert not {"numpy", "torch", "rich"} & loaded_after(code)
 
 
-def test_identify_needs_no_numpy(tmp_path: object) -> None:
+def kohya_file(folder: Path) -> str:
     import numpy as np
     from safetensors.numpy import save_file
 
-    path = f"{tmp_path}/lora.safetensors"
+    path = f"{folder}/lora.safetensors"
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{stem}.lora_up.weight": np.ones((320, 4), np.float16), f"{stem}.lora_down.weight": np.ones((4, 320), np.float16)}, path)
+    return path
+
+
+def test_identify_needs_no_numpy(tmp_path: Path) -> None:
+    path = kohya_file(tmp_path)
     code = f"import contextlib, io, upparam.cli\nwith contextlib.redirect_stdout(io.StringIO()): assert upparam.cli.main(['identify', {path!r}]) == 0"
     assert not {"numpy", "torch"} & loaded_after(code)
+
+
+def test_converting_bits_loads_nothing_that_computes(tmp_path: Path) -> None:
+    arguments = ["convert", kohya_file(tmp_path), "--to", "diffusers", "-o", f"{tmp_path}/out", "-q"]
+    loaded = loaded_after(f"import upparam.cli\nassert upparam.cli.main({arguments!r}) == 0")
+    assert (tmp_path / "out").exists() and "upparam.operations.convert" in loaded
+    assert (
+        not {"numpy", "torch", "tempfile", *(f"upparam.operations.{name}" for name in ("curing", "lowering", "spool", "advising"))} & loaded
+    )
 
 
 @pytest.mark.parametrize("name", upparam.__all__)

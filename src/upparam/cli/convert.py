@@ -62,10 +62,12 @@ def _rank(text: str) -> int | str:
 
 
 def _rule(rank: int | str | None) -> RankRule | None:
+    if rank is None:
+        return None
     from upparam.algorithms.lowrank import RankRule
     from upparam.operations.lowering import AUTO
 
-    return None if rank is None else AUTO if isinstance(rank, str) else RankRule(rank)
+    return AUTO if isinstance(rank, str) else RankRule(rank)
 
 
 def _weights(args: argparse.Namespace) -> Path | None:

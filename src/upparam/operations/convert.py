@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from upparam.operations.named_base import refuse_other
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
-from upparam.operations.spool import Spool
 from upparam.tensors import same_bits
 
 WRITERS: dict[str, str] = {
@@ -61,9 +60,11 @@ def convert(
     """
     refuse_existing(Path(out), force)
     adapter = open_without(path, initial, read)
-    with Spool(Path(out).absolute().parent) if arithmetic is not None and arithmetic.lowrank is not None else nullcontext() as spool:
-        if arithmetic is not None and spool is not None:
-            arithmetic.keep = spool.keep
+    with ExitStack() as stack:
+        if arithmetic is not None and arithmetic.lowrank is not None:
+            from upparam.operations.spool import Spool
+
+            arithmetic.keep = stack.enter_context(Spool(Path(out).absolute().parent)).keep
         receipt = write_adapter(
             adapter, out, to, read=read, force=force, verify=verify, sync=sync, drop=drop, options=options, arithmetic=arithmetic
         )  # fmt: skip

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from upparam.adapter import Adapter, Target
-from upparam.algorithms.base import Delta
-from upparam.algorithms.lora import LoRA
-from upparam.algorithms.lowrank import RankRule
-from upparam.dialects import restated
+from upparam.adapter import Adapter
 from upparam.dialects.base import Dialect, Package
-from upparam.dialects.refusing import BAKE, LOWER
-from upparam.errors import Problem, RefusedError
-from upparam.operations.advising import ROUNDS, advised, explained
-from upparam.operations.baking import Baked, bake
-from upparam.operations.lowering import Lowered, lower, lowerable
-from upparam.operations.padding import Padded, pad, paddable
-from upparam.operations.spool import Keep
-from upparam.operations.threads import in_threads
+from upparam.errors import RefusedError
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
+
+if TYPE_CHECKING:
+    from upparam.algorithms.lowrank import RankRule
+    from upparam.operations.baking import Baked
+    from upparam.operations.lowering import Lowered
+    from upparam.operations.padding import Padded
+    from upparam.operations.spool import Keep
 
 
 @dataclass
@@ -71,56 +67,9 @@ def fitted(adapter: Adapter, member: Dialect, options: Mapping[str, Any], how: A
 
     Raises RefusedError, naming the options that would help, where the arithmetic allowed does not suffice.
     """
-    for _ in range(ROUNDS):
-        try:
-            return adapter, member.write(adapter, options)
-        except RefusedError as problem:
-            told = explained(problem, adapter, options)
-            changed = _cured(adapter, told, how)
-            if not changed:
-                raise advised(problem, told, adapter, member, options, how.weights is not None) from problem
-            deltas = {target: changed.get(target, delta) for target, delta in adapter.deltas.items()}
-            adapter = restated(replace(adapter, deltas=deltas))
-    raise RefusedError(f"the adapter does not come to fit {member.name}", file=adapter.files[0] if adapter.files else None)
+    try:
+        return adapter, member.write(adapter, options)
+    except RefusedError as problem:
+        from upparam.operations.curing import cured
 
-
-def _cured(adapter: Adapter, problems: Iterable[Problem], how: Arithmetic) -> dict[Target, Delta]:
-    """The deltas that had to change, changed as far as the user allows it."""
-    left: dict[Target, float] = {}
-    low: dict[Target, Delta] = {}
-    ranks: dict[Target, int] = {}
-    for problem in problems:
-        for target in problem.targets:
-            delta = adapter.deltas[target]
-            if problem.cure == BAKE and how.bake_scale:
-                left[target] = problem.scale
-            elif problem.cure == LOWER and how.lowrank is not None and paddable(delta, problem.rank):
-                ranks[target] = problem.rank or 0
-            elif problem.cure == LOWER and how.lowrank is not None and lowerable(target, delta):
-                low[target] = delta
-    changed, baked = bake({target: adapter.deltas[target] for target in left}, left)
-    how.baked += baked
-    changed |= _lowered(adapter, low, how)
-    for target, rank in ranks.items():
-        changed[target], padded = pad(target, changed.get(target, adapter.deltas[target]), rank)
-        how.padded.append(padded)
-    return changed
-
-
-def _lowered(adapter: Adapter, deltas: Mapping[Target, Delta], how: Arithmetic) -> dict[Target, LoRA]:
-    from upparam.operations.base_weights import weights_of
-
-    rule = how.lowrank
-    if rule is None or not deltas:
-        return {}
-    dependent = {target: delta for target, delta in deltas.items() if not delta.additive}
-    weights = weights_of(adapter, dependent, how.weights) if dependent and how.weights is not None else {}
-
-    def work(target: Target) -> tuple[LoRA, Lowered]:
-        return lower(target, deltas[target], rule, weights.pop(target, None), how.keep)
-
-    order = list(deltas)
-    sizes = [max(1, deltas[target].shape[0]) for target in order]
-    done = list(in_threads(work, order, sizes, how.threads, how.progress))
-    how.lowered += [facts for _, facts in done]
-    return {target: lora for target, (lora, _) in zip(order, done, strict=True)}
+        return cured(problem, adapter, member, options, how)
