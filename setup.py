@@ -9,10 +9,14 @@ setup(
         Extension(
             f"upparam._native.{name}",
             [f"src/upparam/_native/{name}.c"],
-            depends=["src/upparam/_native/native.h", *([f"src/upparam/_native/{name}_kernels.h"] if kernels else [])],
+            depends=[f"src/upparam/_native/{header}.h" for header in headers],
             extra_compile_args=FLAGS,
             optional=True,
         )
-        for name, kernels in (("tile", True), ("gram", True), ("spread", False), ("carry", False))
+        for name, headers in (
+            ("tile", ("native", "tile_kernels")),
+            ("gram", ("native", "gram_kernels", "spaces_kernels")),
+            ("spread", ("native",)),
+        )
     ]
 )

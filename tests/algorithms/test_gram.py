@@ -7,10 +7,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upparam.algorithms.gram import gram, root, routes
+from upparam._native import compiled
+from upparam.algorithms.gram import _INTERFACE, Cosines, cosines, gram, root, routes
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, ml_dtypes.float8_e4m3fn]
 Factor = tuple[int, Any, bool]
@@ -84,3 +86,61 @@ def test_dependent_rows_have_no_root() -> None:
     rows = stored(5, 40, np.float64, False, 0)
     assert root(np.vstack([rows, rows[:1]]) @ np.vstack([rows, rows[:1]]).T) is None
     assert root(np.zeros((2, 2))) is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from(["apart", "shared", "near", "same"]),
+    st.sampled_from(routes()),
+    st.integers(0, 99),
+)
+def test_angles_between_spaces_are_those_of_orthonormal_bases(rank: int, rank2: int, kind: str, route: str, seed: int) -> None:
+    """Spaces drawn apart, that share directions, that nearly do, and one space through other rows."""
+    rng = np.random.default_rng(seed)
+    one = stored(rank, 250, np.float64, False, seed)
+    other = rng.standard_normal((rank if kind == "same" else rank2, 250))
+    if kind == "same":
+        other = (np.linalg.qr(other[:, :rank])[0] + 2 * np.eye(rank)) @ one
+    elif kind != "apart":
+        common = min(len(one), len(other), 1 + seed % 7)
+        other[:common] = one[:common] + (1e-5 if kind == "near" else 0.0) * other[:common]
+    found = cosines(gram(one, other), len(one), route=route)
+    squares = np.cos(scipy.linalg.subspace_angles(one.T, other.T)) ** 2
+    assert found is not None and found.number == min(len(one), len(other))
+    assert found[1:] == pytest.approx((squares.min(), squares.max(), squares.sum()), rel=1e-11, abs=1e-11)
+
+
+@pytest.mark.parametrize("route", routes())
+def test_spaces_of_orthogonal_rows_and_of_none(route: str) -> None:
+    """Products that are exactly 0 or 1, where a reduction has nothing to reflect; and a side without rows."""
+    apart = cosines(np.eye(70), 30, route=route)
+    assert apart is not None and apart == pytest.approx((30, 0.0, 0.0, 0.0), abs=1e-15)
+    rows = np.eye(40)[np.arange(60) % 40]
+    same = cosines(rows @ rows.T, 40, route=route)
+    assert same == pytest.approx((20, 1.0, 1.0, 20.0), abs=1e-14)
+    assert cosines(np.eye(4), 0, route=route) == cosines(np.eye(4), 4, route=route) == Cosines(0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("route", routes())
+def test_no_angles_where_rows_may_be_dependent(route: str) -> None:
+    rows = stored(5, 40, np.float64, False, 0)
+    for bad in (rows[:1], 0 * rows[:1], np.full((1, 40), np.nan), rows[:1] + 1e-7 * rows[1:2]):
+        for parts in ((np.vstack([rows, bad]), rows[:3]), (rows[:3], np.vstack([rows, bad]))):
+            whole = np.vstack(parts)
+            assert cosines(whole @ whole.T, len(parts[0]), route=route) is None
+    # Unit rows whose Cholesky diagonal is 1 and 0.6: enough for one bound, too little for another.
+    rows = np.array([[1.0, 0.0], [0.8, 0.6], [3.0, 4.0]])
+    assert cosines(rows @ rows.T, 2, 0.5, route) is not None and cosines(rows @ rows.T, 2, 0.7, route) is None
+
+
+def test_compiled_spaces_refuse_what_is_no_square() -> None:
+    module = compiled("gram", _INTERFACE)
+    if module is None:
+        pytest.skip("the compiled module is not built")
+    for size, rank in ((48, 1), (72, 0), (72, 3)):
+        with pytest.raises(ValueError, match="square"):
+            module.spaces(np.zeros(size, np.uint8), rank, 1e-5, 0)
+    with pytest.raises(ValueError, match="instruction set"):
+        module.spaces(np.zeros(72, np.uint8), 1, 1e-5, 9)

@@ -1,13 +1,15 @@
-/* upparam._native.gram: A A^T of the rows of one or two factors as they are stored, in float64 or, where that is enough, in float32.
+/* upparam._native.gram: A A^T of the rows of one or two factors as they are stored, in float64 or, where that is enough, in float32; and how
+ * the spaces of the rows of two lie to each other.
  *
  * The instruction set is chosen when the module is loaded. No state; the GIL is released while the products are summed.
  */
 
 #include "native.h"
+#include <math.h>
 #include <stdlib.h>
 
 #define DEPTH 192
-#define INTERFACE 1 /* counts changes of what Python passes: a module built from older source is not used */
+#define INTERFACE 2 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* rows of a panel */
 #define SQUARE 8
 
@@ -34,6 +36,21 @@ static inline float half_value(uint16_t code)
     return value;
 }
 
+#define BAND 32 /* columns that triangular systems are solved for at a time */
+
+/* Rows are padded to whole bands. */
+static long padded(long rows, long others)
+{
+    return ((rows > others ? rows : others) + BAND - 1) / BAND * BAND;
+}
+
+/* The room, in doubles, that spaces_kernels.h works in. */
+static long room(long rows, long others)
+{
+    long stride = padded(rows, others);
+    return 5 * stride * stride + 4 * stride + stride * DEPTH;
+}
+
 #define PLAIN_FMA(a, b, c) ((a) * (b) + (c))
 
 #define NAME(x) JOIN(x, portable_single)
@@ -45,6 +62,7 @@ static inline float half_value(uint16_t code)
 #include "gram_kernels.h"
 #define NAME(x) JOIN(x, portable_double)
 #define REAL double
+#define SPACES
 #define LANES 2
 #define ROWS 4
 #define FMA PLAIN_FMA
@@ -62,6 +80,7 @@ static inline float half_value(uint16_t code)
 #include "gram_kernels.h"
 #define NAME(x) JOIN(x, avx2_double)
 #define REAL double
+#define SPACES
 #define LANES 4
 #define ROWS 4
 #define FMA(a, b, c) ((NAME(vector))_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
@@ -79,6 +98,7 @@ static inline float half_value(uint16_t code)
 #include "gram_kernels.h"
 #define NAME(x) JOIN(x, avx512_double)
 #define REAL double
+#define SPACES
 #define LANES 8
 #define ROWS 8
 #define FMA(a, b, c) ((NAME(vector))_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
@@ -88,10 +108,12 @@ static inline float half_value(uint16_t code)
 #endif
 
 typedef void (*gram_function)(double *, long, const Part *, int, void *);
+typedef int (*spaces_function)(double *, const double *, long, long, double, double *);
 
 typedef struct {
     const char *name;
     gram_function single, wide;
+    spaces_function spaces;
 } InstructionSet;
 
 static InstructionSet sets[3];
@@ -103,11 +125,11 @@ static void find_sets(void)
 #ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        sets[set_count++] = (InstructionSet){"avx512", gram_avx512_single, gram_avx512_double};
+        sets[set_count++] = (InstructionSet){"avx512", gram_avx512_single, gram_avx512_double, spaces_avx512_double};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        sets[set_count++] = (InstructionSet){"avx2", gram_avx2_single, gram_avx2_double};
+        sets[set_count++] = (InstructionSet){"avx2", gram_avx2_single, gram_avx2_double, spaces_avx2_double};
 #endif
-    sets[set_count++] = (InstructionSet){"portable", gram_portable_single, gram_portable_double};
+    sets[set_count++] = (InstructionSet){"portable", gram_portable_single, gram_portable_double, spaces_portable_double};
 }
 
 /* The upper triangle of `sums` as a full matrix, by small squares: lines of the lower triangle lie far apart. */
@@ -179,6 +201,38 @@ done:
     return answer;
 }
 
+/* spaces(products, rows, least, set) -> (smallest, largest, sum) or None
+ *
+ * Of the squared cosines of the principal angles between the space of the first `rows` rows and that of the rest, from the inner products
+ * of all (doubles, a square matrix); None where the Cholesky diagonal of one, of unit rows, falls below `least` of its largest value. */
+static PyObject *spaces(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer products;
+    Py_ssize_t rows;
+    double least, found[3];
+    int set, told = 0;
+    PyObject *answer = NULL;
+    if (!PyArg_ParseTuple(args, "y*ndi", &products, &rows, &least, &set))
+        return NULL;
+    long total = (long)sqrt((double)(products.len / 8)), others = total - (long)rows;
+    if ((Py_ssize_t)total * total * 8 != products.len || rows < 1 || others < 1 || total > 1 << 15 || set < 0 || set >= set_count)
+        PyErr_SetString(PyExc_ValueError, "spaces: a square matrix of at least two rows, and an instruction set there is");
+    else {
+        double *space = malloc((size_t)room((long)rows, others) * sizeof(double));
+        if (space) {
+            Py_BEGIN_ALLOW_THREADS
+            told = sets[set].spaces(found, products.buf, (long)rows, others, least, space);
+            Py_END_ALLOW_THREADS
+            answer = told ? Py_BuildValue("(ddd)", found[0], found[1], found[2]) : Py_NewRef(Py_None);
+        } else
+            PyErr_NoMemory();
+        free(space);
+    }
+    PyBuffer_Release(&products);
+    return answer;
+}
+
 /* instruction_sets() -> (name, ...), the best first. */
 static PyObject *instruction_sets(PyObject *module, PyObject *unused)
 {
@@ -192,6 +246,7 @@ static PyObject *instruction_sets(PyObject *module, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"gram", gram, METH_VARARGS, "Inner products of the rows of stored factors; see gram.c."},
+    {"spaces", spaces, METH_VARARGS, "How two spaces lie to each other; see gram.c."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets this processor has a kernel for, best first."},
     {NULL, NULL, 0, NULL},
 };

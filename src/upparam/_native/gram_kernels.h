@@ -6,6 +6,7 @@
  *   ROWS      rows of a block
  *   FMA       a * b + c of vectors, fused where the set has it
  *   HALF_UP   optional: LANES fp16 codes at an address as a vector
+ *   SPACES    optional: what spaces_kernels.h makes of such products is wanted too
  *
  * Rows are widened and packed into panels of 2 * LANES, DEPTH columns at a time: a panel then stays in the first-level cache, all of them
  * in the second. Sums of DEPTH products are in REAL, sums of those in double.
@@ -110,6 +111,11 @@ TARGET static void NAME(gram)(double *sums, long stride, const Part *parts, int 
                 NAME(block)(sums + row * stride + panel * WIDTH, stride, panels + row / WIDTH * DEPTH * WIDTH + row % WIDTH, panels + panel * DEPTH * WIDTH, depth);
     }
 }
+
+#ifdef SPACES
+#include "spaces_kernels.h"
+#undef SPACES
+#endif
 
 #undef WIDTH
 #undef NAME

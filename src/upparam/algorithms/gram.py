@@ -1,4 +1,5 @@
-"""Inner products of the rows of factors as they are stored, compiled where that is built, else by numpy; and their Cholesky factors."""
+"""Inner products of the rows of factors as they are stored, compiled where that is built, else by numpy; what follows from them: Cholesky factors, and how
+the spaces of two lie to each other."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}
 """The compiled module's numbers for dtypes; factors of others are widened first."""
-_INTERFACE = 1
+_INTERFACE = 2
 """What the compiled module must say it speaks; one left over from older source does not."""
 _TILE = 1024
 """Columns that numpy multiplies at a time: a tile of both factors stays near the cache."""
@@ -37,10 +38,8 @@ def gram(*factors: NDArray[Any], coarse: bool = False, route: str | None = None)
     """
     import numpy as np
 
-    found = routes()
-    route = route or os.environ.get("UPPARAM_KERNEL", "")
-    number = found.index(route) if route in found else 0
-    if found[number] == "numpy":
+    number = _number(route)
+    if number is None:
         return _by_numpy(factors, coarse)
     module = compiled("gram", _INTERFACE)
     parts = []
@@ -53,6 +52,14 @@ def gram(*factors: NDArray[Any], coarse: bool = False, route: str | None = None)
     result = np.empty((count, count))
     module.gram(result.reshape(-1).view(np.uint8), factors[0].shape[1], tuple(parts), not coarse, number)
     return result
+
+
+def _number(route: str | None) -> int | None:
+    """The compiled module's number for a route, its fastest or what the environment says when None; None for numpy's."""
+    found = routes()
+    route = route or os.environ.get("UPPARAM_KERNEL", "")
+    number = found.index(route) if route in found else 0
+    return None if found[number] == "numpy" else number
 
 
 def _by_numpy(factors: tuple[NDArray[Any], ...], coarse: bool) -> NDArray[np.float64]:
@@ -86,8 +93,8 @@ INDEPENDENT = 1e-5
 """Ratio of the smallest to the largest value of the Cholesky diagonal of unit rows below which these may be dependent."""
 
 
-def root(products: NDArray[np.float64]) -> Root | None:
-    """The root of a Gram matrix; None where its rows may be dependent."""
+def root(products: NDArray[np.float64], least: float = INDEPENDENT) -> Root | None:
+    """The root of a Gram matrix; None where its rows may be dependent: see INDEPENDENT for `least`."""
     import numpy as np
 
     diagonal = products.diagonal()
@@ -98,7 +105,7 @@ def root(products: NDArray[np.float64]) -> Root | None:
         lower: NDArray[np.float64] = np.linalg.cholesky(products / lengths[:, None] / lengths).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return None
-    if not lower.diagonal().min(initial=1.0) > INDEPENDENT * lower.diagonal().max(initial=1.0):
+    if not lower.diagonal().min(initial=1.0) > least * lower.diagonal().max(initial=1.0):
         return None
     return Root(lengths, lower, _inverse(lower))
 
@@ -116,3 +123,38 @@ def _inverse(lower: NDArray[np.float64]) -> NDArray[np.float64]:
     found[:half, :half], found[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
     found[half:, :half] = -(found[half:, half:] @ lower[half:, :half] @ found[:half, :half])
     return found
+
+
+class Cosines(NamedTuple):
+    """The squared cosines of the principal angles between two spaces: how many, the smallest, the largest, and their sum."""
+
+    number: int
+    smallest: float
+    largest: float
+    total: float
+
+    @classmethod
+    def of(cls, cross: NDArray[np.float64]) -> Cosines:
+        """Those whose cosines are the singular values of the product of two orthonormal bases. Source: Bjorck & Golub 1973."""
+        import numpy as np
+
+        if not cross.size:
+            return cls(0, 0.0, 0.0, 0.0)
+        squares = np.linalg.eigvalsh(cross @ cross.T if len(cross) <= cross.shape[1] else cross.T @ cross)
+        return cls(len(squares), float(squares[0]), float(squares[-1]), float(squares.sum()))
+
+
+def cosines(products: NDArray[np.float64], rank: int, least: float = INDEPENDENT, route: str | None = None) -> Cosines | None:
+    """Of the space of the first `rank` rows and that of the others, from the inner products of all; None where the rows of one may be
+    dependent: see INDEPENDENT for `least`, and `gram` for `route`."""
+    import numpy as np
+
+    number = _number(route)
+    if number is None or not 0 < rank < len(products):
+        one, other = root(products[:rank, :rank], least), root(products[rank:, rank:], least)
+        if one is None or other is None:
+            return None
+        return Cosines.of((one.inverse / one.lengths) @ products[:rank, rank:] @ (other.inverse / other.lengths).T)
+    whole = np.ascontiguousarray(products).reshape(-1).view(np.uint8)
+    found = compiled("gram", _INTERFACE).spaces(whole, rank, least, number)
+    return None if found is None else Cosines(min(rank, len(products) - rank), *found)

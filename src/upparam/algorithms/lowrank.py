@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from upparam.algorithms.gram import INDEPENDENT, Root, root
+from upparam.algorithms.gram import INDEPENDENT, root
 from upparam.errors import MalformedError, UsageError
 
 if TYPE_CHECKING:
@@ -133,12 +133,12 @@ class Core(NamedTuple):
     floor: float
 
 
-def core_spectral(ours: Matrix, theirs: Matrix, known: Root | None = None) -> Core:
-    """The spectrum from up^T up and down down^T (r, r), float64; `known` is the root of the former. Raises MalformedError when not finite."""
+def core_spectral(ours: Matrix, theirs: Matrix) -> Core:
+    """The spectrum from up^T up and down down^T (r, r), float64. Raises MalformedError when not finite."""
     import numpy as np
 
     floor = _floor(ours, theirs)
-    turn, back = _root(ours, known)
+    turn, back = _root(ours)
     values, rotation = np.linalg.eigh(turn @ theirs @ turn.T)
     values, rotation = values[::-1], rotation[:, ::-1]
     sigma = np.sqrt(np.maximum(values, 0.0))
@@ -146,12 +146,12 @@ def core_spectral(ours: Matrix, theirs: Matrix, known: Root | None = None) -> Co
     return Core(back @ rotation, sigma, inverse[:, None] * (rotation.T @ turn), floor)
 
 
-def core_values(ours: Matrix, theirs: Matrix, known: Root | None = None) -> tuple[Matrix, float]:
+def core_values(ours: Matrix, theirs: Matrix) -> tuple[Matrix, float]:
     """(singular values, descending; how far each may be off) as `core_spectral` has them, without the vectors."""
     import numpy as np
 
     floor = _floor(ours, theirs)
-    turn, _ = _root(ours, known)
+    turn, _ = _root(ours)
     return np.sqrt(np.maximum(np.linalg.eigvalsh(turn @ theirs @ turn.T)[::-1], 0.0)), floor
 
 
@@ -173,7 +173,7 @@ def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
     return Spectral(up, core.mix, core.sigma, core.mixed, down, core.floor)
 
 
-def _root(products: Matrix, known: Root | None = None) -> tuple[Matrix, Matrix]:
+def _root(products: Matrix) -> tuple[Matrix, Matrix]:
     """(B, C), both (r, r), with B^T B the Gram matrix and C the inverse of B: from the Cholesky factor, or the eigenvectors where it is nearly
     singular.
 
@@ -181,7 +181,7 @@ def _root(products: Matrix, known: Root | None = None) -> tuple[Matrix, Matrix]:
     """
     import numpy as np
 
-    found = known or root(products)
+    found = root(products)
     if found is not None:
         diagonal = found.lower.diagonal() * found.lengths
         if diagonal.min(initial=1.0) > INDEPENDENT * diagonal.max(initial=0.0):

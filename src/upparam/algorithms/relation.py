@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite, sqrt
+from math import atan2, isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from upparam.algorithms.gram import Root, gram, root
+from upparam.algorithms.gram import INDEPENDENT, Cosines, cosines, gram
 from upparam.errors import MalformedError
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ class Relation:
         return sqrt(max(square, 0.0))
 
 
+class Angles(NamedTuple):
+    """Principal angles between two spaces: how many, as many as the smaller rank (0 where one is zero), the smallest and the largest in
+    radians, and the mean squared cosine."""
+
+    number: int
+    smallest: float
+    largest: float
+    overlap: float
+
+
 class Cut(NamedTuple):
     """How one matrix lies to the best approximation of its `rank` of another: `off` is their distance, `sigma` the other's singular values,
     `floor` how far both may be off."""
@@ -98,8 +108,7 @@ class Pair:
     one: Form
     other: Form
     coarse: bool = False
-    _ups: tuple[Matrix, Matrix, Matrix] = field(init=False, repr=False)
-    _downs: tuple[Matrix, Matrix, Matrix] = field(init=False, repr=False)
+    _whole: tuple[Matrix, Matrix] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -110,19 +119,19 @@ class Pair:
                 "matrices of different shapes have no inner product", expected=(len(up), down.shape[1]), found=(len(up2), down2.shape[1])
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            object.__setattr__(self, "_ups", _products(up.T, up2.T, self.coarse))
-            object.__setattr__(self, "_downs", _products(down, down2, self.coarse))
-            size = sum(float(np.trace(gram)) for gram in (*self._ups[:2], *self._downs[:2]))
+            whole = gram(up.T, up2.T, coarse=self.coarse), gram(down, down2, coarse=self.coarse)
+            object.__setattr__(self, "_whole", whole)
+            size = sum(float(np.trace(products)) for products in whole)
         if not isfinite(size):
             raise MalformedError("a factor holds values that are not finite, or too large to square")
 
     @cached_property
-    def _up_roots(self) -> tuple[Root | None, Root | None]:
-        return root(self._ups[0]), root(self._ups[1])
+    def _ups(self) -> tuple[Matrix, Matrix, Matrix]:
+        return _parts(self._whole[0], self.one.up.shape[1])
 
     @cached_property
-    def _down_roots(self) -> tuple[Root | None, Root | None]:
-        return root(self._downs[0]), root(self._downs[1])
+    def _downs(self) -> tuple[Matrix, Matrix, Matrix]:
+        return _parts(self._whole[1], self.one.up.shape[1])
 
     def relation(self) -> Relation:
         """The numbers."""
@@ -167,8 +176,8 @@ class Pair:
 
         larger = 1 - smaller
         cut, whole = ((self.one, self.other)[index] for index in (smaller, larger))
-        own, own_floor = core_values(self._ups[smaller], self._downs[smaller], self._up_roots[smaller])
-        full = core_spectral(self._ups[larger], self._downs[larger], self._up_roots[larger])
+        own, own_floor = core_values(self._ups[smaller], self._downs[smaller])
+        full = core_spectral(self._ups[larger], self._downs[larger])
         rank = int((own > max(own_floor, 1e-7 * own[0])).sum())
         if not 0 < rank < len(full.sigma):
             return None
@@ -181,28 +190,25 @@ class Pair:
         floor = abs(whole.scale) * full.floor + abs(cut.scale) * own_floor
         return Cut(rank, sigma, sqrt(max(kept - 2 * inner + square, 0.0)), floor)
 
-    def angles(self) -> tuple[Matrix, Matrix] | None:
-        """Principal angles in radians, smallest first, between the two column spaces and between the two row spaces.
+    def angles(self) -> tuple[Angles, Angles] | None:
+        """Between the two column spaces and between the two row spaces.
 
-        (q,) each, q the smaller of the two matrices' ranks; empty where one is zero. The spaces are those of the matrices as stored,
-        small singular values included. Angles below 1e-7 cannot be told from zero. None where float32 products do not tell.
-        Source: Bjorck & Golub 1973.
+        The spaces are those of the matrices as stored, small singular values included. Angles below 1e-7 cannot be told from zero. None
+        where float32 products do not tell.
         """
-        columns, rows = (
-            _angles(*roots, products[2], self.coarse) for roots, products in ((self._up_roots, self._ups), (self._down_roots, self._downs))
-        )
+        least = _COARSE if self.coarse else INDEPENDENT
+        columns, rows = (cosines(whole, self.one.up.shape[1], least) for whole in self._whole)
         if columns is not None and rows is not None:
-            return columns, rows
+            return _angles(columns), _angles(rows)
         if self.coarse:
             return None
         # Dependent columns in one factor take directions from the other: only the singular vectors then tell the spaces.
         (left, right), (left2, right2) = _spaces(self.one), _spaces(self.other)
-        return _between(left.T @ left2), _between(right @ right2.T)
+        return _angles(Cosines.of(left.T @ left2)), _angles(Cosines.of(right @ right2.T))
 
 
-def _products(one: Matrix, other: Matrix, coarse: bool) -> tuple[Matrix, Matrix, Matrix]:
-    """(A A^T, B B^T, A B^T) in float64 of A (r, n) and B (s, n)."""
-    whole, rank = gram(one, other, coarse=coarse), len(one)
+def _parts(whole: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
+    """(A A^T, B B^T, A B^T) of the products of the rows of A and B, of which A has `rank`."""
     return whole[:rank, :rank], whole[rank:, rank:], whole[:rank, rank:]
 
 
@@ -217,28 +223,11 @@ def _noise(form: Form, ups: Matrix, downs: Matrix) -> tuple[float, float]:
     return spread, sqrt(((form.precision.unit * spread) ** 2 + form.scale**2 * steps) / 3)
 
 
-def _angles(one: Root | None, other: Root | None, cross: Matrix, coarse: bool) -> Matrix | None:
-    """The angles between the spaces two factors span, from their inner products; None where the columns of one may be dependent."""
-    if one is None or other is None:
-        return None
-    if coarse and any(
-        not (diagonal := found.lower.diagonal()).min(initial=1.0) > _COARSE * diagonal.max(initial=1.0) for found in (one, other)
-    ):
-        return None
-    return _between((one.inverse / one.lengths) @ cross @ (other.inverse / other.lengths).T)
-
-
-def _between(cross: Matrix) -> Matrix:
-    """The angles whose cosines are the singular values of the product of two orthonormal bases."""
-    import numpy as np
-
-    if not cross.size:
-        return np.empty(0)
-    small = cross @ cross.T if len(cross) <= cross.shape[1] else cross.T @ cross
-    squares = np.clip(np.linalg.eigvalsh(small)[::-1], 0.0, 1.0)
+def _angles(found: Cosines) -> Angles:
     # The arc sine tells small angles from one another, as far as the squares do.
-    angles: Matrix = np.arctan2(np.sqrt(1.0 - squares), np.sqrt(squares))
-    return angles
+    squares = [min(max(square, 0.0), 1.0) for square in (found.largest, found.smallest)]
+    least, most = (atan2(sqrt(1.0 - square), sqrt(square)) for square in squares)
+    return Angles(found.number, least, most, found.total / found.number if found.number else 0.0)
 
 
 def _spaces(form: Form) -> tuple[Matrix, Matrix]:

@@ -31,7 +31,7 @@ def compare(
     """What `second` is to `first`: two adapters (files, folders or opened), or two models, a tuned one first and its base second.
 
     Paths that hold an adapter are adapters, other weights are models. `accept` are the verdicts under which the result's exit code is 0.
-    Without `angles` the principal angles of adapters are left out, which take a third of the time and which no verdict rests on.
+    Without `angles` the principal angles of adapters are left out, on which no verdict rests.
     `read` says what the files of the adapters do not; its alpha and scale are used for one whose scale is unknown. Nothing is written.
 
     Raises UsageError for an adapter against a model or an unknown verdict, RefusedError when names cannot be brought together, and what

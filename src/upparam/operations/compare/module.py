@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.base import BAKED, Delta, Update, tiles
 from upparam.algorithms.dora import Decomposed
+from upparam.algorithms.relation import Angles as Between
 from upparam.algorithms.relation import Cut, Form, Pair, Relation
 from upparam.algorithms.slicing import RowSlice
 from upparam.errors import MalformedError, RefusedError
@@ -20,8 +21,7 @@ from upparam.operations.proof import same_delta
 from upparam.tensors import Tensor, singles
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 NEAR = 0.1
 """Deltas are near-duplicates when what no multiplier explains is at most this share of ||dW||: a cosine of 0.995 or more.
@@ -296,14 +296,11 @@ def _sharp(cut: Form, whole: Form) -> Cut | None:
     return Cut(rank, abs(whole.scale) * full.sigma, off, abs(whole.scale) * full.floor)
 
 
-def _angles(angles: NDArray[np.float64], pair: Pair, dimension: int) -> Angles | None:
-    if not angles.size:
+def _angles(found: Between, pair: Pair, dimension: int) -> Angles | None:
+    if not found.number:
         return None
-    import numpy as np
-
     rank = max(pair.one.up.shape[1], pair.other.up.shape[1])
-    overlap = float(np.square(np.cos(angles)).mean())
-    return Angles(len(angles), degrees(float(angles[0])), degrees(float(angles[-1])), overlap, min(1.0, rank / dimension))
+    return Angles(found.number, degrees(found.smallest), degrees(found.largest), found.overlap, min(1.0, rank / dimension))
 
 
 def _by_rows(one: Delta, other: Delta, mine: Update, theirs: Update) -> Relation:
