@@ -17,6 +17,7 @@ setup(
             ("tile", ("native", "tile_kernels")),
             ("gram", ("native", "gram_kernels", "spaces_kernels")),
             ("spread", ("native",)),
+            ("carry", ("native",)),
         )
     ]
 )
