@@ -55,7 +55,7 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
     refuse_existing(out, force)
     if out.is_file():
         raise OutputExistsError("a file stands where the folder should go", file=out, remedy="choose another name, or remove it first")
-    out = _settled(out)
+    given, out = out, _settled(out)
     temporary = _beside(out, "tmp")
     try:
         yield temporary
@@ -63,7 +63,7 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
         if sync:
             for path in (*sorted(temporary.rglob("*")), temporary):
                 _sync(path)
-        refuse_strangers(temporary, out)
+        refuse_strangers(temporary, given)
         swap(temporary, out)
         if sync:
             _sync(out.parent)

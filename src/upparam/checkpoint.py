@@ -25,6 +25,8 @@ from upparam.tensors import DTYPES, FileSource, Tensor
 INDEX_SUFFIX = ".index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")
 """File name endings that hold weights, the one preferred by loaders first."""
+_OTHER_SUFFIXES = (".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".tflite")
+"""Those of weights that no merge reads: TensorFlow, Flax, Rust, ONNX, TFLite."""
 _PLAIN_NAMES = ("model", "diffusion_pytorch_model", "pytorch_model")
 """Stems that transformers and diffusers load without being told."""
 _SHARD = regex(r"(?P<stem>.+)-(?P<part>\d+)-of-(?P<count>\d+)(?P<suffix>\.[a-z]+)")
@@ -82,7 +84,7 @@ class Checkpoint:
     side_files: tuple[SideFile, ...] = ()
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
-    """Weight files in the folder that are no part of the model as loaders choose it, as paths below the folder."""
+    """Weight files (and an adapter's config) in the folder that are no part of the model as loaders choose it, as paths below the folder."""
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -180,8 +182,8 @@ def _open_folder(folder: Path, index: Path | None) -> Checkpoint:
         _check_index(index_file, files)
     taken = {file.path for file in files}
     others = [path for path in _walk(folder) if path not in taken]
-    unread = tuple(path.relative_to(folder).as_posix() for path in others if _is_weight_like(path))
-    sides = tuple(SideFile(path, path.relative_to(folder).as_posix()) for path in others if not _is_weight_like(path))
+    unread = tuple(path.relative_to(folder).as_posix() for path in others if _is_another_model(path))
+    sides = tuple(SideFile(path, path.relative_to(folder).as_posix()) for path in others if not _is_another_model(path))
     configs = {}
     for component in chosen:
         config = read_json(folder / component / "config.json")
@@ -205,6 +207,11 @@ def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterable[Path]:
 
 def _is_weight_like(path: Path) -> bool:
     return path.suffix in WEIGHT_SUFFIXES
+
+
+def _is_another_model(path: Path) -> bool:
+    """True for a file that says what weights are, and would not be true of others: weights in any format, or an adapter's config."""
+    return _is_weight_like(path) or path.suffix in _OTHER_SUFFIXES or path.name == "adapter_config.json"
 
 
 def _is_weights(path: Path) -> bool:

@@ -63,6 +63,23 @@ def test_shards_index_side_files_and_metadata_are_carried(tmp_path: Path) -> Non
     assert "2 untouched tensors equal the base" in receipt.proofs[1]
 
 
+def test_files_that_would_speak_of_other_weights_are_left_and_told(tmp_path: Path) -> None:
+    """An adapter_config.json in a merged model makes transformers look for the adapter; other formats hold the weights as they were."""
+    base = tmp_path / "base"
+    save(base / "model.safetensors", {"a.weight": normal(6, 8)})
+    save(base / "adapter_model.safetensors", {"x": normal(2)})
+    others = ["adapter_config.json", "flax_model.msgpack", "onnx/model.onnx", "tf_model.h5"]
+    for name in (*others, "config.json", "onnx/notes.txt"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text('{"model_type": "llama"}')
+    receipt = merge(base, adapter({"a": rank2(6, 8)}), tmp_path / "out")
+    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")) == [
+        "config.json", "model.safetensors", "onnx/notes.txt",
+    ]  # fmt: skip
+    (found,) = [finding for finding in receipt.findings if finding.code == "other-weights"]
+    assert found.evidence == ("adapter_config.json", "adapter_model.safetensors", *others[1:]) and "5 files" in found.message
+
+
 def test_the_note_says_what_was_merged_now_and_before(tmp_path: Path) -> None:
     save(tmp_path / "0.safetensors", {"a.weight": normal(6, 8), "b.weight": normal(6, 8)}, {"format": "pt"})
     item = adapter({"a": rank2(6, 8), "b": rank2(6, 8)})

@@ -19,7 +19,7 @@ from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.kernel import Device
 from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
-from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters
+from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import DType, Tensor
 
@@ -176,7 +176,7 @@ def make_plan(
             file=checkpoint.path,
             found=f"all {len(plan.skipped)} targets left out (scale 0, block weight 0, --only or --skip)" if plan.skipped else "no deltas",
         )
-    plan.findings += [*idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan)]
+    plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     plan.works = dict(sorted(plan.works.items(), key=lambda item: order[item[0]]))
     return plan

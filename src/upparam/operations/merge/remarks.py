@@ -9,11 +9,20 @@ from typing import TYPE_CHECKING
 
 from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.ia3 import IA3
-from upparam.findings import Finding, warning
+from upparam.findings import Finding, info, warning
 from upparam.operations.merge.blocks import Weights
 
 if TYPE_CHECKING:
     from upparam.operations.merge.plan import Piece, Plan
+
+
+def other_weights(plan: Plan) -> list[Finding]:
+    """What lies in the folder and holds weights that this merge does not change."""
+    unread = plan.checkpoint.unread
+    if not unread:
+        return []
+    said = f"{len(unread)} files of weights or adapters are no part of the model as loaders choose it: they are neither changed nor carried along"
+    return [info("other-weights", unread[0], said, *unread[:5])]
 
 
 def idle_blocks(plan: Plan) -> list[Finding]:
