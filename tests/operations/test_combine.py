@@ -190,3 +190,20 @@ def test_saved_tensors_that_differ_are_given_up_by_name(tmp_path: Path) -> None:
     receipt = combine([(one, 1.0), (other, 1.0)], tmp_path / "out", drop=["saved-module"])
     assert [finding.code for finding in receipt.findings] == ["given-up", "given-up"]
     assert not open_adapter(tmp_path / "out").extras
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "problem"), [(1e308, "the scale too large"), (1e200, "alpha does not fit"), (1e-60, "alpha does not fit")]
+)
+@pytest.mark.filterwarnings("error")
+def test_an_alpha_that_its_dtype_cannot_hold_is_refused(tmp_path: Path, multiplier: float, problem: str) -> None:
+    """Not stored as infinity, nor as zero."""
+    up, down = factors(0)
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    path = save(
+        tmp_path / "a.safetensors",
+        {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": np.array(6, np.float32)},
+    )
+    with pytest.raises(RefusedError, match=problem):
+        combine([(path, multiplier)], tmp_path / "out.safetensors")
+    assert [one.name for one in tmp_path.iterdir()] == ["a.safetensors"]

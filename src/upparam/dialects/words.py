@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 from upparam.algorithms import called
@@ -125,7 +126,10 @@ def _packed(value: float, kind: DType) -> bytes | None:
 
 
 def alpha_tensor(value: float, dtype: DType | None, like: DType, dims: int = 0, *, exact: bool = False) -> Tensor:
-    """Alpha as a tensor: of `dtype` where given, else of the factors' dtype when that holds it exactly, else float32 (`exact`: float64)."""
+    """Alpha as a tensor: of `dtype` where given, else of the factors' dtype when that holds it exactly, else float32 (`exact`: float64).
+
+    Raises RefusedError for a finite value that would be stored as infinity, or as zero where it is none.
+    """
     kinds = [kind for kind in (dtype, like, DTYPES["float32"], DTYPES["float64"] if exact else None) if kind is not None]
     for kind in kinds:
         data = _packed(value, kind)
@@ -134,7 +138,10 @@ def alpha_tensor(value: float, dtype: DType | None, like: DType, dims: int = 0, 
     import numpy as np
 
     for kind in kinds:
-        array = np.array(value, dtype=np.float64).astype(kind.numpy)
+        with np.errstate(over="ignore"):
+            array = np.array(value, dtype=np.float64).astype(kind.numpy)
         if float(array) == value:
             return Tensor.of(array.reshape((1,) * dims))
+    if isfinite(value) and (not isfinite(float(array)) or (value and not array)):
+        raise RefusedError(f"alpha does not fit in {kinds[-1]}", found=f"{value:g}")
     return Tensor.of(array.reshape((1,) * dims))

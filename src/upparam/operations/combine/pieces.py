@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms import called
@@ -123,6 +124,8 @@ def scaled(piece: Piece) -> Delta:
         return delta
     if not delta.additive:
         raise RefusedError(f"{called(delta.algorithm)} delta cannot be weakened by a multiplier", file=piece.file)
+    if not isfinite(piece.strength() * (delta.rank or 1)):
+        raise RefusedError("a multiplier makes the scale too large", found=f"{delta.known_scale():g} times {weight:g}", file=piece.file)
     scaling = delta.scaling
     if scaling.rule in (ScaleRule.ALPHA_OVER_RANK, ScaleRule.ALPHA_OVER_SQRT_RANK) and scaling.alpha is not None and delta.rank:
         return _with_scaling(delta, replace(scaling, alpha=scaling.alpha * weight))
