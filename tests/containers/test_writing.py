@@ -83,23 +83,16 @@ def test_what_fails_in_a_thread_is_raised(tmp_path: Path) -> None:
         put(stream, mixed(tmp_path) | {"last": failing()})
 
 
-def test_metadata_made_while_the_tensors_are_written_takes_its_place(tmp_path: Path) -> None:
+def test_other_metadata_takes_its_place_in_a_written_file(tmp_path: Path) -> None:
     tensors = mixed(tmp_path)
-    with (tmp_path / "out").open("xb") as stream:
-        ours.write(stream, tensors, {"format": "pt", "digest": "000", "last": "z"}, lambda: {"digest": "abc"})
-        stream.write(b"behind")
-    whole = io.BytesIO()
-    ours.write(whole, tensors, {"format": "pt", "digest": "abc", "last": "z"})
-    assert (tmp_path / "out").read_bytes() == whole.getvalue() + b"behind"
-
-
-def test_metadata_made_too_late_or_too_long_is_no_file() -> None:
-    def fails() -> dict[str, str]:
-        raise MalformedError("no digest")
-
-    for late, told in ((fails, "no digest"), (lambda: {"digest": "abcdefghijk"}, "not as long")):
-        with pytest.raises(MalformedError, match=told):
-            ours.write(io.BytesIO(), {"w": Tensor.of(np.zeros(3))}, {"digest": "000"}, late)
+    for name, digest in (("out", "000"), ("meant", "abc")):
+        with (tmp_path / name).open("xb") as stream:
+            ours.write(stream, tensors, {"format": "pt", "digest": digest, "last": "z"})
+    ours.restate(tmp_path / "out", tensors, {"format": "pt", "digest": "abc", "last": "z"})
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "meant").read_bytes()
+    with pytest.raises(MalformedError, match="not as long"):
+        ours.restate(tmp_path / "out", tensors, {"format": "pt", "digest": "much too long", "last": "z"})
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "meant").read_bytes()
 
 
 def test_the_tensor_that_cannot_be_made_is_named_whatever_is_written() -> None:

@@ -21,6 +21,7 @@ from upparam.dialects.base import NamedTensors
 from upparam.errors import RefusedError
 from upparam.operations.convert import write_adapter, write_file
 from upparam.operations.edit import edit
+from upparam.operations.late import Late
 from upparam.operations.opening import open_adapter
 from upparam.tensors import Tensor
 
@@ -33,7 +34,10 @@ def with_strangers(path: Path, strangers: dict[str, Any] = STRANGE) -> Path:
     """The file with tensors that no dialect knows, before and behind its own."""
     file, new = open_file(path), path.with_name("new")
     (first, *rest) = ((name, Tensor.of(array)) for name, array in strangers.items())
-    write_file(NamedTensors(dict([first]) | dict(file.tensors) | dict(rest), dict(file.metadata), WRITERS[file.container]), new)
+    with Late() as late:
+        write_file(
+            NamedTensors(dict([first]) | dict(file.tensors) | dict(rest), dict(file.metadata), WRITERS[file.container]), new, True, late
+        )
     new.replace(path)
     return path
 

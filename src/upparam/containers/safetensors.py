@@ -8,14 +8,14 @@ huggingface/safetensors README.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from upparam.containers.base import Head, TensorFile
 from upparam.containers.writing import put
-from upparam.errors import LimitError, MalformedError, RefusedError
+from upparam.errors import LimitError, MalformedError, RefusedError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER, MAX_TENSORS
 from upparam.tensors import BY_CODE, Source, Tensor
@@ -205,32 +205,24 @@ _RANK = {
 """The writer's order of dtypes, last declared first. Source: huggingface/safetensors safetensors/src/tensor.rs (enum Dtype, serialize)."""
 
 
-def write(
-    stream: Any,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
-    late: Callable[[], Mapping[str, str]] | None = None,
-) -> None:
-    """Write a safetensors file to a binary stream; to a real file with two threads, of which each has one tensor in memory where it has to be computed.
-
-    What `late` makes meanwhile takes the place of metadata of the same length, for which the stream must let itself be wound back.
-    """
+def write(stream: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file to a binary stream; to a real file with two threads, of which each has one tensor in memory where it has to be computed."""
     ordered = layout_order(tensors)
-    header = header_bytes(ordered, metadata)
-    if late is None:
-        stream.write(header)
-        put(stream, ordered)
-        return
-    from concurrent.futures import ThreadPoolExecutor
+    stream.write(header_bytes(ordered, metadata))
+    put(stream, ordered)
 
-    start = stream.tell()
-    with ThreadPoolExecutor(1) as pool:
-        told = pool.submit(late)
+
+def restate(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Give the file that `write` made of these tensors other metadata of the same length, and read its header again.
+
+    Raises MalformedError, and changes nothing, where the header would get another length; VerificationError where it reads back otherwise.
+    """
+    header = header_bytes(layout_order(tensors), metadata)
+    with path.open("r+b") as stream:
+        if 8 + int.from_bytes(stream.read(8), "little") != len(header):
+            raise MalformedError("the new metadata is not as long as its place", file=path)
+        stream.seek(0)
         stream.write(header)
-        put(stream, ordered)
-    end, final = stream.tell(), header_bytes(ordered, {**(metadata or {}), **told.result()})
-    if len(final) != len(header):
-        raise MalformedError("metadata made while writing is not as long as its place", expected=len(header), found=len(final))
-    stream.seek(start)
-    stream.write(final)
-    stream.seek(end)
+    with path.open("rb") as stream:
+        if stream.read(len(header)) != header:
+            raise VerificationError("the header read back is not the one that was written", file=path)

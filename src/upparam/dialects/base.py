@@ -82,8 +82,8 @@ class NamedTensors:
     structure: Any = None
     """For torch files: the nested value to pickle (Tensors at its leaves); None means the flat dict of `tensors`."""
     late: Callable[[], Mapping[str, str]] | None = None
-    """For safetensors: makes metadata that only the bytes tell (their hash), on a thread of its own while they are written. `metadata` holds
-    texts of the same length in its place."""
+    """For safetensors: makes metadata that only the bytes tell (their hash), on a thread of its own while they are written and proved.
+    `metadata` holds texts of the same length in its place."""
 
 
 class Dialect(Protocol):

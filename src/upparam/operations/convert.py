@@ -22,6 +22,7 @@ from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
 from upparam.operations.fitting import Arithmetic, fitted
 from upparam.operations.initial import open_without
+from upparam.operations.late import Late
 from upparam.operations.named_base import refuse_other
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
@@ -36,8 +37,8 @@ WRITERS: dict[str, str] = {
     "raw": "upparam.containers.raw:write",
     "gguf": "upparam.containers.gguf:write",
 }
-"""Container to its writer. safetensors takes (stream, tensors, metadata, late), gguf (stream, tensors, metadata), npz (stream, tensors),
-npy and raw (stream, tensor), torch (stream, structure)."""
+"""Container to its writer. safetensors and gguf take (stream, tensors, metadata), npz (stream, tensors), npy and raw (stream, tensor),
+torch (stream, structure)."""
 
 
 def convert(
@@ -133,16 +134,16 @@ def write_adapter(
         package.folder = False
     _check_ending(package, out, dialect)
     if package.folder:
-        with atomic_folder(out, force=force, sync=sync) as temporary:
-            size = write_package(package, temporary, sync)
+        with atomic_folder(out, force=force, sync=sync) as temporary, Late() as late:
+            size = write_package(package, temporary, sync, late)
             if verify:
                 proofs = _prove(adapter, package, temporary, dialect, read)
         outputs = [str(out / name) for name in package.files]
     else:
         if len(package.files) != 1:
             raise VerificationError("a single-file dialect made several files", found=", ".join(package.files))
-        with atomic_file(out, force=force, sync=sync) as temporary:
-            size = write_file(next(iter(package.files.values())), temporary, sync)
+        with atomic_file(out, force=force, sync=sync) as temporary, Late() as late:
+            size = write_file(next(iter(package.files.values())), temporary, sync, late)
             if verify:
                 proofs = _prove(adapter, package, temporary, dialect, read)
         outputs = [str(out)]
@@ -196,21 +197,25 @@ def _with_kernels(adapter: Adapter, base: Base | None) -> Adapter:
     return replace(adapter, deltas={**adapter.deltas, **changed}) if changed else adapter
 
 
-def write_package(package: Package, folder: Path, sync: bool = True) -> int:
+def write_package(package: Package, folder: Path, sync: bool, late: Late) -> int:
     """Write every file of a package below `folder`; returns the bytes written."""
     total = 0
     for name, content in package.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        total += write_file(content, path, sync)
+        total += write_file(content, path, sync, late)
     return total
 
 
-def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> int:
-    """Write one file of a package, which begins to reach the disk where `sync` will wait for that; returns its size."""
+def write_file(content: NamedTensors | bytes, path: Path, sync: bool, late: Late) -> int:
+    """Write one file of a package, which begins to reach the disk where `sync` will wait for that; returns its size.
+
+    Metadata that only the bytes tell is in its place once `late` has ended.
+    """
     if isinstance(content, bytes):
         path.write_bytes(content)
         return len(content)
+    late.begin(path, content)
     module, function = WRITERS[content.container].split(":")
     writer = getattr(importlib.import_module(module), function)
     with path.open("xb") as stream, reaching_disk(path, sync):
@@ -221,8 +226,6 @@ def write_file(content: NamedTensors | bytes, path: Path, sync: bool = True) -> 
             writer(stream, tensor)
         elif content.container == "npz":
             writer(stream, content.tensors)
-        elif content.container == "safetensors":
-            writer(stream, content.tensors, content.metadata, content.late)
         else:
             writer(stream, content.tensors, content.metadata)
     return path.stat().st_size

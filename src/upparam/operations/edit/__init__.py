@@ -23,6 +23,7 @@ from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
 from upparam.operations.edit.files import Compared, compare_files, container_of, put_back
 from upparam.operations.edit.moving import moved
 from upparam.operations.edit.patching import UnpatchableError, patched
+from upparam.operations.late import Late
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
@@ -139,13 +140,19 @@ def _written(
         receipt.findings = [finding for finding in receipt.findings if finding.code != "given-up"]
         return receipt, open_adapter(written, dialect=source.dialect, options=ReadOptions(base=None if told is None else told.base))
     if made.package.folder:
-        with atomic_folder(written) as temporary:
-            size = write_package(made.package, temporary) + sum(_copied(file, temporary / name) for name, file in made.untouched.items())
+        with atomic_folder(written) as temporary, Late() as late:
+            size = write_package(made.package, temporary, True, late) + sum(
+                _copied(file, temporary / name) for name, file in made.untouched.items()
+            )
         outputs = [str(written / name) for name in (*made.untouched, *made.package.files)]
     else:
-        with atomic_file(written) as temporary:
+        with atomic_file(written) as temporary, Late() as late:
             (content,) = made.package.files.values() or [None]
-            size = write_file(content, temporary) if content is not None else _copied(next(iter(made.untouched.values())), temporary)
+            size = (
+                write_file(content, temporary, True, late)
+                if content is not None
+                else _copied(next(iter(made.untouched.values())), temporary)
+            )
         outputs = [str(written)]
     proofs, again = _read_back(result, written, [read, told])
     counts = {"targets": len(result.deltas), "extras": len(result.extras), "bytes": size}
