@@ -14,6 +14,8 @@ from upparam.tensors import Tensor
 
 FROM_BASE = "the initial factors were taken out of the base's weights"
 """Part of a condition that subtracting the initial adapter settles."""
+REPEATED = "its layers are those of a model with repeated layers, not of the base"
+"""Part of a condition under which there may be more layers than the base has."""
 
 
 class Target(NamedTuple):

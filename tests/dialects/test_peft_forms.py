@@ -16,11 +16,14 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.dialects.files import tensor_file  # noqa: E402
-from tests.dialects.test_peft import TOKENS, bert, llama, loaded_strictly, output, save, trained  # noqa: E402
+from tests.dialects.test_peft import TOKENS, bert, llama, loaded_strictly, output, repeatable, save, trained  # noqa: E402
 from tests.matrix.specimens import specimen  # noqa: E402
 
 from upparam.adapter import ExtraKind  # noqa: E402
+from upparam.bases.find import find_base  # noqa: E402
+from upparam.containers import open_file  # noqa: E402
 from upparam.dialects import get  # noqa: E402
+from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.errors import DeadAdapterError, NotAnAdapterError, RefusedError  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 from upparam.operations.merge import merge  # noqa: E402
@@ -299,3 +302,36 @@ def test_a_lora_of_a_grouped_convolution_is_told_and_the_rest_is_read(tmp_path: 
     assert any("a convolution with 4 groups" in finding.message for finding in adapter.findings)
     with pytest.raises(RefusedError, match="2 tensors"):
         write_adapter(adapter, tmp_path / "out", "peft")
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "layers.0.self_attn.q_proj"]])
+def test_a_head_trained_beside_an_adapted_embedding_is_no_sign_of_a_checkpoint(targets: list[str], tmp_path: Path) -> None:
+    """PEFT saves the embedding's own weight under its factors; with the head beside it the file was taken for one, and the head left out."""
+    again = repeatable(llama)
+    settings = {"target_modules": targets, "modules_to_save": ["lm_head", "norm"]}
+    expected = output(adapted(again(), tmp_path / "theirs", **settings), TOKENS)
+    adapter = open_adapter(tmp_path / "theirs")
+    assert {extra.name for extra in adapter.extras} == {
+        "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
+        *(f"model.layers.{block}.{name}_layernorm.weight" for block in range(2) for name in ("input", "post_attention")),
+    }  # fmt: skip
+    match = get("peft").match(open_file(tmp_path / "theirs/adapter_model.safetensors"))
+    assert match is not None and not any("checkpoint" in told for told in match.evidence)
+    convert(tmp_path / "theirs", tmp_path / "ours", "peft")
+    same_files(tmp_path / "theirs", tmp_path / "ours")
+    assert torch.equal(output(loaded_strictly(again(), tmp_path / "ours"), TOKENS), expected)
+    with pytest.raises(
+        RefusedError, match=r"1 thing that loralib cannot hold \(found saved-module model.embed_tokens.weight\).*--drop saved-module"
+    ):
+        convert(tmp_path / "theirs", tmp_path / "loralib", "loralib")
+
+
+def test_repeated_layers_are_more_than_the_base_has(tmp_path: Path) -> None:
+    again = repeatable(llama)
+    expected = output(adapted(again(), tmp_path / "theirs", target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]), TOKENS)
+    again().save_pretrained(tmp_path / "base")
+    read = ReadOptions(base=find_base(str(tmp_path / "base")))
+    convert(tmp_path / "theirs", tmp_path / "split", "triad", read=read)
+    convert(tmp_path / "split", tmp_path / "ours", "peft", read=read)
+    same_files(tmp_path / "theirs", tmp_path / "ours")
+    assert torch.equal(output(loaded_strictly(again(), tmp_path / "ours"), TOKENS), expected)

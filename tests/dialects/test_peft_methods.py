@@ -271,6 +271,10 @@ def test_projections_that_were_not_saved_are_drawn_as_peft_draws_them(build: Any
         ours = written[f"base_model.{name}"]
         # Bit for bit where torch multiplies and adds in one step, else to the last bit of float32.
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 2**-23 * theirs.abs().max()
+    merge(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
+    assert torch.allclose(
+        output(type(base()).from_pretrained(tmp_path / "merged"), inputs(base())), output(wrapped, inputs(base())), atol=1e-6
+    )
     again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "ours"))
     assert again.peft_config["default"].save_projection is True
     assert torch.allclose(output(again, inputs(base())), output(wrapped, inputs(base())), atol=1e-6)

@@ -37,9 +37,11 @@ def package(adapter: Adapter, options: Mapping[str, Any]) -> Package:
     if not adapter.deltas:
         raise RefusedError("loralib saves no adapter without factors", file=adapter.files[0] if adapter.files else None)
     base = base_of(adapter, options)
+    # The weight of an adapted module beside its factors is what a training checkpoint holds: the base's own.
+    adapted = {f"{target.module}.weight" for target in adapter.deltas}
     problems = [
         f"{extra.kind.value} {extra.name}" for extra in adapter.extras
-        if extra.kind not in (ExtraKind.BIAS, ExtraKind.SAVED_MODULE) or not extra.name.endswith((".weight", ".bias"))
+        if extra.kind not in (ExtraKind.BIAS, ExtraKind.SAVED_MODULE) or not extra.name.endswith((".weight", ".bias")) or extra.name in adapted
     ]  # fmt: skip
     problems += [f"{target}: {problem}" for target, delta in adapter.deltas.items() if (problem := _problem(target, delta)) is not None]
     refuse("loralib", problems)

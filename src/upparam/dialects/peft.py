@@ -54,7 +54,7 @@ class Peft:
         rest = [name for name in file.tensors if name not in parts]
         example = next(iter(parts))
         evidence = [f"{len(parts)} of {len(file.tensors)} names are <module>.<factor> as PEFT spells them, such as {example}"]
-        if is_checkpoint(rest, parts.values()):
+        if is_checkpoint(rest, parts.values()) and is_checkpoint(rest, parts.values(), peft_config.words(_config(file), "modules_to_save")):
             evidence.append(f"beside {len(rest)} of the base's own weights: a training checkpoint that holds an adapter")
             return Match(self.name, 0.9 if wrapped else 0.7, tuple(evidence))
         if wrapped == len(parts):
@@ -162,7 +162,7 @@ def _refuse_dead(member: Member, adapter: Adapter) -> NoReturn:
 
     why = next((finding for finding in adapter.findings if finding.code in ("projections-missing", "cannot-tell")), None)
     if why is not None:
-        raise DeadAdapterError(why.message, file=member.file.path, tensor=why.subject)
+        raise DeadAdapterError(why.message, file=member.file.path, tensor=None if why.subject == member.file.name else why.subject)
     kind = str((member.config or {}).get("peft_type"))
     methods = [method for method in METHODS if kind in ("None", method.type)]
     known = {word for method in methods for word in method.roles | method.more}

@@ -13,7 +13,7 @@ from itertools import accumulate
 from math import isclose, isfinite
 from typing import Any
 
-from upparam.adapter import FROM_BASE
+from upparam.adapter import FROM_BASE, REPEATED
 from upparam.algorithms.base import UNKNOWN, ScaleRule, Scaling
 from upparam.dialects.base import ReadOptions
 from upparam.errors import LimitError, MalformedError, UsageError
@@ -147,9 +147,7 @@ def conditions(config: Mapping[str, Any]) -> list[str]:
     if config.get("alora_invocation_tokens"):
         found.append("Activated LoRA: it acts only on tokens from its invocation sequence on, so no weight can hold it")
     if config.get("layer_replication"):
-        found.append(
-            f"layer_replication {config['layer_replication']}: its layers are those of a model with repeated layers, not of the base"
-        )
+        found.append(f"layer_replication {config['layer_replication']}: {REPEATED}")
     if config.get("use_qalora"):
         found.append("QA-LoRA: inputs are pooled in groups before lora_A")
     if config.get("use_bdlora"):

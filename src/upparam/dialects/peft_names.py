@@ -135,7 +135,7 @@ def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool
         else:
             place(result.factors.setdefault(part.module, {}), part.role, tensors, name)
     rest = [name for name in tensors if name not in parts]
-    checkpoint = is_checkpoint(rest, parts.values())
+    checkpoint = is_checkpoint(rest, parts.values(), listed)
     weights = {unwrapped(name) for name in rest}
     for name in rest:
         path = unwrapped(name)
@@ -143,7 +143,7 @@ def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool
         original = ".original_module." in path
         parameter = path.replace(".base_layer.", ".")
         module, _, leaf = parameter.rpartition(".")
-        known = leaf in ("weight", "bias") or any(module == word or module.endswith(f".{word}") for word in listed)
+        known = leaf in ("weight", "bias") or _listed(module, listed)
         if shared is not None:
             place(result.shared, shared[2], tensors, name)
         elif saved := _saved(path, result.adapter):
@@ -195,18 +195,27 @@ class _Places:
         place[key] = tensors[name]
 
 
-def is_checkpoint(rest: Iterable[str], parts: Iterable[Part]) -> bool:
+def is_checkpoint(rest: Iterable[str], parts: Iterable[Part], listed: Sequence[str] = ()) -> bool:
     """True when the tensors that are no factors are the base's own weights: a training checkpoint, not a saved adapter.
 
-    A saved adapter, too, may hold the weight of an embedding under its factors, and biases.
+    A saved adapter, too, may hold biases, the modules `listed` in modules_to_save, and where an embedding is adapted its weight and the head's.
     """
     paths = {unwrapped(name) for name in rest}
     if any(path.endswith(".original_module.weight") for path in paths):
         return True
     modules = {part.module for part in parts}
     held = {word for module in modules for word in (f"{module}.weight", f"{module}.base_layer.weight") if word in paths}
-    others = any(path.endswith("weight") and ".modules_to_save." not in path for path in paths - held)
-    return bool(held) and others and 2 * len(held) >= len(modules)
+    if 2 * len(held) < max(len(modules), 1):
+        return False
+    from upparam.bases.header import VOCABULARY
+
+    others = {path.removesuffix(".weight") for path in paths - held if path.endswith(".weight") and ".modules_to_save." not in path}
+    return any(VOCABULARY.search(module) is None and not _listed(module, listed) for module in others)
+
+
+def _listed(module: str, words: Sequence[str]) -> bool:
+    """PEFT's rule for modules_to_save: the end of the path, also of a word in it (peft src/peft/utils/other.py _set_trainable)."""
+    return module.endswith(tuple(words))
 
 
 def _saved(path: str, adapter: str) -> str | None:

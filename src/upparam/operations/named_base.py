@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from upparam.adapter import Adapter, Target
+from upparam.adapter import REPEATED, Adapter, Target
 from upparam.bases.base import Base
 from upparam.bases.header import VOCABULARY
 from upparam.dialects.peft_names import COMPONENTS
@@ -33,17 +33,18 @@ def misfits(adapter: Adapter, base: Base) -> list[Misfit]:
     """The targets that do not fit.
 
     Vocabularies are resized, and where the output head is the embedding no file stores it; a component of a pipeline of which the base
-    named holds nothing is none of its business.
+    named holds nothing is none of its business. An adapter for repeated layers may have more of them.
     """
     if adapter.layout == "unnamed":
         return []
+    repeated = any(REPEATED in reason for reason in adapter.conditions)
     inside = {module.path.partition(".")[0] for module in base.modules}
     found = []
     for target, delta in adapter.deltas.items():
         known, component = base.by_path.get(target.module), target.module.partition(".")[0]
         vocabulary = VOCABULARY.search(target.module) is not None
         if known is None:
-            if target.parameter == "weight" and not vocabulary and (component not in COMPONENTS or component in inside):
+            if target.parameter == "weight" and not vocabulary and not repeated and (component not in COMPONENTS or component in inside):
                 found.append(Misfit(target, delta.shape, None))
             continue
         out, *rest = known.canonical

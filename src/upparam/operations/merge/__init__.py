@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from upparam.adapter import Adapter, without
 from upparam.atomic import refuse_existing
 from upparam.checkpoint import Checkpoint
-from upparam.errors import RefusedError, UsageError
+from upparam.errors import DeadAdapterError, RefusedError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.dtypes import named_dtype
 from upparam.operations.receipt import Receipt
@@ -183,8 +183,8 @@ def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight 
         adapter = open_without(path, initial)
         if adapter.deltas and not place(adapter.deltas, checkpoint.shapes, None)[1]:
             return Ingredient(adapter, float(multiplier), path, block_weight)
-    except UsageError:
-        pass  # names that only the base can settle
+    except (UsageError, DeadAdapterError):
+        pass  # names, or parts, that only the base can settle
     base = base_from_shapes(checkpoint.shapes, config=checkpoint.config, name=str(checkpoint.path))
     return Ingredient(open_without(path, initial, ReadOptions(base=base)), float(multiplier), path, block_weight, base)
 
