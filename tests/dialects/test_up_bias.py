@@ -61,6 +61,24 @@ def test_diffusers_and_peft_hold_it_for_each_other(tmp_path: Path, caplog: pytes
     close(loaded(pipelines.sd15(), tmp_path / "ours", caplog), expected)
 
 
+def test_diffusers_loads_it_into_text_encoders_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """There under PEFT's words, since those of before have none for it."""
+    base = pipelines.base_of(pipelines.sd15())
+    adapter = pipelines.seeded(base, lambda path: path.endswith(("self_attn.q_proj", "mlp.fc1", "attn1.to_out.0")))
+    pipe = pipelines.sd15()
+    pipelines.merged(pipe, adapter)
+    modules = {
+        pipelines.public(name, path): module for name, part in pipelines.components(pipe).items() for path, module in part.named_modules()
+    }
+    rng = np.random.default_rng(1)
+    for target, delta in list(adapter.deltas.items()):
+        bias = (rng.standard_normal(delta.shape[0]) * 0.2).astype(np.float32)
+        adapter.deltas[target._replace(parameter="bias")] = Full(Tensor.of(bias), Scaling(alpha=2.0, divisor=4.0))
+        modules[target.module].bias.data += 0.5 * torch.from_numpy(bias)
+    write_adapter(adapter, tmp_path / "ours", "diffusers", read=ReadOptions(base=base))
+    close(loaded(pipelines.sd15(), tmp_path / "ours", caplog), pipelines.outputs(pipe))
+
+
 def test_one_module_without_it_is_named(tmp_path: Path) -> None:
     adapter = specimen("biases of up", "sd1.5")
     (first, _), *_ = [(target, delta) for target, delta in adapter.deltas.items() if target.parameter == "bias"]

@@ -70,6 +70,21 @@ def test_several_algorithms_become_one_peft_lora(base: str, tmp_path: Path) -> N
     assert isinstance(config, LoraConfig)
 
 
+def test_what_stands_in_the_way_of_all_modules_together_is_cured_too(tmp_path: Path) -> None:
+    """Factors of other sizes than any setting of PEFT's would make, which no single module is to blame for."""
+    one, other = "model.layers.0.self_attn.q_proj", "model.layers.7.self_attn.o_proj"
+    w2_a, w2_b = values((512, 4), "a"), values((4, 512), "b")
+    deltas = {
+        Target(one): LoKr(w1=values((8, 8), "w1"), w2_a=w2_a, w2_b=w2_b, scaling=Scaling(alpha=4.0)),
+        Target(other): LoKr(w1=values((16, 8), "w1"), w2_a=values((256, 4), "c"), w2_b=w2_b, scaling=Scaling(alpha=4.0)),
+    }
+    adapter = specimens.adapter("llama-3-8b", dict(deltas))
+    told = refusal(adapter, "llama-3-8b", "peft", tmp_path / "refused")
+    assert "other sizes" in str(told.found) and "--lowrank" in str(told.remedy)
+    _, after = written(adapter, "llama-3-8b", "peft", tmp_path / "out", Arithmetic(lowrank=RankRule(4), threads=1))
+    assert {type(delta) for delta in after.deltas.values()} == {LoRA}
+
+
 def test_mixed_ranks_are_filled_up_with_zeros_for_mlx(tmp_path: Path) -> None:
     base = "llama-3-8b"
     paths = [target.module for target in specimens.targets(base)]

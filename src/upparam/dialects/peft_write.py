@@ -137,7 +137,7 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         tensors |= method.shared(names) if method is not None else {}
         config = for_saving(adapter, component, Model(names, extras, _renamed(base, component, naming), bool(biases)))
     except RefusedError as problem:
-        return Saved({}, {}, {}, [because(component or "the adapter", problem)])
+        return Saved({}, {}, {}, [because(component or "the adapter", problem)._replace(targets=tuple(others))])
     return Saved(tensors, config, _slices(adapter, others, naming), [])
 
 
