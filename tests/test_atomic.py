@@ -90,3 +90,19 @@ def test_names_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> N
     with atomic_folder(tmp_path / name[::2] / "", force=True) as folder:
         (folder / "x").write_bytes(b"x")
     assert (tmp_path / name[::2] / "x").read_bytes() == b"x"
+
+
+def test_a_file_takes_the_place_of_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed between two steps would leave neither: there is one step."""
+    new, out = tmp_path / "new", tmp_path / "out"
+    monkeypatch.setattr("upparam.atomic._beside", lambda *_: pytest.fail("nothing needs to be kept aside"))
+    for number in range(2):
+        new.write_text(f"new {number}")
+        swap(new, out)
+        assert out.read_text() == f"new {number}" and not new.exists()
+    new.write_text("over a link")
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("folder")
+    swap(new, link)
+    assert link.read_text() == "over a link" and (tmp_path / "folder").is_dir()

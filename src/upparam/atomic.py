@@ -122,10 +122,10 @@ _PAUSE = 0.02
 
 
 def swap(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; what stands there is kept aside until that is done, then removed."""
+    """Rename `new` to `out`. A file takes the place of a file at once; a folder that stands there is kept aside until that is done, then removed."""
     new, out = _settled(new), _settled(out)
-    if not os.path.lexists(out):
-        new.rename(out)
+    if not os.path.lexists(out) or not (new.is_dir() or (out.is_dir() and not out.is_symlink())):
+        new.replace(out)
         return
     old = _beside(out, "old")
     out.rename(old / out.name)

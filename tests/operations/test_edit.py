@@ -258,6 +258,10 @@ def test_modules_out_and_renamed(tmp_path: Path) -> None:
         ({"rename": [("nothing", "x")]}, "such a name"),
         ({"rename": [("m", "n")]}, "one name"),
         ({"rename": [("m", "*")]}, "more \\* than"),
+        ({"rename": [("*", "x")]}, "one name"),
+        ({"rename": [("m", "\udcff")]}, "UTF-8"),
+        ({"metadata": {"key": "\udcff"}}, "UTF-8"),
+        ({"metadata": {"\udcff": "value"}}, "UTF-8"),
         ({"metadata": {"absent": None}}, "no such key"),
         ({"dtype": "int8"}, "no dtype for factors"),
         ({"dtype": "float8_e8m0fnu"}, "no dtype for factors"),
@@ -293,6 +297,28 @@ def test_in_place_replaces_the_file_at_once(tmp_path: Path) -> None:
     edit(path, in_place=True, metadata={"ss_note": "new"})
     assert open_file(path).metadata["ss_note"] == "new" and path.stat().st_mode & 0o777 == 0o640
     assert names(tmp_path) == ["a.safetensors", "other"]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_in_place_of_a_file_with_two_names_says_which_one_stays(tmp_path: Path, hard: bool) -> None:
+    """As in a download cache, whose files other models share."""
+    path = kohya_file(tmp_path / "blob")
+    held = digest(path)
+    link = tmp_path / "a.safetensors"
+    if hard:
+        link.hardlink_to(path)
+    else:
+        link.symlink_to("blob")
+    receipt = edit(link, in_place=True, metadata={"ss_note": "new"})
+    assert [finding.code for finding in receipt.findings] == ["link-replaced"]
+    assert digest(path) == held and not link.is_symlink() and open_file(link).metadata["ss_note"] == "new"
+    assert not edit(link, in_place=True, metadata={"ss_note": "newer"}).findings
+
+
+def test_a_star_of_the_old_name_that_the_new_one_lacks_is_left_out() -> None:
+    one = adapter({"a.b.m": lora(np.ones((4, 1)), np.ones((1, 3))), "n": lora(np.ones((4, 1)), np.ones((1, 3)))})
+    found = changed(one, Changes(rename=[("a.*.m", "c.m"), ("*", "*")])).adapter
+    assert [target.module for target in found.deltas] == ["c.m", "n"]
 
 
 def test_in_place_in_a_folder_leaves_the_neighbours(tmp_path: Path) -> None:

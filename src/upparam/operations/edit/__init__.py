@@ -20,7 +20,7 @@ from upparam.errors import DeadAdapterError, NotAnAdapterError, OutputExistsErro
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import write_adapter, write_file, write_package
 from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
-from upparam.operations.edit.files import Compared, compare_files, container_of, put_back
+from upparam.operations.edit.files import Compared, compare_files, container_of, other_names, put_back
 from upparam.operations.edit.moving import moved
 from upparam.operations.edit.patching import UnpatchableError, patched
 from upparam.operations.late import Late
@@ -94,7 +94,9 @@ def edit(
             counts["effect_moved"], lost = moved(before, result, threads, progress)
             findings += lost
         if in_place:
+            linked = other_names(source)
             receipt.outputs = put_back(source, path, written)
+            findings += [linked[file] for name in receipt.outputs if (file := Path(name).absolute()) in linked]
         else:
             receipt.outputs = [str(place / Path(name).relative_to(written)) if written.is_dir() else str(place) for name in receipt.outputs]
             _take_place(written, place)

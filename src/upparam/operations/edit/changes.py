@@ -53,6 +53,9 @@ class Changes:
             raise UsageError("nothing changes the scale that is to be kept", remedy="give --alpha or --scale, or --bake for a scale of 1")
         if self.dtype is not None:
             _ = self.stored
+        for text in (*self.metadata, *self.metadata.values(), *(new for _, new in self.rename)):
+            if text is not None and not _is_unicode(text):
+                raise UsageError("names and metadata are UTF-8, and this is not", found=ascii(text))
 
     @property
     def stored(self) -> DType | None:
@@ -78,6 +81,15 @@ class Changes:
     def restates(self) -> bool:
         """True when the multiplier is said anew."""
         return self.alpha is not None or self.scale is not None
+
+
+def _is_unicode(text: str) -> bool:
+    """False for text with bytes of a command line in it that are no UTF-8, or with half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Changed(NamedTuple):
@@ -141,7 +153,7 @@ def _renamed(adapter: Adapter, pairs: Sequence[tuple[str, str]], counts: dict[st
                 pieces = new.split("*")
                 if len(pieces) - 1 > len(found.groups()):
                     raise UsageError("the new name has more * than the old one", expected=old, found=new)
-                return "".join(part + group for part, group in zip(pieces, [*found.groups(), ""], strict=False))
+                return "".join(part + group for part, group in zip(pieces, [*found.groups()[: len(pieces) - 1], ""], strict=True))
         return name
 
     deltas: dict[Target, Delta] = {}

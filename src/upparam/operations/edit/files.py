@@ -14,6 +14,7 @@ from upparam.atomic import swap
 from upparam.containers import open_file
 from upparam.containers.base import TensorFile
 from upparam.errors import RefusedError, UpparamError
+from upparam.findings import Finding, warning
 from upparam.tensors import Tensor, same_bits
 
 
@@ -82,6 +83,19 @@ def _file(path: Path) -> TensorFile | None:
         return open_file(path)
     except (UpparamError, OSError):
         return None  # a config beside the tensors, or a member of an archive
+
+
+def other_names(source: Adapter) -> dict[Path, Finding]:
+    """By file of the adapter that is a link or has other names, a warning of what editing in place does to these."""
+    found: dict[Path, Finding] = {}
+    for file in [path.absolute() for name in source.files if (path := Path(name)).is_file()]:
+        if file.is_symlink():
+            said = "this was a link: a file of its own took its place, and the one it led to stays as it was"
+            found[file] = warning("link-replaced", str(file), said, os.readlink(file))  # noqa: PTH115 - as written, not resolved
+        elif (count := file.stat().st_nlink) > 1:
+            said = "this file had other names (hard links), under which the old one stays"
+            found[file] = warning("link-replaced", str(file), said, f"{count - 1} other names")
+    return found
 
 
 def put_back(source: Adapter, path: Path, written: Path) -> list[str]:
