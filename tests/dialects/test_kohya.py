@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tests.dialects.files import filled, keyset, read, same, tensor_file, written
 
 from upparam import dialects
@@ -20,6 +21,7 @@ from upparam.bases.layouts import layout
 from upparam.dialects.kohya_metadata import hashes
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.operations.convert import convert
+from upparam.operations.merge import merge
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import distance
 from upparam.tensors import Tensor
@@ -430,3 +432,25 @@ def open_file_tensors(path: Path) -> dict[str, Tensor]:
     from upparam.containers import open_file
 
     return open_file(path).tensors
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_"])
+@pytest.mark.parametrize("component", ["", "unet"])
+def test_a_denoiser_outside_its_pipeline_gets_what_is_named_after_it(tmp_path: Path, prefix: str, component: str) -> None:
+    """A lone unet folder of no known model: its own names, underscored, follow the prefix."""
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    rng = np.random.default_rng(0)
+    weight, up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((24, 40), (24, 2), (2, 40)))
+    base = tmp_path / "base" / component
+    base.mkdir(parents=True)
+    save_file({f"{name}.weight": weight}, base / "diffusion_pytorch_model.safetensors")
+    if component:
+        (tmp_path / "base/model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    stem = prefix + name.replace(".", "_")
+    save_file(
+        {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": np.array(2, np.float32)},
+        tmp_path / "a.safetensors",
+    )
+    merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    got = load_file(tmp_path / "out" / component / "diffusion_pytorch_model.safetensors")[f"{name}.weight"]
+    assert np.array_equal(got, (weight + up.astype(np.float64) @ down).astype(np.float32))

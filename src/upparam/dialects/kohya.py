@@ -52,6 +52,7 @@ _ALIASES = (
     ("lycoris_", "lora_unet_"),
     ("lycoris_", "lora_te_"),
     ("lycoris_", "lora_te1_"),
+    ("lora_unet_", "lycoris_"),  # of a denoiser that lies by itself, outside its pipeline
 )
 """Prefixes other writers use, and sd-scripts' own in their place."""
 
