@@ -518,6 +518,25 @@ def test_modules_that_do_not_find_each_other_are_said(tmp_path: Path) -> None:
     assert [finding.code for finding in found if finding.severity] == ["not-paired"]
 
 
+def test_a_weight_that_one_model_lacks_is_said(tmp_path: Path) -> None:
+    """What is not compared is not in the adapter; a whole component that one leaves out (a VAE, say) is no such thing."""
+    random = np.random.default_rng(0)
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(8)]
+    base = {f"{name}.weight": random.standard_normal((64, 64)).astype(np.float32) for name in names}
+    tuned = {name: weight + np.outer(weight[0], weight[1]).astype(np.float32) for name, weight in base.items()}
+    del tuned["model.layers.3.self_attn.q_proj.weight"]
+    paths = (
+        save(tmp_path / "tuned.safetensors", tuned),
+        save(tmp_path / "base.safetensors", base | {"lm_head.weight": np.ones((90, 64), np.float32)}),
+    )
+    for one, other in (paths, paths[::-1]):
+        found = extracted(Checkpoint.open(one), Checkpoint.open(other), RankRule(rank=1)).adapter.findings
+        (said,) = [finding for finding in found if finding.severity]
+        assert said.code == "partly-missing" and said.evidence == ("model.layers.3.self_attn.q_proj.weight",)
+    less = extracted(Checkpoint.open(paths[0]), Checkpoint.open(paths[1]), RankRule(rank=1), skip=["model.layers.3.*"]).adapter.findings
+    assert not [finding for finding in less if finding.severity]
+
+
 @pytest.mark.filterwarnings("error")
 def test_infinity_in_both_models_is_told_once_and_by_name(tmp_path: Path) -> None:
     """Infinity less infinity is NaN: the error says where, and numpy warns nobody besides."""

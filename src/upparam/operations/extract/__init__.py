@@ -188,6 +188,13 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
                 "they were not compared", _listed(pairing.only_tuned), _listed(pairing.only_base),
             )
         )  # fmt: skip
+    elif pairing.partly:
+        found.append(
+            warning(
+                "partly-missing", str(tuned.path), f"{len(pairing.partly)} weights of what both models have are in one of them alone: they were not compared",
+                _listed(pairing.partly),
+            )
+        )  # fmt: skip
     for names, checkpoint in ((pairing.only_tuned, tuned), (pairing.only_base, base)):
         if names:
             found.append(info("only-in-one", str(checkpoint.path), f"{len(names)} tensors are in this model alone", _listed(names)))

@@ -94,6 +94,13 @@ class Pairing:
     unfit: Mapping[str, tuple[Tensor, Tensor]]
     apart: tuple[int, int]
 
+    @property
+    def partly(self) -> list[str]:
+        """Parameters of modules that one of them has alone, in components (or first segments of the path) of which they have others in common."""
+        common = {pair.target.module.partition(".")[0] for pair in self.pairs}
+        alone = (*self.only_tuned[: self.apart[0]], *self.only_base[: self.apart[1]])
+        return [name for name in alone if name.partition(".")[0] in common]
+
 
 def locate(checkpoint: Checkpoint) -> Located:
     """The naming that finds most of the base's modules in the checkpoint."""
@@ -162,8 +169,8 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool], *, 
             "the two models have no module in common", file=tuned.path,
             expected=f"names of {other.base.name}", found=f"names of {one.base.name}", remedy="give the model it was trained from",
         )  # fmt: skip
-    missing = [".".join(key) for key in one.places if key not in other.places]
-    lacking = [".".join(key) for key in other.places if key not in one.places]
+    missing = [".".join(key) for key in one.places if key not in other.places and chosen(key[0])]
+    lacking = [".".join(key) for key in other.places if key not in one.places and chosen(key[0])]
     return Pairing(
         other.base, tuple(pairs), common, (*missing, *(name for name in rest if name not in common)),
         (*lacking, *(name for name in base.tensors if name not in theirs_named and name not in common)), unfit,
