@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from upparam.atomic import atomic_file, atomic_folder, reaching_disk, swap
+from upparam.errors import UnreadableError
 
 
 def settled(before: int) -> bool:
@@ -106,3 +109,10 @@ def test_a_file_takes_the_place_of_a_file_at_once(tmp_path: Path, monkeypatch: p
     link.symlink_to("folder")
     swap(new, link)
     assert link.read_text() == "over a link" and (tmp_path / "folder").is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which not even root may write")
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_a_folder_that_takes_nothing_is_named(atomic: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    with pytest.raises(UnreadableError, match=r"^/proc: nothing can be written here"), atomic(Path("/proc/x")):
+        pass

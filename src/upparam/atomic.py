@@ -153,7 +153,10 @@ def _beside(out: Path, ending: str) -> Path:
     """A new folder beside `out`, for this user alone and of a name that nobody has."""
     name = os.fsencode(out.name)[:_NAME_BYTES].decode("utf-8", "ignore")
     folder = out.parent / f".{name}.{os.urandom(4).hex()}.{ending}"
-    folder.mkdir(0o700)
+    try:
+        folder.mkdir(0o700)
+    except OSError as problem:
+        raise UnreadableError(f"nothing can be written here: {problem.strerror}", file=out.parent) from problem
     return folder
 
 
