@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,21 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing_like_this"):
         upparam.nothing_like_this  # noqa: B018
+
+
+@pytest.mark.parametrize("words", [["combine", "--help"], ["merge", "absent", "absent", "-o", "out"]])
+def test_blas_has_one_thread_before_numpy_comes(words: list[str]) -> None:
+    """Whatever a command imports first: threads of ours times threads of BLAS take three times the processor time."""
+    code = f"""if True:
+        import os, sys
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                if name == "numpy":
+                    print("numpy after", os.environ.get("OPENBLAS_NUM_THREADS"))
+        sys.meta_path.insert(0, Watch())
+        sys.argv = ["upparam", *{words!r}]
+        from upparam.cli import main
+        main()"""
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=False).stdout
+    assert "numpy after 1\n" in told and "numpy after None" not in told

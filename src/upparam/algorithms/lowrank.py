@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
-from upparam.algorithms.gram import INDEPENDENT, root
+from upparam.algorithms.gram import INDEPENDENT, gram, root
 from upparam.errors import MalformedError, UsageError
 
 if TYPE_CHECKING:
@@ -166,10 +166,7 @@ def _floor(ours: Matrix, theirs: Matrix) -> float:
 
 def gram_spectral(up: Matrix, down: Matrix) -> Spectral:
     """The spectrum by the Gram matrices (see the module): up (out, r), down (r, in), float64. Raises MalformedError when not finite."""
-    import numpy as np
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        core = core_spectral(up.T @ up, down @ down.T)
+    core = core_spectral(gram(up.T), gram(down))
     return Spectral(up, core.mix, core.sigma, core.mixed, down, core.floor)
 
 

@@ -42,9 +42,6 @@ def _description() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Combine and print the receipt."""
-    from upparam.operations.threads import pin_blas
-
-    pin_blas()
     from upparam.bases.find import find_base
     from upparam.dialects.base import ReadOptions
     from upparam.operations.combine import combine

@@ -33,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; the exit code says whether the verdict is an accepted one. Quiet: the verdict alone."""
-    from upparam.operations.threads import pin_blas
-
-    pin_blas()
     from upparam.operations.compare import compare
     from upparam.operations.compare.verdict import ACCEPTED
     from upparam.report.comparison import comparison_text

@@ -40,9 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print the receipt."""
-    from upparam.operations.threads import pin_blas
-
-    pin_blas()
     from upparam.operations.convert import convert
     from upparam.operations.fitting import Arithmetic
 

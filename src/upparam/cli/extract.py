@@ -30,9 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Extract and print the receipt."""
-    from upparam.operations.threads import pin_blas
-
-    pin_blas()
     from upparam.algorithms.lowrank import RankRule
     from upparam.operations.extract import extract
 

@@ -32,9 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     Of a file that holds several adapters, show which, unless one is named.
     """
-    from upparam.operations.threads import pin_blas
 
-    pin_blas()
     from upparam.errors import MalformedError, SeveralAdaptersError
     from upparam.operations.inspect import inspect_file
     from upparam.report.inspection import inspection_text

@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Merge and print the receipt, or print the plan."""
     from upparam.errors import UsageError
     from upparam.operations.merge import merge, prepare
-    from upparam.operations.threads import pin_blas
 
-    pin_blas()
     adapters = [scaled(text) for text in args.adapters]
     choice = {
         "dtype": args.dtype,

@@ -36,9 +36,6 @@ def add_rank_rule(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Resize and print the receipt."""
-    from upparam.operations.threads import pin_blas
-
-    pin_blas()
     from upparam.algorithms.lowrank import RankRule
     from upparam.bases.find import find_base
     from upparam.dialects.base import ReadOptions

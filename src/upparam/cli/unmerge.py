@@ -19,10 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Unmerge and print the receipt."""
-    from upparam.operations.threads import pin_blas
     from upparam.operations.unmerge import unmerge
 
-    pin_blas()
     receipt = unmerge(
         args.merged, [scaled(text) for text in args.adapters], args.out, force=args.force, verify=args.verify, exact=args.exact,
         only=args.only, skip=args.skip, drop=args.drop, block_weight=block_weight(args.block_weights), threads=args.threads, device=args.device, progress=progress_for(args),

@@ -18,9 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify; exit code 1 when any finding is an error."""
-    from upparam.operations.threads import pin_blas
-
-    pin_blas()
     from upparam.operations.verify import verify
     from upparam.report.text import counted, finding_lines, one_line
 
