@@ -20,12 +20,14 @@ from tests.dialects.test_peft import TOKENS, bert, llama, loaded_strictly, outpu
 from tests.matrix.specimens import specimen  # noqa: E402
 
 from upparam.adapter import ExtraKind  # noqa: E402
+from upparam.algorithms.lowrank import RankRule  # noqa: E402
 from upparam.bases.find import find_base  # noqa: E402
 from upparam.containers import open_file  # noqa: E402
 from upparam.dialects import get  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.errors import DeadAdapterError, NotAnAdapterError, RefusedError  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
+from upparam.operations.extract import extract  # noqa: E402
 from upparam.operations.merge import merge  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
 from upparam.tensors import Tensor  # noqa: E402
@@ -335,3 +337,19 @@ def test_repeated_layers_are_more_than_the_base_has(tmp_path: Path) -> None:
     convert(tmp_path / "split", tmp_path / "ours", "peft", read=read)
     same_files(tmp_path / "theirs", tmp_path / "ours")
     assert torch.equal(output(loaded_strictly(again(), tmp_path / "ours"), TOKENS), expected)
+
+
+def test_factors_stored_as_their_blocks_are_not_called_broken(tmp_path: Path) -> None:
+    """And the remedy that the refusal names leads to an adapter that computes the same."""
+    again = repeatable(llama)
+    settings = peft.tuners.lora.config.BdLoraConfig(target_modules_bd_b=["q_proj"], target_modules_bd_a=["o_proj"], nblocks=2)
+    wrapped = adapted(again(), tmp_path / "theirs", target_modules=["q_proj", "o_proj"], use_bdlora=settings)
+    expected = output(wrapped, TOKENS)
+    with pytest.raises(
+        RefusedError, match=r"self_attn.q_proj.*BD-LoRA.*stored as its blocks.*lora_A \(4, 32\), lora_B \(32, 2\).*merge_and_unload"
+    ):
+        open_adapter(tmp_path / "theirs")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    again().save_pretrained(tmp_path / "base")
+    extract(tmp_path / "merged", tmp_path / "base", tmp_path / "ours", "peft", RankRule(4))
+    assert torch.allclose(output(loaded_strictly(again(), tmp_path / "ours"), TOKENS), expected, atol=1e-5)

@@ -73,6 +73,11 @@ def deltas_of(
                 tensor=module, expected="enable_lora", found=f"lora_A {down.shape}, lora_B {up.shape}",
                 remedy='put an adapter_config.json with enable_lora beside it ("enable_lora": [true, false, true] is q and v), with peft_type, r and lora_alpha',
             )  # fmt: skip
+        if (config or {}).get("use_bdlora") and up.shape[1:2] != down.shape[:1]:
+            raise RefusedError(
+                "BD-LoRA: one of the factors is block-diagonal and stored as its blocks, which upparam does not unfold", file=peft_config.FILE, tensor=module,
+                found=f"lora_A {down.shape}, lora_B {up.shape}", remedy="merge the adapter with PEFT (merge_and_unload) and extract a LoRA from the result",
+            )  # fmt: skip
         if len(up.shape) == len(down.shape) > 2 and 0 < up.shape[1] < down.shape[0] and down.shape[0] % up.shape[1] == 0:
             groups = down.shape[0] // up.shape[1]
             return f"a LoRA of a convolution with {groups} groups, which is no product of two matrices: PEFT runs it and does not merge it"

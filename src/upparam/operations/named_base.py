@@ -7,7 +7,7 @@ from typing import NamedTuple
 from upparam.adapter import REPEATED, Adapter, Target
 from upparam.bases.base import Base
 from upparam.bases.header import VOCABULARY
-from upparam.dialects.peft_names import COMPONENTS
+from upparam.dialects.diffusers import COMPONENTS
 from upparam.dialects.placing import alike
 from upparam.errors import MismatchError
 from upparam.findings import Finding, error, info
