@@ -8,6 +8,7 @@ from typing import Any
 
 from upparam.containers.base import Opaque, TensorFile
 from upparam.operations.kinds_other import Kind, other
+from upparam.patterns import regex
 
 
 def classify(file: TensorFile) -> Kind:
@@ -103,7 +104,7 @@ _MODELS = (
 )
 
 
-_FACTORS = re.compile(r"(^|[./_])(lora|dora|loha|lokr|glora|hada|oft|boft|ia3|vera)[._](?!proj|layer)")
+_FACTORS = regex(r"(^|[./_])(lora|dora|loha|lokr|glora|hada|oft|boft|ia3|vera)[._](?!proj|layer)")
 
 
 def _factors(file: TensorFile) -> Kind | None:
