@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
 from upparam.algorithms.dora import DoRA
+from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.cli import main
@@ -226,6 +227,10 @@ def test_what_cannot_be_resized_is_said() -> None:
         resized(adapter({"m": unknown}), RankRule(1))
     with pytest.raises(RefusedError):
         resized(adapter({}), RankRule(1))
+    lora = random_lora(20, 16, 8)
+    dora = DoRA(magnitude=Tensor.of(np.ones((20, 1), np.float32)), up=lora.up, down=lora.down, scaling=lora.scaling)
+    with pytest.raises(RefusedError, match="upparam extract"):
+        resized(adapter({"a": dora}), RankRule(2))
     huge = LoRA(Tensor.of(np.full((4, 2), 6e4, np.float16)), Tensor.of(np.full((2, 4), 6e4, np.float16)), Scaling(alpha=2**24))
     with pytest.raises(RefusedError, match="float16"):
         resized(adapter({"m": huge}), RankRule(1), alpha="rank")
@@ -335,6 +340,19 @@ def test_other_algorithms_become_lora(rule: RankRule, alpha: str) -> None:
     assert gap <= 1.005 * best(whole, new.rank) + 1e-6 * float(np.linalg.norm(whole))
     assert cut.error == pytest.approx(gap / np.linalg.norm(whole), rel=1e-5)
     assert cut.algorithm == "kronecker"
+    assert new.alpha == pytest.approx({"scale": 0.5 * new.rank, "keep": 2.0, "rank": new.rank}[alpha])
+
+
+@pytest.mark.parametrize(("alpha", "number"), [("scale", 1.5), ("keep", 2.0), ("rank", 3.0)])
+def test_alpha_of_what_was_no_lora_follows_the_rule_too(alpha: str, number: float) -> None:
+    random = np.random.default_rng(0)
+    shapes = (12, 4), (4, 10), (12, 4), (4, 10)
+    parts = [Tensor.of(random.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    delta = LoHa(*parts, scaling=Scaling(alpha=2.0))
+    result, (cut,) = resized(adapter({"m": delta}), RankRule(3), alpha=alpha)  # type: ignore[arg-type]
+    new, whole = result.deltas[Target("m")], delta.load().rows(0, 12)
+    assert new.alpha == number and cut.error == pytest.approx(best(whole, 3) / np.linalg.norm(whole), rel=1e-6)
+    assert np.linalg.norm(whole - dense(new)) == pytest.approx(best(whole, 3), rel=1e-6)
 
 
 def test_deltas_without_a_rank_stay_and_are_said() -> None:

@@ -44,6 +44,8 @@ alpha and `rank` sets it to k, the factors taking over what the multiplier loses
 """
 
 
+OF_THE_DIFFERENCE = "merge it into its base and make a LoRA of the difference with 'upparam extract'"
+"""What to do with a delta whose change depends on the weight."""
 _WIDE = 256
 """Inner rank of another algorithm's low-rank form (the product of two ranks for LoHa) above which products with its rows are cheaper."""
 
@@ -138,6 +140,7 @@ def resized(
             "no delta here can be resized: none has a rank to change through its factors alone",
             file=_file(adapter),
             found=", ".join(adapter.algorithms()) or "no deltas",
+            remedy=OF_THE_DIFFERENCE if any(not delta.additive for delta in adapter.deltas.values()) else None,
         )
     deltas = dict(adapter.deltas)
     cuts: list[Cut] = []
@@ -258,7 +261,7 @@ def cut_job(job: Job, rule: RankRule, alpha: AlphaRule, keep: Keep) -> tuple[Del
     found, rank = truncate(up, down, rule, conv=conv, resolution=max(_epsilon(dtype) for dtype in dtypes))
     if type(delta) is LoRA and rank >= delta.rank:
         return delta, Cut(names, delta.algorithm, delta.rank, delta.rank, 1.0, 0.0, 0.0, found.norm * abs(scale))
-    scaling, factor = rescaled(delta.scaling if type(delta) is LoRA else Scaling(alpha=scale * rank), scale, rank, alpha)
+    scaling, factor = rescaled(_as_lora(delta, scale, rank), scale, rank, alpha)
     norm = found.norm
     if norm == 0.0:
         new_up, new_down = up[:, :rank] * 0.0, down[:rank].copy()
@@ -308,6 +311,11 @@ def _resize_tucker(delta: LoRA, names: tuple[str, ...], rule: RankRule, alpha: A
     return result, Cut(names, delta.algorithm, old, rank, 1.0 - lost if norm else 1.0, error, None, norm * abs(delta.known_scale()))
 
 
+def _as_lora(delta: Delta, scale: float, rank: int) -> Scaling:
+    """What is stored about the multiplier, as a LoRA of this rank that has no rule yet would say it: alpha as it is, where there is one."""
+    return delta.scaling if type(delta) is LoRA else Scaling(alpha=scale * rank if delta.alpha is None else delta.alpha)
+
+
 def nothing_left(file: str | None, norms: Sequence[float | None], why: str) -> list[Finding]:
     """A warning of modules whose dW is zero, given their norms (None: not known)."""
     zero = sum(norm == 0.0 for norm in norms)
@@ -338,7 +346,7 @@ def _project(job: Job, update: Update, names: tuple[str, ...], rule: RankRule, a
     rank = len(found.sigma)
     up, down = found.factors()
     # The rows carry the scale; what the new alpha gives the factors need not hold.
-    scaling, factor = rescaled(Scaling(alpha=update.scale * rank), update.scale, rank, alpha)
+    scaling, factor = rescaled(_as_lora(delta, update.scale, rank), update.scale, rank, alpha)
     multiplier = update.scale / factor
     up, down = (up / multiplier, down) if multiplier else (up, down)
     dtype = _dtypes(job)[0]

@@ -15,6 +15,7 @@ from upparam.errors import RefusedError
 from upparam.operations.combine.beside import beside, widened
 from upparam.operations.combine.pieces import Piece, Place
 from upparam.operations.recast import stored
+from upparam.operations.resize import OF_THE_DIFFERENCE
 from upparam.tensors import DTYPES, DType, Tensor
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
 
     Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
-
-
-OF_THE_DIFFERENCE = "merge it into its base and make a LoRA of the difference with 'upparam extract'"
-"""What to do with a delta whose change depends on the weight."""
 
 
 def concatenated(place: Place) -> Delta:
