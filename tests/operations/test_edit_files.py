@@ -404,6 +404,24 @@ def test_the_files_of_a_triad(tmp_path: Path, out: str | None) -> None:
     assert left.pop("other").tolist() == [1, 1] and all(torch.equal(tensor, downs[name].bfloat16()) for name, tensor in left.items())
 
 
+def test_a_split_adapter_stays_one(tmp_path: Path) -> None:
+    """Whose adapter was split is remembered, and the files are those of a triad all the same."""
+    write_adapter(specimens.plain("sd1.5"), tmp_path / "whole.safetensors", "kohya")
+    write_adapter(open_adapter(tmp_path / "whole.safetensors"), tmp_path / "one", "triad")
+    before = open_adapter(tmp_path / "one")
+    assert (before.dialect, before.found_as) == ("kohya", "triad")
+    for changes in ({"alpha": 7.0}, {"dtype": "bf16"}, {"scale": 1.0, "keep_scale": True}):
+        out = tmp_path / next(iter(changes))
+        edit(tmp_path / "one", out, **changes)  # type: ignore[arg-type]
+        after = open_adapter(out)
+        assert names(out) == names(tmp_path / "one") and (after.dialect, after.found_as) == ("kohya", "triad")
+        assert after.deltas.keys() == before.deltas.keys()
+    assert all(delta.alpha == 7.0 for delta in open_adapter(tmp_path / "alpha").deltas.values())
+    held = digest(tmp_path / "one" / "up-param.bin")
+    edit(tmp_path / "one", in_place=True, alpha=7.0)
+    assert digest(tmp_path / "one" / "up-param.bin") == held
+
+
 def test_what_the_dialect_cannot_say_is_a_refusal(tmp_path: Path) -> None:
     """Not a failed proof: PEFT's VeRA has no multiplier, and what is left of an adapter may be none."""
     write_adapter(specimens.vera("llama-3-8b"), tmp_path / "vera", "peft")

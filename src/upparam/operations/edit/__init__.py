@@ -126,7 +126,8 @@ def _written(
     verify: bool, drop: Collection[str], in_place: bool,
 ) -> tuple[Receipt, Adapter]:  # fmt: skip
     """Write the result into the source's own files, or where those do not allow it as the dialect writes; and read it back."""
-    member = dialects.get(source.dialect)
+    own = source.found_as or source.dialect  # a split adapter stays one
+    member = dialects.get(own)
     options = {"drop": frozenset(drop), **({"base": told.base} if told is not None and told.base is not None else {})}
     root = path.absolute() if path.is_dir() else path.absolute().parent
     asked = written.with_suffix("") if in_place else written
@@ -138,9 +139,9 @@ def _written(
                 "this edit cannot leave the unexplained tensors where they are", file=source.files[0] if source.files else None,
                 tensor=next(iter(result.leftovers)), found=str(problem), remedy="give them up with --drop leftovers",
             ) from problem  # fmt: skip
-        receipt = write_adapter(result, written, source.dialect, read=told, verify=verify, drop=drop)
+        receipt = write_adapter(result, written, own, read=told, verify=verify, drop=drop)
         receipt.findings = [finding for finding in receipt.findings if finding.code != "given-up"]
-        return receipt, open_adapter(written, dialect=source.dialect, options=ReadOptions(base=None if told is None else told.base))
+        return receipt, open_adapter(written, dialect=own, options=ReadOptions(base=None if told is None else told.base))
     if made.package.folder:
         with atomic_folder(written) as temporary, Late() as late:
             size = write_package(made.package, temporary, True, late) + sum(
@@ -204,7 +205,7 @@ def _read_back(result: Adapter, written: Path, ways: Sequence[ReadOptions | None
     Proved to be the result, carried tensors and all. Raises the first problem.
     """
     problem: UpparamError | None = None
-    for dialect, options in product((result.dialect, None), ways):
+    for dialect, options in product((result.found_as or result.dialect, None), ways):
         try:
             again = open_adapter(written, dialect=dialect, options=options)
             strange = {
