@@ -79,10 +79,10 @@ def _block(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scr
     codes = stored.view(np.uint16)
     _widened(codes, dtype, sums)
     up, down = factors.up[start : start + len(stored)], factors.down
-    _product(up[:, :NUMPY_CHUNK], down[:NUMPY_CHUNK], delta)
+    np.matmul(up[:, :NUMPY_CHUNK], down[:NUMPY_CHUNK], out=delta)
     for first in range(NUMPY_CHUNK, len(down), NUMPY_CHUNK):
         part = scratch.part[:size].reshape(shape)
-        _product(up[:, first : first + NUMPY_CHUNK], down[first : first + NUMPY_CHUNK], part)
+        np.matmul(up[:, first : first + NUMPY_CHUNK], down[first : first + NUMPY_CHUNK], out=part)
         delta += part
     sums += delta
     square = float(np.vdot(sums, sums))
@@ -97,17 +97,6 @@ def _block(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scr
     np.not_equal(codes, code, out=marked)
     codes[...] = code
     return int(np.count_nonzero(marked)), near
-
-
-def _product(up: NDArray[np.float32], down: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """out = up @ down, a few rows at a time: BLAS has kernels for small products that need no packing, here twice as fast."""
-    rows, columns = out.shape
-    few = max(8, 16384 // columns)
-    whole = rows // few * few
-    if whole:
-        np.matmul(up[:whole].reshape(-1, few, up.shape[1]), down, out=out[:whole].reshape(-1, few, columns))
-    if whole < rows:
-        np.matmul(up[whole:], down, out=out[whole:])
 
 
 def _widened(codes: NDArray[np.uint16], dtype: DType, values: NDArray[np.float32]) -> None:
