@@ -3,7 +3,7 @@
     python benchmarks/compare.py SCRATCH [--rounds 5]
 
 What two adapters are to each other decides how much has to be computed, so each case is timed: trained apart, the same dW through other
-factors, one resized, the same file twice. `cat` of both files is the floor. With --quiet no principal angles are computed. The dense route
+factors, that times a number, one resized, the same file twice. `cat` of both files is the floor. With --quiet no principal angles are computed. The dense route
 forms both dW of every 25th module in float32 with numpy and takes their cosine, nothing else; it is extrapolated by the number of modules.
 """
 
@@ -29,8 +29,8 @@ from upparam.tensors import Tensor
 MODULES = 500
 
 
-def turned(path: Path, source: Path) -> None:
-    """The same dW through other factors: up @ Q and Q^T @ down with a random rotation each, in float16."""
+def turned(path: Path, source: Path, times: float = 1.0) -> None:
+    """The same dW, times a number, through other factors: up @ Q and Q^T @ down with a random rotation each, in float16."""
     random = np.random.default_rng(3)
     file = open_file(source)
     tensors = dict(file.tensors)
@@ -38,7 +38,7 @@ def turned(path: Path, source: Path) -> None:
         partner = name.replace("lora_up", "lora_down")
         up, down = tensors[name].read().astype(np.float32), tensors[partner].read().astype(np.float32)
         turn = np.linalg.qr(random.standard_normal((up.shape[1], up.shape[1])))[0].astype(np.float32)
-        tensors[name], tensors[partner] = Tensor.of((up @ turn).astype(np.float16)), Tensor.of((turn.T @ down).astype(np.float16))
+        tensors[name], tensors[partner] = Tensor.of((up @ turn * times).astype(np.float16)), Tensor.of((turn.T @ down).astype(np.float16))
     with path.open("wb") as stream:
         write(stream, tensors, dict(file.metadata))
 
@@ -68,18 +68,25 @@ def main() -> None:
     call = f"sdxl_lora(path, rank=128, most={MODULES}, seed="
     one = generate(f"{call}0)", args.scratch / "one.safetensors", "workbench_inputs")
     apart = generate(f"{call}1)", args.scratch / "apart.safetensors", "workbench_inputs")
-    gauge = args.scratch / "gauge.safetensors"
-    if not gauge.exists():
-        apart_from_this(turned, gauge, one)
+    gauge, scaled = args.scratch / "gauge.safetensors", args.scratch / "scaled.safetensors"
+    for path, times in ((gauge, 1.0), (scaled, 0.7)):
+        if not path.exists():
+            apart_from_this(turned, path, one, np.float32(times))
     resized = args.scratch / "resized.safetensors"
     if not resized.exists():
         subprocess.run([UPPARAM, "resize", str(one), "--rank", "64", "-o", str(resized), "-q"], check=True)
     print(f"## {MODULES} modules of rank 128, {one.stat().st_size / 1e6:.0f} MB each")
-    for title, other in (("trained apart", apart), ("other factors", gauge), ("resized to 64", resized), ("the same file", one)):
+    for title, other in (
+        ("trained apart", apart),
+        ("other factors", gauge),
+        ("... times 0.7", scaled),
+        ("resized to 64", resized),
+        ("the same file", one),
+    ):
         best: dict[str, Run] = {}
         for _ in range(args.rounds):
             command = [UPPARAM, "compare", str(one), str(other), "--accept", "unrelated", "--accept", "equal", "--accept", "resized",
-                       "--accept", "bit-equal"]  # fmt: skip
+                       "--accept", "bit-equal", "--accept", "scaled"]  # fmt: skip
             for name, what in (
                 ("cat", ["sh", "-c", f"cat '{one}' '{other}' > /dev/null"]), ("--quiet", [*command, "--quiet"]), ("with angles", command),
             ):  # fmt: skip

@@ -516,3 +516,19 @@ def test_modules_too_small_to_tell_the_multiplier_share_it() -> None:
         kind, found = verdict(one, times(one, [1.002] * 2, ml_dtypes.bfloat16, seed))
         assert found.counts() == {"equal": 1, "scaled": 1} and kind is Verdict.SCALED
         assert "the same in all 2 modules" in found.summary and found.multiplier == pytest.approx(1.002, abs=3e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e15])
+def test_what_rounding_scatters_a_multiplier_by(size: float) -> None:
+    """Against the formula in float64, whatever the size of the factors: <e, slope> of independent errors e of a third of unit^2 x^2 + step^2."""
+    for precision in (Precision(2.0**-9, 0.0), Precision(2.0**-11, 2.0**-25 * size)):
+        forms = [Form(*(part * size for part in pair(seed, 5)), 3.0, precision) for seed in (1, 2)]
+        expected = 0.0
+        for form in forms:
+            up, down = form.up.astype(np.float64), form.down.astype(np.float64)
+            slopes = (up, up @ (down @ down.T)), (down, (up.T @ up) @ down)
+            for part, slope in slopes:
+                expected += (
+                    float((((precision.unit * part) ** 2 + precision.step**2) * slope**2).sum()) / 3 / float(np.linalg.norm(up @ down)) ** 4
+                )
+        assert Pair(forms[0], forms[1]).sway() == pytest.approx(expected**0.5, rel=1e-4)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.gram import INDEPENDENT, Cosines, cosines, gram
 from upparam.errors import MalformedError
+from upparam.tensors import singles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,10 +161,19 @@ class Pair:
         total = 0.0
         for form, ups, downs in zip((self.one, self.other), self._ups, self._downs, strict=False):
             square, variance = float((ups * downs).sum()), 0.0
-            up, down = form.up.astype("f8", copy=False), form.down.astype("f8", copy=False)
-            for factor, slope in ((up, up @ downs), (down, ups @ down)):
-                errors = form.precision.unit**2 * np.square(factor) + form.precision.step**2
-                variance += float((errors * np.square(slope)).sum()) / 3
+            # Float32 is enough for a deviation, of factors and products brought near 1.
+            for factor, own, other in ((form.up, ups, downs), (form.down, downs, ups)):
+                lengths, beside = sqrt(float(np.trace(own))), float(np.trace(other))
+                if not lengths or not beside:
+                    continue
+                values = singles(factor / lengths if factor.dtype == np.float64 else factor)
+                values /= 1.0 if factor.dtype == np.float64 else lengths
+                near = (other / beside).astype(np.float32)
+                slope = np.square(values @ near if factor is form.up else near @ values)
+                rounded = form.precision.unit**2 * float((np.square(values) * slope).sum(dtype=np.float64))
+                variance += (
+                    (rounded + (form.precision.step / lengths) ** 2 * float(slope.sum(dtype=np.float64))) * (lengths**2 * beside) ** 2 / 3
+                )
             total += variance / square**2 if square > 0.0 else 0.0
         return sqrt(total)
 
