@@ -1,4 +1,4 @@
-"""A match that is `alone` ends the asking: no dialect after it in the table would have taken the file."""
+"""A match that is `alone` ends the asking: no dialect after it in the table would have taken the file from it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ KEYSETS = json.loads((Path(__file__).parent / "keysets.json").read_text())
 
 
 def skipped(file: TensorFile) -> tuple[bool, list[str]]:
-    """Whether a match was alone, and the dialects that were not asked and would have taken the file."""
+    """Whether a match was alone, and the dialects that were not asked and would have been as sure of the file as the best that was."""
     found = dialects.matches(file)
     asked = {match.dialect for match in found}
-    every = {name for name in dialects.DIALECTS if dialects.get(name).match(file) is not None}
-    return any(match.alone for match in found), sorted(every - asked)
+    surest = max((match.confidence for match in found), default=0.0)
+    every = [match for name in dialects.DIALECTS if (match := dialects.get(name).match(file)) is not None]
+    return any(match.alone for match in found), sorted(
+        match.dialect for match in every if match.dialect not in asked and match.confidence >= surest
+    )
 
 
 def written_files() -> Iterator[tuple[str, TensorFile]]:

@@ -100,6 +100,8 @@ def test_other_tensors_beside_telling_words_stay_unexplained(tmp_path: Path) -> 
         {"q.up": (64, 4), "k.down": (4, 64)},
         {"q.up": (64, 4), "q.down": (4, 64), "other": (3,)},
         {"up": (2000, 1500), "down": (1500, 2000)},
+        {"layers.0.q.lora_a.weight": (4, 64), "layers.0.q.lora_b.weight": (64, 4)},
+        {"q.parametrizations.weight.0.lora_A": (4, 64), "q.parametrizations.weight.0.lora_B": (64, 4)},
     ],
 )
 def test_what_only_looks_like_pairs_is_no_adapter(tmp_path: Path, tensors: dict[str, tuple[int, ...]]) -> None:

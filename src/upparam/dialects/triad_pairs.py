@@ -19,7 +19,7 @@ def role_of(word: str) -> str:
 
 
 _PAIR = regex(
-    r"(?:^|(?P<module>.+?)[./_])(?P<word>lora[_.](?:up|down|mid)|up|down|mid|A|B|(?:^|(?<=[/_]))lora_[AB]|(?:lora_)?alpha)(\.default)?(\.weight)?",
+    r"(?:^|(?P<module>.+?)[./_])(?P<word>lora[_.](?:up|down|mid)|up|down|mid|(?<!lora_)[AB]|(?:^|(?<=[/_]))lora_[AB]|(?:lora_)?alpha)(\.default)?(\.weight)?",
     re.S,
 )
 """Names with `.lora_A` behind a module are loralib's, PEFT's, or of libraries whose layers are no plain LoRA, which have names of their own."""
