@@ -15,10 +15,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
+from upparam.dtypes import DTYPES
 from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.kernel import Scratch, add_low_rank, routes
 from upparam.operations.merge.rounding import narrow, ordered, widen
-from upparam.tensors import DTYPES
 
 ROWS, COLUMNS = 128, 2048
 

@@ -20,8 +20,10 @@ import numpy as np
 
 from upparam.containers.safetensors import header_bytes
 from upparam.containers.torchfile.write import write
+from upparam.dtypes import DTYPES
 from upparam.operations.scan import scan
-from upparam.tensors import DTYPES, MemorySource, Tensor
+from upparam.sources import MemorySource
+from upparam.tensors import Tensor
 
 ROUNDS = 3
 

@@ -11,8 +11,10 @@ import pytest
 
 from upparam import carrying
 from upparam._native import compiled
+from upparam.dtypes import DTYPES
 from upparam.errors import MalformedError
-from upparam.tensors import DTYPES, FileSource, Tensor
+from upparam.sources import FileSource
+from upparam.tensors import Tensor
 
 BUILT = compiled("carry", carrying._INTERFACE) is not None
 ROOM = carrying._ROOM

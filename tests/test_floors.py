@@ -12,7 +12,22 @@ import upparam
 
 ROOT = Path(upparam.__file__).parent
 FLOORS = [
-    {"tensors", "carrying", "findings", "errors", "limits", "atomic", "progress", "patterns", "plugins", "_version", "_native"},
+    {
+        "arrays",
+        "dtypes",
+        "sources",
+        "tensors",
+        "carrying",
+        "findings",
+        "errors",
+        "limits",
+        "atomic",
+        "progress",
+        "patterns",
+        "plugins",
+        "_version",
+        "_native",
+    },
     {"containers"},
     {"algorithms"},
     {"adapter", "checkpoint"},

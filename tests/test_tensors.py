@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upparam.dtypes import BY_CODE, DTYPES, dtype_of
 from upparam.errors import MalformedError, UnreadableError
-from upparam.tensors import BY_CODE, DTYPES, ComputedSource, FileSource, MemorySource, Tensor, contiguous_strides, dtype_of, same_bits
+from upparam.sources import ComputedSource, FileSource, MemorySource
+from upparam.tensors import Tensor, contiguous_strides, same_bits
 
 
 def random_bits(dtype: np.dtype, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from upparam._native import wanted
+from upparam.arrays import scratch
 from upparam.errors import UpparamError
-from upparam.tensors import FileSource, Tensor, same_bits, scratch
+from upparam.sources import FileSource
+from upparam.tensors import Tensor, same_bits
 
 _INTERFACE = 1
 """What the compiled module must say it speaks; one left over from older source does not."""

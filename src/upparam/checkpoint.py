@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 from upparam.containers import open_file
 from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
+from upparam.dtypes import DTYPES
 from upparam.errors import AmbiguousError, MalformedError, UnreadableError
 from upparam.findings import Finding
 from upparam.patterns import regex
-from upparam.tensors import DTYPES, FileSource, Tensor
+from upparam.sources import FileSource
+from upparam.tensors import Tensor
 
 INDEX_SUFFIX = ".index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".gguf")

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from upparam.containers import archive, head_of, open_all, open_file, safetensors, tars
 from upparam.errors import AmbiguousError, LimitError, MalformedError, UnreadableError, UpparamError
-from upparam.tensors import MemorySource, Tensor
+from upparam.sources import MemorySource
+from upparam.tensors import Tensor
 
 
 def adapter(value: float = 1.0) -> bytes:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from upparam.containers import ggla, head_of
 from upparam.containers.base import TensorFile
 from upparam.errors import MalformedError
-from upparam.tensors import MemorySource
+from upparam.sources import MemorySource
 
 
 def write(arrays: dict[str, np.ndarray], rank: int = 8, alpha: int = 16) -> bytes:

@@ -20,7 +20,8 @@ from upparam.containers import open_file
 from upparam.containers.base import TensorFile
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.limits import MAX_GGUF_ARRAY_SHOWN
-from upparam.tensors import MemorySource, Tensor
+from upparam.sources import MemorySource
+from upparam.tensors import Tensor
 
 gguf = pytest.importorskip("gguf")
 ORDERS = [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from upparam.containers import head_of, open_all, open_file, sniffed
 from upparam.containers.lookalikes import LookAlike, recognise
 from upparam.errors import MalformedError, UnreadableError
-from upparam.tensors import MemorySource
+from upparam.sources import MemorySource
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4a" * 32 + b"\nsize 167832240\n"
 

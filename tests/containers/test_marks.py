@@ -14,7 +14,7 @@ from tests.hostile.corpus import hostile
 
 from upparam.containers import CONTAINERS, head_of, sniffed
 from upparam.containers.base import Head
-from upparam.tensors import MemorySource
+from upparam.sources import MemorySource
 
 
 @cache

@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from upparam.containers import head_of, npy, open_all, sources, zips
+from upparam.containers import head_of, nested, npy, open_all, zips
 from upparam.containers.base import LONE, TensorFile
+from upparam.dtypes import DTYPES
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Severity
-from upparam.tensors import DTYPES, FileSource, MemorySource, Tensor, same_bits
+from upparam.sources import FileSource, MemorySource
+from upparam.tensors import Tensor, same_bits
 
 NAMED = ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "c8", "c16"]
 UNNAMED = [name for name in DTYPES if name.startswith(("bfloat", "float8"))]
@@ -317,8 +319,8 @@ def test_reading_headers_of_a_packed_npz_inflates_no_data(monkeypatch: pytest.Mo
     stream = io.BytesIO()
     np.savez_compressed(stream, **{f"m{index}": np.arange(500_000.0) for index in range(4)})
     taken = []
-    take = sources.InflatedSource._take
-    monkeypatch.setattr(sources.InflatedSource, "_take", lambda self, size: taken.append(size) or take(self, size))
+    take = nested.InflatedSource._take
+    monkeypatch.setattr(nested.InflatedSource, "_take", lambda self, size: taken.append(size) or take(self, size))
     file = read_npz(stream.getvalue())
     assert [tensor.shape for tensor in file.tensors.values()] == [(500_000,)] * 4
     assert sum(taken) == 4 * 128
@@ -336,4 +338,4 @@ def test_the_mlx_adapter_of_the_corpus(corpus: Path) -> None:
     npy.write_npz(stream, file.tensors)
     back = read_npz(stream.getvalue())
     assert all(same_bits(back.tensors[name], tensor) for name, tensor in file.tensors.items())
-    assert isinstance(file.tensors["model.layers.31.self_attn.v_proj.lora_b"].source, sources.SpanSource | FileSource)
+    assert isinstance(file.tensors["model.layers.31.self_attn.v_proj.lora_b"].source, nested.SpanSource | FileSource)

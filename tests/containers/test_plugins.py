@@ -15,7 +15,8 @@ import pytest
 from upparam import containers, dialects
 from upparam.containers import open_all
 from upparam.containers.base import Head, TensorFile
-from upparam.tensors import Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 
 class Shouted:

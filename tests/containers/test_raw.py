@@ -12,7 +12,8 @@ import pytest
 
 from upparam.containers import npy, raw, safetensors
 from upparam.errors import MalformedError
-from upparam.tensors import FileSource, MemorySource, Tensor
+from upparam.sources import FileSource, MemorySource
+from upparam.tensors import Tensor
 
 KINDS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 

@@ -18,9 +18,11 @@ from hypothesis.extra import numpy as hnp
 
 from upparam.containers import safetensors as ours
 from upparam.containers.base import Head
+from upparam.dtypes import DTYPES
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.limits import MAX_SAFETENSORS_HEADER
-from upparam.tensors import DTYPES, FileSource, MemorySource, Tensor, same_bits
+from upparam.sources import FileSource, MemorySource
+from upparam.tensors import Tensor, same_bits
 
 PATH = Path("a.safetensors")
 

@@ -18,8 +18,10 @@ from upparam.containers import safetensors as ours
 from upparam.containers.torchfile import write as torchfile
 from upparam.containers.writing import chunks, put
 from upparam.dialects.kohya_metadata import hashes
+from upparam.dtypes import DTYPES
 from upparam.errors import MalformedError
-from upparam.tensors import DTYPES, FileSource, MemorySource, Tensor, same_bits
+from upparam.sources import FileSource, MemorySource
+from upparam.tensors import Tensor, same_bits
 
 
 def test_long_tensors_are_written_in_pieces(tmp_path: Path) -> None:

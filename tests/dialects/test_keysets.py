@@ -19,10 +19,11 @@ from tests.dialects.files import read, same, tensor_file, written
 from upparam import dialects
 from upparam.adapter import Adapter
 from upparam.bases import inventory
+from upparam.dtypes import DTYPES
 from upparam.errors import RefusedError
 from upparam.operations.identify import identify
 from upparam.operations.proof import same_delta
-from upparam.tensors import DTYPES, Tensor, same_bits
+from upparam.tensors import Tensor, same_bits
 
 TRIMMED = json.loads((Path(__file__).parent / "keysets.json").read_text())
 

@@ -40,7 +40,7 @@ from upparam.operations import salvage
 from upparam.operations.scan.fast import safetensors_tensors
 from upparam.operations.scan.files import _Look
 from upparam.operations.scan.verdict import FileScan, Verdict
-from upparam.tensors import MemorySource
+from upparam.sources import MemorySource
 
 PATH = Path("fuzzed.bin")
 SMALL = 1 << 16

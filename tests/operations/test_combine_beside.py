@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from upparam.dtypes import DTYPES
 from upparam.operations.combine import beside as module
 from upparam.operations.combine.beside import beside, widened
-from upparam.tensors import DTYPES, FileSource, Tensor, same_bits
+from upparam.sources import FileSource
+from upparam.tensors import Tensor, same_bits
 
 DTYPE = st.sampled_from([np.float16, np.float32, ml_dtypes.bfloat16, np.float64])
 

@@ -17,7 +17,7 @@ from upparam.dialects.base import ReadOptions
 from upparam.errors import UpparamError, VerificationError
 from upparam.operations import convert
 from upparam.operations.convert import write_adapter
-from upparam.tensors import FileSource
+from upparam.sources import FileSource
 
 BASE = inventory.load("llama-3-8b")
 DIALECTS = ("peft", "kohya", "mlx", "gguf-lora", "loralib", "triad")

@@ -25,6 +25,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import cut, join
 from upparam.cli import main
 from upparam.containers import open_file
+from upparam.dtypes import DTYPES
 from upparam.errors import OutputExistsError, RefusedError, UsageError
 from upparam.operations import edit as editing
 from upparam.operations.edit import edit, metadata_of
@@ -33,7 +34,7 @@ from upparam.operations.edit.moving import moved
 from upparam.operations.opening import open_adapter
 from upparam.operations.recast import recast
 from upparam.progress import silent
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
 

@@ -23,6 +23,7 @@ from upparam.algorithms.dora import DoRA
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lora import LoRA
 from upparam.cli import main
+from upparam.dtypes import DTYPES
 from upparam.errors import UnreadableError, UsageError
 from upparam.operations.merge import merge, on_device
 from upparam.operations.merge.factors import LowRank
@@ -30,7 +31,7 @@ from upparam.operations.merge.journal import undo
 from upparam.operations.merge.kernel import Scratch, add_low_rank, routes
 from upparam.operations.merge.rounding import narrow
 from upparam.operations.unmerge import unmerge
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 torch = pytest.importorskip("torch")
 CUDA = pytest.param(

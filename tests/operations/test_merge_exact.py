@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.operations.merging import NUMPY, adapter, load, lora, round_once, save
 
+from upparam.dtypes import DTYPES
 from upparam.errors import RefusedError
 from upparam.operations.merge import kernel, merge, stream
 from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.rounding import narrow, ordered, round_to_odd
-from upparam.tensors import DTYPES
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"])

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 from tests.operations.merging import adapter, lora, save
 
 import upparam
+from upparam.dtypes import DTYPES
 from upparam.errors import VerificationError
 from upparam.operations.merge import merge, proof
 from upparam.operations.merge.proof import Sample, Samples, check_samples
 from upparam.operations.merge.rounding import narrow
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 NAMES = ("bfloat16", "float16", "float32")
 

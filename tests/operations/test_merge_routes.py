@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from tests.operations.merging import TileCase, round_once, tile_cases
 
+from upparam.dtypes import DTYPES
 from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, routes
-from upparam.tensors import DTYPES
 
 ROOT = Path(__file__).parents[2]
 

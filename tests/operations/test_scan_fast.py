@@ -13,7 +13,7 @@ from tests.hostile.corpus import hostile
 from upparam.containers import safetensors
 from upparam.errors import MalformedError
 from upparam.operations.scan.fast import safetensors_tensors
-from upparam.tensors import MemorySource
+from upparam.sources import MemorySource
 
 GOOD = b'{"__metadata__":{"format":"pt","x":"a \\"b\\""},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"b.c":{"dtype":"U8","shape":[],"data_offsets":[8,9]},"e":{"dtype":"U8","shape":[0],"data_offsets":[9,9]}}'
 PIECES = [

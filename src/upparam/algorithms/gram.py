@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam._native import compiled
-from upparam.tensors import doubles, singles
+from upparam.arrays import doubles, singles
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,8 @@ from math import atan2, isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.algorithms.gram import INDEPENDENT, Cosines, cosines, gram
+from upparam.arrays import singles
 from upparam.errors import MalformedError
-from upparam.tensors import singles
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,7 +14,7 @@ from upparam.containers.marks import Mark, anything, begins, pickle, tar, torch_
 from upparam.errors import AmbiguousError, LimitError, UnreadableError
 from upparam.limits import MAX_ARCHIVE_NESTING, SNIFF_BYTES
 from upparam.plugins import installed
-from upparam.tensors import FileSource, Source
+from upparam.sources import FileSource, Source
 
 CONTAINERS: dict[str, Mark] = {
     "upparam.containers.safetensors": anything,

@@ -16,13 +16,13 @@ from typing import IO, Any
 
 from upparam.containers import tars
 from upparam.containers.base import Head
-from upparam.containers.sources import SpanSource, backing
+from upparam.containers.nested import SpanSource, backing
 from upparam.containers.zips import read_archive
 from upparam.errors import LimitError, MalformedError, UnreadableError
 from upparam.findings import Finding, error
 from upparam.limits import MAX_INFLATE_RATIO, MAX_INFLATED, MAX_UNPACKED_IN_MEMORY
 from upparam.patterns import regex
-from upparam.tensors import Source
+from upparam.sources import Source
 
 _CHUNK = 1 << 20
 _XZ_MEMORY = 256 << 20

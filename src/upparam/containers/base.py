@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from upparam.errors import LimitError
 from upparam.findings import Finding
-from upparam.tensors import Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 LONE = "."
 """The name of the only tensor of a file that names none (npy, headerless, a pickle of one tensor)."""

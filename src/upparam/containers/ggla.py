@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from upparam.containers.base import Head, TensorFile
+from upparam.dtypes import DTYPES
 from upparam.errors import LimitError, MalformedError
 from upparam.limits import MAX_TENSORS
-from upparam.tensors import DTYPES, Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 name = "ggla"
 title = "llama.cpp LoRA before GGUF (ggla)"

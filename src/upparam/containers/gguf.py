@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from upparam.containers.base import Head, TensorFile
 from upparam.containers.writing import put
+from upparam.dtypes import DTYPES
 from upparam.errors import LimitError, MalformedError, RefusedError
 from upparam.findings import Finding, info, warning
 from upparam.limits import MAX_DIMS, MAX_GGUF_ARRAY_SHOWN, MAX_GGUF_HEADER, MAX_GGUF_KEYS, MAX_GGUF_NESTING, MAX_TENSORS
-from upparam.tensors import DTYPES, Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,6 +29,7 @@ from upparam.containers.symbols import (
     settle,
     summary,
 )
+from upparam.dtypes import DType
 from upparam.errors import LimitError, MalformedError, UpparamError
 from upparam.limits import (
     MAX_CLAIMED,
@@ -38,7 +39,8 @@ from upparam.limits import (
     MAX_PICKLE_OBJECTS,
     MAX_PICKLE_OPCODES,
 )
-from upparam.tensors import DType, MemorySource, Source, Tensor
+from upparam.sources import MemorySource, Source
+from upparam.tensors import Tensor
 
 KEPT_BYTES = 256
 """Byte strings longer than this stay in the file as a Blob."""

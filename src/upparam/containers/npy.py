@@ -21,10 +21,12 @@ from typing import IO, Any
 from upparam.containers.base import LONE, Head, TensorFile
 from upparam.containers.writing import chunks
 from upparam.containers.zips import ZipMember, read_archive
+from upparam.dtypes import DTYPES, DType
 from upparam.errors import LimitError, MalformedError, RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.limits import MAX_DIMS, MAX_NPY_HEADER, MAX_TENSORS
-from upparam.tensors import DTYPES, DType, Source, Tensor, contiguous_strides
+from upparam.sources import Source
+from upparam.tensors import Tensor, contiguous_strides
 
 MAGIC = b"\x93NUMPY"
 _SUFFIX = ".npy"

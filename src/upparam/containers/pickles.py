@@ -9,7 +9,7 @@ from upparam.containers.base import Head, TensorFile
 from upparam.containers.evidence import tensor_file
 from upparam.containers.machine import Examination, examine, new_budget, program
 from upparam.findings import Finding, warning
-from upparam.tensors import MemorySource, Source
+from upparam.sources import MemorySource, Source
 
 name = "pickle"
 title = "Python pickle"

@@ -17,9 +17,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from upparam.containers.base import LONE, TensorFile
 from upparam.containers.writing import chunks
+from upparam.dtypes import DTYPES, DType
 from upparam.errors import MalformedError
 from upparam.patterns import regex
-from upparam.tensors import DTYPES, DType, Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -30,8 +30,9 @@ from upparam.containers.symbols import (
     view,
     whole_numbers,
 )
+from upparam.dtypes import DTYPES, DType
 from upparam.errors import UpparamError
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     from upparam.containers.machine import Machine

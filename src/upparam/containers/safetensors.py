@@ -15,10 +15,12 @@ from typing import Any
 
 from upparam.containers.base import Head, TensorFile
 from upparam.containers.writing import put
+from upparam.dtypes import BY_CODE
 from upparam.errors import LimitError, MalformedError, RefusedError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER, MAX_TENSORS
-from upparam.tensors import BY_CODE, Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 name = "safetensors"
 title = "safetensors"

@@ -13,9 +13,11 @@ from math import prod
 from typing import Any
 
 from upparam.containers.base import Opaque
+from upparam.dtypes import DType
 from upparam.errors import LimitError, MalformedError, UpparamError
 from upparam.limits import MAX_EXPANDED, MAX_PICKLE_DEPTH
-from upparam.tensors import DType, MemorySource, Source, Tensor, contiguous_strides
+from upparam.sources import MemorySource, Source
+from upparam.tensors import Tensor, contiguous_strides
 
 MAX_SUMMARY = 160
 """Characters of an argument summary."""
@@ -124,7 +126,7 @@ NUMPY_CODES: dict[str, DType] = {}
 
 
 def _fill_codes() -> None:
-    from upparam.tensors import DTYPES
+    from upparam.dtypes import DTYPES
 
     names = {"f2": "float16", "f4": "float32", "f8": "float64", "b1": "bool", "c8": "complex64", "c16": "complex128", "?": "bool",
              "e": "float16", "f": "float32", "d": "float64", "b": "int8", "B": "uint8", "h": "int16", "H": "uint16", "i": "int32",

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upparam.containers.base import Head
-from upparam.containers.sources import SpanSource
+from upparam.containers.nested import SpanSource
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
 from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_ODDITIES, MAX_TAR_NAME
-from upparam.tensors import Source
+from upparam.sources import Source
 
 BLOCK = 512
 _PER_MEMBER = ("path", "size", "linkpath", "GNU.sparse.name", "GNU.sparse.realsize", "GNU.sparse.map")

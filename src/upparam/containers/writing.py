@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BufferedWriter
 from typing import Any, TypeVar
 
+from upparam.arrays import scratch
 from upparam.carrying import carried
 from upparam.errors import UpparamError
-from upparam.tensors import Tensor, scratch
+from upparam.tensors import Tensor
 
 Made = TypeVar("Made")
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upparam.containers.sources import InflatedSource, SpanSource
+from upparam.containers.nested import InflatedSource, SpanSource
 from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
 from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_INFLATE_RATIO, MAX_INFLATED, MAX_ODDITIES
-from upparam.tensors import Source
+from upparam.sources import Source
 
 STORED, DEFLATED = 0, 8
 

@@ -26,10 +26,11 @@ from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import form_of, remember
 from upparam.dialects.words import alpha_for, alpha_tensor
+from upparam.dtypes import DTYPES
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
 from upparam.findings import error, warning
 from upparam.patterns import regex
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 _CLIP = "text_model."
 """In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""

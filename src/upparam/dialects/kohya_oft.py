@@ -23,10 +23,11 @@ from upparam.dialects.placing import base_of, layout_for, resolve, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import form_of
 from upparam.dialects.words import alpha_tensor
+from upparam.dtypes import DTYPES
 from upparam.errors import DeadAdapterError, MalformedError, Problem
 from upparam.findings import warning
 from upparam.patterns import regex
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 _NAME = regex(r"(oft_unet_\w+)\.(?:oft_blocks(?:\.(\d))?|alpha)")
 _OURS, _THEIRS = "lora_unet_", "oft_unet_"

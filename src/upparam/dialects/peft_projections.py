@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from upparam.bases.base import Base
 from upparam.dialects.peft_config import number
 from upparam.dialects.prefixes import change
-from upparam.tensors import DTYPES, Tensor
+from upparam.dtypes import DTYPES
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from upparam.dialects.words import alpha_tensor
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.dtypes import DTYPES, DType
+from upparam.tensors import Tensor
 
 Aliases = Sequence[tuple[str, str]]
 """(prefix a file may use, prefix the layout uses) of module names."""

@@ -23,9 +23,10 @@ from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOpti
 from upparam.dialects.triad_files import Found, Label, collect, component, components, half, keyed, label, unworded, whole
 from upparam.dialects.triad_naming import name_modules, name_parts
 from upparam.dialects.triad_pairs import paired, sureness, thin
+from upparam.dtypes import DTYPES
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError
 from upparam.findings import info, warning
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 CONFIG = "config.json"
 """What `split` writes beside the factors."""

@@ -13,8 +13,10 @@ from typing import NamedTuple
 from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
+from upparam.dtypes import DTYPES, DType
 from upparam.errors import RefusedError
-from upparam.tensors import DTYPES, DType, MemorySource, Tensor
+from upparam.sources import MemorySource
+from upparam.tensors import Tensor
 
 LORA = ("lora_up.weight", "lora_down.weight", "lora_mid.weight")
 WORDS = (*LORA, "alpha", "dora_scale")

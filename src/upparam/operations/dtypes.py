@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from upparam.dtypes import DTYPES, DType
 from upparam.errors import UsageError
-from upparam.tensors import DTYPES, DType
 
 FLOATS = ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """Dtypes that signed values can be rounded into. (float8_e8m0fnu holds powers of two alone, and no zero.)"""

@@ -14,10 +14,11 @@ from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule, difference
 from upparam.algorithms.slicing import RowSlice
+from upparam.arrays import doubles
+from upparam.dtypes import DType
 from upparam.errors import RefusedError
 from upparam.operations.recast import stored
 from upparam.operations.spool import Keep
-from upparam.tensors import DType, doubles
 
 if TYPE_CHECKING:
     import numpy as np

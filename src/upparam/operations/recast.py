@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from upparam.dtypes import DType
 from upparam.errors import RefusedError
-from upparam.tensors import DType, Tensor
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

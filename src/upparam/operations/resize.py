@@ -16,8 +16,10 @@ from upparam.algorithms.experts import ExpertLoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.algorithms.slicing import stack
+from upparam.arrays import doubles
 from upparam.atomic import refuse_existing
 from upparam.dialects import restated
+from upparam.dtypes import DType
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.operations.convert import write_adapter
@@ -28,7 +30,7 @@ from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
-from upparam.tensors import DType, JoinedSource, Tensor, doubles
+from upparam.tensors import JoinedSource, Tensor
 
 if TYPE_CHECKING:
     import numpy as np

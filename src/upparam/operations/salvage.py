@@ -17,7 +17,8 @@ from upparam.containers.zips import ZipArchive, ZipMember, members_by_headers, r
 from upparam.errors import MalformedError, UpparamError, VerificationError
 from upparam.findings import Finding, warning
 from upparam.operations.receipt import Receipt
-from upparam.tensors import Source, Tensor, same_bits
+from upparam.sources import Source
+from upparam.tensors import Tensor, same_bits
 
 
 @dataclass

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upparam.dtypes import dtype_of
 from upparam.errors import MalformedError, UnreadableError
-from upparam.tensors import Tensor, dtype_of
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

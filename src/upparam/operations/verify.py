@@ -11,13 +11,13 @@ from typing import Any
 from upparam.adapter import DROPPABLE, Adapter, without
 from upparam.algorithms.base import ScaleRule
 from upparam.dialects.base import ReadOptions
+from upparam.dtypes import DTYPES
 from upparam.errors import AmbiguousError, MismatchError, RefusedError
 from upparam.findings import Finding, Severity, error, exit_code, info, warning
 from upparam.operations.inspect import ModuleStats, inspect_modules
 from upparam.operations.named_base import fit
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
-from upparam.tensors import DTYPES
 
 SCALE_LOW, SCALE_HIGH = 1 / 64, 64.0
 """Effective scales outside this range are reported: trainers' defaults lie between 1/32 (alpha 1, rank 32) and 20 (old MLX)."""

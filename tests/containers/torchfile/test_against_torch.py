@@ -17,8 +17,10 @@ from upparam.containers import open_file
 from upparam.containers.base import LONE, Opaque
 from upparam.containers.torchfile import zipped
 from upparam.containers.torchfile.write import write
+from upparam.dtypes import DTYPES
 from upparam.errors import MalformedError, RefusedError
-from upparam.tensors import DTYPES, MemorySource, Tensor
+from upparam.sources import MemorySource
+from upparam.tensors import Tensor
 
 DTYPE_NAMES = [name for name in DTYPES if hasattr(torch, name)]
 FORMS = ["zip", "legacy"]

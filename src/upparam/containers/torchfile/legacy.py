@@ -19,7 +19,7 @@ from upparam.containers.torchfile.stream import Stream
 from upparam.containers.torchfile.zipped import storage_id
 from upparam.errors import MalformedError, UpparamError
 from upparam.findings import Finding, warning
-from upparam.tensors import Source
+from upparam.sources import Source
 
 name = "torch-legacy"
 title = "torch pickle stream"

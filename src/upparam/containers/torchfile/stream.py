@@ -12,7 +12,7 @@ from upparam.containers.machine import Examination, Use, examine
 from upparam.containers.symbols import Budget, Trust
 from upparam.errors import LimitError, MalformedError
 from upparam.limits import MAX_PICKLE_BYTES
-from upparam.tensors import Source
+from upparam.sources import Source
 
 _WINDOW = 1 << 16
 

@@ -20,7 +20,7 @@ from upparam.containers.torchfile.stream import Stream
 from upparam.errors import LimitError, MalformedError, UpparamError
 from upparam.findings import Finding
 from upparam.limits import MAX_DIMS, MAX_TENSORS
-from upparam.tensors import Source
+from upparam.sources import Source
 
 name = "torch-tar"
 title = "torch tar file"

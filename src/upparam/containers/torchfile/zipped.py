@@ -16,7 +16,7 @@ from upparam.containers.symbols import Broken, Storage, StorageType, summary
 from upparam.containers.zips import ZipArchive, ZipMember, members_by_headers, read_archive
 from upparam.errors import MalformedError, UpparamError
 from upparam.findings import Finding, error
-from upparam.tensors import Source
+from upparam.sources import Source
 
 name = "torch-zip"
 title = "torch zip file"

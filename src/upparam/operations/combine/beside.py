@@ -7,9 +7,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from upparam._native import wanted
+from upparam.arrays import singles
+from upparam.dtypes import DType
 from upparam.errors import RefusedError
 from upparam.operations.recast import largest_finite
-from upparam.tensors import DType, Tensor, lies_as_wanted, singles
+from upparam.tensors import Tensor, lies_as_wanted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,12 +11,13 @@ from upparam.algorithms import called
 from upparam.algorithms.base import BAKED, Delta, Scaling, Update
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
+from upparam.dtypes import DTYPES, DType
 from upparam.errors import RefusedError
 from upparam.operations.combine.beside import beside, widened
 from upparam.operations.combine.pieces import Piece, Place
 from upparam.operations.recast import stored
 from upparam.operations.resize import OF_THE_DIFFERENCE
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np

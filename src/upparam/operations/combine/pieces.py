@@ -10,11 +10,12 @@ from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
+from upparam.dtypes import DTYPES
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.merge.plan import BlockWeight
 from upparam.operations.recast import multiplied
 from upparam.operations.resize import Job, jobs_of
-from upparam.tensors import DTYPES, same_bits
+from upparam.tensors import same_bits
 
 Weighted = tuple[Adapter, float]
 """An adapter and the multiplier on top of its own scale."""

@@ -17,11 +17,12 @@ from upparam.algorithms import called
 from upparam.algorithms.base import tiles
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
+from upparam.dtypes import DTYPES
 from upparam.errors import MalformedError, MismatchError, RefusedError
 from upparam.operations.combine.exact import fitted, lora_of, wide_enough
 from upparam.operations.combine.pieces import Piece, Place
 from upparam.operations.resize import OF_THE_DIFFERENCE
-from upparam.tensors import DTYPES, Tensor
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from upparam.algorithms.base import Delta, Update
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.relation import Form, Precision
-from upparam.tensors import DTYPES, DType, Tensor, lies_as_wanted, scratch
+from upparam.arrays import scratch
+from upparam.dtypes import DTYPES, DType
+from upparam.tensors import Tensor, lies_as_wanted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,12 +13,13 @@ from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.relation import Angles as Between
 from upparam.algorithms.relation import Cut, Form, Pair, Relation
 from upparam.algorithms.slicing import RowSlice
+from upparam.arrays import singles
 from upparam.errors import MalformedError, RefusedError
 from upparam.operations.compare.forms import form_of, precision, stored_form, unit
 from upparam.operations.compare.rounding import EQUAL_CAP, allowance, certainty
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.proof import same_delta
-from upparam.tensors import Tensor, singles
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     pass

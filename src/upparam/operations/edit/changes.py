@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.dialects import restated
+from upparam.dtypes import DType
 from upparam.errors import RefusedError, UsageError
 from upparam.operations.dtypes import named_dtype
 from upparam.operations.recast import multiplied, recast
-from upparam.tensors import DType, Tensor
+from upparam.tensors import Tensor
 
 CONFIG = "config."
 """Before a metadata key: the adapter's own config file (PEFT's adapter_config.json), its value as JSON."""

@@ -8,8 +8,10 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from upparam.algorithms.base import tiles
+from upparam.arrays import singles
+from upparam.dtypes import DType
 from upparam.errors import MalformedError, RefusedError
-from upparam.tensors import DType, Tensor, singles
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,11 +12,12 @@ from upparam.adapter import Extra, ExtraKind
 from upparam.algorithms.base import Scaling, tiles
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
+from upparam.dtypes import DTYPES, DType
 from upparam.operations.extract.difference import Difference, Workspace, difference, same_weights, square
 from upparam.operations.extract.pairing import Pair
 from upparam.operations.recast import stored
 from upparam.operations.spool import Keep
-from upparam.tensors import DTYPES, DType, Tensor
+from upparam.tensors import Tensor
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from upparam.dtypes import DType
 from upparam.operations.merge.factors import NUMPY_CHUNK, TINY, UP, LowRank, aligned
 from upparam.operations.merge.in_float64 import add_in_float64, settled
-from upparam.tensors import DType
 
 BLOCK = 1 << 18
 """Elements of a block: with its companions it stays in the second-level cache."""

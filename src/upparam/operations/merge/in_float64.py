@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upparam.dtypes import DType
 from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.rounding import NO_INFINITY, largest, narrow, widen
-from upparam.tensors import DType
 
 _BLOCK = 1 << 16
 """Elements worked on in one go."""

@@ -39,7 +39,8 @@ from upparam.operations.merge.proof import Samples, check_samples
 from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks
 from upparam.operations.merge.write import Outcome, append_changes, append_copy, place, summary, tasks_with_changes
 from upparam.progress import Progress, silent
-from upparam.tensors import FileSource, Tensor
+from upparam.sources import FileSource
+from upparam.tensors import Tensor
 
 REPLACED_SHARE = 0.4
 """The touched share of a file from which it is written anew: rewriting ranges reads and writes every touched byte twice."""

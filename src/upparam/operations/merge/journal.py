@@ -22,7 +22,7 @@ from upparam.findings import Finding, warning
 from upparam.operations.merge.stream import Copy, Task, run_tasks
 from upparam.operations.receipt import Receipt
 from upparam.progress import silent
-from upparam.tensors import FileSource
+from upparam.sources import FileSource
 
 MAGIC = b"upparam-undo 1\n\0"
 PARTIAL, COMPLETE, APPLIED = b"partial ", b"complete", b"applied "

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upparam._native import compiled
+from upparam.dtypes import DType
 from upparam.operations.merge.factors import KINDS, LowRank
 from upparam.operations.merge.in_float32 import DROPPED, Buffers, add_in_float32
 from upparam.operations.merge.in_float64 import add_in_float64
-from upparam.tensors import DType
 
 TILE_ELEMENTS = 1 << 19
 """Elements of a tile: 1 MiB in 16 bits. Larger reads and writes take less of the kernel's time, larger tiles leave the second-level cache."""

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from upparam.dtypes import DType
 from upparam.errors import UnreadableError, UsageError
 from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.in_float64 import overflows, settled
-from upparam.tensors import DType
 
 TILE_ELEMENTS = 1 << 22
 """Elements of a tile: enough work to hide what a launch costs, and about 0.3 GB on the device for each thread."""

@@ -13,6 +13,7 @@ from upparam.algorithms.base import Delta, fits_weight
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint, CheckpointFile
+from upparam.dtypes import DType
 from upparam.errors import AmbiguousError, MalformedError, RefusedError
 from upparam.findings import Finding, warning
 from upparam.operations.merge import matching, misfits
@@ -21,7 +22,7 @@ from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights
 from upparam.operations.merge.rounding import MERGEABLE
-from upparam.tensors import DType, Tensor
+from upparam.tensors import Tensor
 
 BlockWeight = Callable[[Target], float]
 """An extra multiplier for each target (block weights); 0 leaves the target out."""

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from upparam.dtypes import DType
 from upparam.errors import VerificationError
 from upparam.operations.merge.loaded import Loaded, matrix_shape
 from upparam.operations.merge.rounding import narrow, widen
-from upparam.tensors import DType, Tensor
+from upparam.tensors import Tensor
 
 SAMPLE_ELEMENTS = 1 << 20
 """Elements recomputed in all (their float64 values are kept until the output is read back: 8 MiB)."""

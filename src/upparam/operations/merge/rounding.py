@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upparam.dtypes import DType
 from upparam.operations.dtypes import FLOATS
-from upparam.tensors import DType
 
 MERGEABLE = frozenset(FLOATS)
 """Names of dtypes a merge can read and round into."""

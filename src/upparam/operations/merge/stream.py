@@ -13,13 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from upparam.containers.writing import write_at
+from upparam.dtypes import DType
 from upparam.operations.merge.in_float64 import too_large
 from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.plan import Work
 from upparam.operations.merge.rounding import narrow, widen
 from upparam.progress import Progress
-from upparam.tensors import DType, FileSource, Tensor
+from upparam.sources import FileSource
+from upparam.tensors import Tensor
 
 COPY_CHUNK = 1 << 20
 TASK_BYTES = 32 << 20

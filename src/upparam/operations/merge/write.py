@@ -17,6 +17,7 @@ from upparam.checkpoint import INDEX_SUFFIX, Checkpoint, CheckpointFile, checkpo
 from upparam.containers import open_file
 from upparam.containers.safetensors import header_bytes, layout_order
 from upparam.containers.writing import make_room, write_at
+from upparam.dtypes import DType
 from upparam.errors import RefusedError, UnreadableError, VerificationError
 from upparam.findings import Finding, info, warning
 from upparam.operations.merge.plan import Plan, Work
@@ -34,7 +35,8 @@ from upparam.operations.merge.stream import (
     run_tasks,
 )
 from upparam.progress import Progress
-from upparam.tensors import DType, FileSource, Tensor
+from upparam.sources import FileSource
+from upparam.tensors import Tensor
 
 NOTE_KEY = "upparam.merge"
 """The metadata key under which a merged file says what was merged."""

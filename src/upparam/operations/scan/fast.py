@@ -11,9 +11,10 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
+from upparam.dtypes import BY_CODE
 from upparam.limits import MAX_DIMS, MAX_SAFETENSORS_HEADER
 from upparam.patterns import regex
-from upparam.tensors import BY_CODE, Source
+from upparam.sources import Source
 
 _ENTRY = regex(rb'"([^"]*)":\{"dtype":"([^"]*","shape":\[[^\]]*)\],"data_offsets":\[([^\]]*)\]\}[,}]')
 _PUNCTUATION = len('"":{"dtype":"],"data_offsets":[]},')

@@ -17,7 +17,8 @@ from upparam.limits import MAX_ARCHIVE_NESTING, MAX_PICKLE_BYTES
 from upparam.operations.scan import lenient
 from upparam.operations.scan.fast import safetensors_tensors
 from upparam.operations.scan.verdict import FileScan
-from upparam.tensors import Source, Tensor
+from upparam.sources import Source
+from upparam.tensors import Tensor
 
 _MAX_PICKLES = 10_000
 """Pickles one after another in a file that are looked at."""

@@ -12,14 +12,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from upparam.containers import npy, sources, tars, zips
+from upparam.containers import nested, npy, tars, zips
 from upparam.containers.base import Head, Opaque
 from upparam.containers.machine import Examination, Use, examine, new_budget
 from upparam.containers.symbols import Trust
 from upparam.errors import UpparamError
 from upparam.limits import MAX_PICKLE_BYTES
 from upparam.patterns import regex
-from upparam.tensors import MemorySource, Source
+from upparam.sources import MemorySource, Source
 
 _MAX_HEADERS = 10_000
 _SEARCHED = 64 << 20
@@ -127,7 +127,7 @@ def zip_at_end(head: Head, source: Source, path: Path) -> zips.ZipArchive | None
 
     A zip that lies whole in a member of a tar is that member's own.
     """
-    if isinstance(source, sources.InflatedSource) and source.size > _FAR and source.size > sources.HONEST * source.packed.size:
+    if isinstance(source, nested.InflatedSource) and source.size > _FAR and source.size > nested.HONEST * source.packed.size:
         return None
     end = zips.find_end(source)
     if end is None or source.size < end + 22:
@@ -147,7 +147,7 @@ def _in_a_member(source: Source, path: Path, archive: zips.ZipArchive, end: int)
         members = [member.source for member in tars.read_archive(source, path).members]
     except UpparamError:
         return False
-    spans = [(span.start, span.start + span.size) for span in members if isinstance(span, sources.SpanSource)]
+    spans = [(span.start, span.start + span.size) for span in members if isinstance(span, nested.SpanSource)]
     return any(start < end + 22 <= stop and all(start < one.data_at <= end for one in archive.members) for start, stop in spans)
 
 

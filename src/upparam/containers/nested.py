@@ -7,7 +7,7 @@ import zlib
 from typing import IO
 
 from upparam.errors import LimitError, MalformedError
-from upparam.tensors import Source
+from upparam.sources import Source
 
 _KEPT = 64 << 20
 """Inflated members up to this size are kept once read twice; larger ones go to a temporary file."""
