@@ -84,7 +84,7 @@ class Adapter:
 
     deltas: dict[Target, Delta]
     dialect: str
-    """Whose spelling it is: what `save` writes by default."""
+    """Whose spelling it is."""
     extras: list[Extra] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +104,11 @@ class Adapter:
     Only a rewrite in the same dialect carries them; other operations refuse until the user gives them up (`--drop conditions`).
     """
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def written_as(self) -> str:
+        """The dialect of its files: a split adapter is one, whoever's it was before."""
+        return self.found_as or self.dialect
 
     def algorithms(self) -> dict[str, int]:
         """How many deltas each algorithm has, in order of first appearance."""
@@ -133,10 +138,10 @@ class Adapter:
         return found | {f"leftover:{name}": tensor for name, tensor in self.leftovers.items()}
 
     def save(self, out: Any, dialect: str | None = None, **options: Any) -> Any:
-        """Write the adapter to `out` in `dialect` (its own when None); see `upparam.operations.convert.write_adapter`."""
+        """Write the adapter to `out` in `dialect` (that of its files when None); see `upparam.operations.convert.write_adapter`."""
         from upparam.operations.convert import write_adapter
 
-        return write_adapter(self, out, dialect or self.dialect, **options)
+        return write_adapter(self, out, dialect or self.written_as, **options)
 
 
 def without(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, list[Finding]]:

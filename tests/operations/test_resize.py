@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from tests.matrix import specimens
 
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
@@ -18,9 +20,13 @@ from upparam.algorithms.dora import DoRA
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
+from upparam.bases.inventory import load
 from upparam.cli import main
 from upparam.containers import open_file
+from upparam.dialects.base import ReadOptions
 from upparam.errors import MalformedError, OutputExistsError, RefusedError
+from upparam.operations.combine import combine
+from upparam.operations.convert import write_adapter
 from upparam.operations.opening import open_adapter
 from upparam.operations.resize import resize, resized
 from upparam.tensors import Tensor, same_bits
@@ -404,3 +410,37 @@ def test_peft_loads_what_was_resized(tmp_path: Path, options: dict[str, object])
         assert np.linalg.norm(dense(delta) - dense(after.deltas[target])) <= 1.0001 * best(dense(delta), 4) + 1e-6
         (theirs,) = (value for name, value in weights.items() if target.module.endswith(name))
         np.testing.assert_allclose(theirs.detach().numpy(), dense(after.deltas[target]), atol=1e-6)
+
+
+def test_the_names_of_the_file_need_no_base(tmp_path: Path) -> None:
+    """Bases that name the module otherwise fit it as well, but nothing is to be named: the file is written in its own words again."""
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    random = np.random.default_rng(3)
+    shapes = {"lora_up.weight": (1280, 4, 1, 1), "lora_down.weight": (4, 1280, 3, 3)}
+    factors = {f"{name}.{word}": random.standard_normal(shape).astype(np.float32) for word, shape in shapes.items()}
+    save_file(factors | {f"{name}.alpha": np.array(2, np.float32)}, tmp_path / "a.safetensors")
+    source = open_adapter(tmp_path / "a.safetensors")
+    assert source.base is not None and source.base.lookalikes and not source.base.stated
+    resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", RankRule(2))
+    combine([(tmp_path / "a.safetensors", 1.0), (tmp_path / "b.safetensors", 0.5)], tmp_path / "c.safetensors")
+    for written in ("b.safetensors", "c.safetensors"):
+        assert open_file(tmp_path / written).tensors.keys() == {*factors, f"{name}.alpha"}
+    # Beside names that were explained by another base it is not known whether one base explains them all.
+    other = open_adapter(tmp_path / "a.safetensors", options=ReadOptions(base=load("sdxl")))
+    mixed = [(source, 1.0), (replace(other, base=replace(source.base, name="sdxl")), 1.0)]
+    with pytest.raises(RefusedError, match="fit this adapter alike"):
+        combine(mixed, tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize("form", ["torch", "npy", "raw"])
+def test_a_split_adapter_stays_one(tmp_path: Path, form: str) -> None:
+    """By default what is written has the dialect, and the format, of the files that were read."""
+    write_adapter(specimens.plain("sd1.5"), tmp_path / "whole.safetensors", "kohya")
+    write_adapter(open_adapter(tmp_path / "whole.safetensors"), tmp_path / "one", "triad", options={"format": form})
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    receipt = resize(tmp_path / "one", tmp_path / "two", RankRule(1))
+    combined = combine([(tmp_path / "two", 1.0), (tmp_path / "one", 2.0)], tmp_path / "three")
+    assert combined.operation == "combine (concat) to triad" and receipt.counts["resized"]
+    for out in ("two", "three"):
+        assert sorted(path.name for path in (tmp_path / out).iterdir()) == files
+        assert open_adapter(tmp_path / out).dialect == "kohya"

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="multipliers by block, on top: a preset (INALL, OUTD ...), 12/17/20/26/61 numbers, IN05-OUT05=0.3, or GLOB=0.5 over modules (repeat)",
     )  # fmt: skip
     add_output(parser, "file or folder")
-    parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: that of the first adapter)")
+    parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: that of the first adapter's files)")
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
     add_drop(parser)
     add_threads(parser)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="alpha of a resized module: 'scale' keeps alpha/rank (default), 'keep' the number, 'rank' makes it the rank; the effect is the same",
     )  # fmt: skip
     add_output(parser, "file or folder")
-    parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: the adapter's own)")
+    parser.add_argument("--to", metavar="DIALECT", help="the dialect to write (default: that of its files)")
     parser.add_argument("--base", metavar="BASE", help="the base model: a checkpoint file or folder, or a name 'upparam bases' lists")
     parser.add_argument("--scale", type=float, help="the effective multiplier, where the files do not store it")
     add_drop(parser)

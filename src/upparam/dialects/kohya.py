@@ -24,6 +24,7 @@ from upparam.dialects.placing import (
     base_of,
     layout_for,
     named,
+    note_layout,
     resolve,
     take_parts,
     to_targets,
@@ -212,7 +213,7 @@ def _spelling(groups: Mapping[str, words.Words], found: Resolved | None) -> dict
     """Layout, prefixes and the form of alphas, so that the same file can be written again."""
     spelling: dict[str, str] = {}
     if found is not None:
-        spelling["layout"] = found.layout.name
+        note_layout(spelling, found.layout)
         note_prefixes(spelling, found.names.items(), _ALIASES)
     for module, group in groups.items():
         if "alpha" in group:

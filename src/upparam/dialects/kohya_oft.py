@@ -19,7 +19,7 @@ from upparam.bases.layouts import LayoutMap
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.placing import base_of, layout_for, resolve, to_targets
+from upparam.dialects.placing import base_of, layout_for, note_layout, resolve, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import form_of
 from upparam.dialects.words import alpha_tensor
@@ -73,7 +73,8 @@ class KohyaOFT:
         stated = kohya_metadata.stated_base(file.metadata)
         found = resolve(shapes, _LAYOUTS, options.base, stated=stated, underscored=True)
         if found is not None:
-            adapter.base, adapter.layout, adapter.spelling["layout"] = found.hint, "reference", found.layout.name
+            adapter.base, adapter.layout = found.hint, "reference"
+            note_layout(adapter.spelling, found.layout)
         for module, parts in deltas.items():
             foreign = None if found is None else found.names.get(_OURS + module[len(_THEIRS) :])
             placed = None if found is None or foreign is None else _placed(found.layout, foreign, parts)

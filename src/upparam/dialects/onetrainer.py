@@ -176,7 +176,7 @@ def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | N
     for module, group in groups.items():
         known = None if found is None else found.names.get(module)
         if known is not None:
-            spelling["layout"] = known[0].name
+            placing.note_layout(spelling, known[0])
             note_prefixes(spelling, [(module, known[1])], _ALIASES)
         if "alpha" in group.roles:
             remember(spelling, "alpha", module, form_of(group.roles["alpha"]))

@@ -375,11 +375,24 @@ def untranslated(adapter: Adapter, options: Mapping[str, object]) -> RefusedErro
     )  # fmt: skip
 
 
+OWN_NAMES = "names of"
+"""Key of `Adapter.spelling`: the layout and base whose names the file itself has."""
+
+
+def note_layout(spelling: dict[str, str], one: LayoutMap) -> None:
+    """Remember the layout that explained a file's names, and of which base."""
+    spelling["layout"], spelling[OWN_NAMES] = one.name, _named_by(one)
+
+
+def _named_by(one: LayoutMap) -> str:
+    return f"{one.base.name} in {one.name}"
+
+
 def layout_for(adapter: Adapter, options: Mapping[str, object], name: str) -> LayoutMap:
     """The layout in which to name this adapter's targets.
 
     Raises RefusedError when the base is not known, or known only as one of several that would give the targets different names: then
-    any choice would be a guess.
+    any choice would be a guess. Where it only leads back to the names that the file has, nothing is guessed.
     """
     base = base_of(adapter, options)
     if base is None:
@@ -391,7 +404,7 @@ def layout_for(adapter: Adapter, options: Mapping[str, object], name: str) -> La
     if one is None:
         raise RefusedError(f"{base.name} has no {name} names", expected="one of " + ", ".join(available(base)), found=name)
     hint = adapter.base
-    if isinstance(options.get("base"), Base) or hint is None or hint.stated:
+    if isinstance(options.get("base"), Base) or hint is None or hint.stated or adapter.spelling.get(OWN_NAMES) == _named_by(one):
         return one
     for other in hint.lookalikes:
         alike_name = inventory.resolve(other)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from upparam.adapter import Adapter
@@ -166,9 +167,10 @@ class Triad:
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """`up-param`, `down-param`, a file for each further kind of factor, `extras-param`, and `config.json`.
 
-        `options["format"]` is torch (the default), npy or raw. Raises RefusedError for deltas without factors of their own.
+        `options["format"]` is torch, npy or raw; by default that of the files it came in, else torch. Raises RefusedError for deltas
+        without factors of their own.
         """
-        form = str(options.get("format") or "torch")
+        form = str(options.get("format") or _format_of(adapter))
         if form not in _SUFFIX:
             raise UsageError("no such format", expected=", ".join(_SUFFIX), found=form)
         factors = {target: triad_whole.factors_of(target, delta) for target, delta in adapter.deltas.items()}
@@ -197,6 +199,12 @@ class Triad:
         text = json.dumps({**config, triad_whole.KEY: note}, indent=1, ensure_ascii=False) + "\n"
         package.files[CONFIG] = text.encode()
         return package
+
+
+def _format_of(adapter: Adapter) -> str:
+    """That of the files of an adapter that was split; torch for any other."""
+    ending = Path(adapter.files[0]).suffix if adapter.found_as == Triad.name and adapter.files else ""
+    return next((form for form, suffix in _SUFFIX.items() if suffix == ending), "torch")
 
 
 def counted(tensors: int) -> str:

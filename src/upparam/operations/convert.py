@@ -149,7 +149,7 @@ def write_adapter(
         outputs = [str(out)]
     counts = {"targets": len(adapter.deltas), "extras": len(adapter.extras), "bytes": size, **how.counts()}
     findings = [finding for finding in adapter.findings if finding.severity] + dropped
-    title = f"{adapter.found_as or adapter.dialect} to {dialect}"
+    title = f"{adapter.written_as} to {dialect}"
     told = statements(proofs, adapter) if verify else []
     modules = [proof.facts() for proof in proofs] + how.facts()
     return Receipt(title, list(adapter.files), outputs, counts, told, findings, time.monotonic() - begun, modules)

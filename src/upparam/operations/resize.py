@@ -89,7 +89,7 @@ def resize(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Receipt:
-    """Write `adapter` resized by `rule` to `out`, in dialect `to` (its own when None). Memory is bounded by the largest module.
+    """Write `adapter` resized by `rule` to `out`, in dialect `to` (that of its files when None). Memory is bounded by the largest module.
 
     A multiplier that the dialect cannot say goes into a factor.
 
@@ -103,7 +103,7 @@ def resize(
     with Spool(out.absolute().parent) as spool:
         result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)
         baked = Arithmetic(bake_scale=True)
-        receipt = write_adapter(result, out, to or source.dialect, read=read, force=force, verify=verify, drop=drop, arithmetic=baked)
+        receipt = write_adapter(result, out, to or source.written_as, read=read, force=force, verify=verify, drop=drop, arithmetic=baked)
     receipt.operation = "resize"
     receipt.findings += given_up
     if not isinstance(adapter, Adapter):

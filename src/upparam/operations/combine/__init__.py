@@ -14,6 +14,7 @@ from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.atomic import refuse_existing
 from upparam.dialects.base import ReadOptions
+from upparam.dialects.placing import OWN_NAMES
 from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations import fitting
@@ -95,7 +96,7 @@ def combine(
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Receipt:
-    """Write the combination of adapters, each with a multiplier, to `out` in dialect `to` (the first one's when None).
+    """Write the combination of adapters, each with a multiplier, to `out` in dialect `to` (that of the first one's files when None).
 
     With `rule` each module is cut through the factors to the rank it chooses. A multiplier that the dialect cannot say goes into a factor. Memory is bounded by the largest module. Raises what
     `combined` raises, and what opening and writing raise.
@@ -112,9 +113,9 @@ def combine(
         )  # fmt: skip
         baked = fitting.Arithmetic(bake_scale=True)
         receipt = write_adapter(
-            result.adapter, out, to or opened[0][0].dialect, read=read, force=force, verify=verify, drop=drop, arithmetic=baked
+            result.adapter, out, to or opened[0][0].written_as, read=read, force=force, verify=verify, drop=drop, arithmetic=baked
         )  # fmt: skip
-    receipt.operation = f"combine ({result.method}) to {to or opened[0][0].dialect}"
+    receipt.operation = f"combine ({result.method}) to {to or opened[0][0].written_as}"
     receipt.inputs = [f"{given if not isinstance(given, Adapter) else file_of(given)}@{multiplier:g}" for given, multiplier in items]
     chosen = METHODS[result.method]
     receipt.counts = {"form": chosen.form, **_parameters(chosen, density, seed), **_summary(result.modules), **receipt.counts}
@@ -182,12 +183,19 @@ def combined(
         findings += _weighted(items, block_weight)
     leftovers = {f"{file_of(adapter)}:{name}": tensor for adapter, _ in items for name, tensor in adapter.leftovers.items()}
     adapter = replace(
-        first, deltas=deltas, extras=extras(items), metadata={"format": first.metadata["format"]} if "format" in first.metadata else {},
+        first, deltas=deltas, extras=extras(items), spelling=_spelling(items), metadata={"format": first.metadata["format"]} if "format" in first.metadata else {},
         config={key: value for key, value in first.config.items() if key in ("base_model_name_or_path", "task_type")}, leftovers=leftovers,
         files=tuple(name for adapter, _ in items for name in adapter.files), findings=findings,
         transposed_base=next((adapter.transposed_base for adapter, _ in items if adapter.transposed_base is not None), None),
     )  # fmt: skip
     return Combination(adapter, method, modules)
+
+
+def _spelling(items: Sequence[Weighted]) -> dict[str, str]:
+    """The first one's, which speaks of its own names: whether they are those of every module is not known where the others' are of another base."""
+    first = items[0][0].spelling
+    alike = len({adapter.spelling.get(OWN_NAMES) for adapter, _ in items}) == 1
+    return first if alike else {key: value for key, value in first.items() if key != OWN_NAMES}
 
 
 def _opened(given: Adapter | Path | str, read: ReadOptions | None, drop: Collection[str]) -> Adapter:

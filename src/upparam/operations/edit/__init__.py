@@ -126,7 +126,7 @@ def _written(
     verify: bool, drop: Collection[str], in_place: bool,
 ) -> tuple[Receipt, Adapter]:  # fmt: skip
     """Write the result into the source's own files, or where those do not allow it as the dialect writes; and read it back."""
-    own = source.found_as or source.dialect  # a split adapter stays one
+    own = source.written_as
     member = dialects.get(own)
     options = {"drop": frozenset(drop), **({"base": told.base} if told is not None and told.base is not None else {})}
     root = path.absolute() if path.is_dir() else path.absolute().parent
@@ -205,7 +205,7 @@ def _read_back(result: Adapter, written: Path, ways: Sequence[ReadOptions | None
     Proved to be the result, carried tensors and all. Raises the first problem.
     """
     problem: UpparamError | None = None
-    for dialect, options in product((result.found_as or result.dialect, None), ways):
+    for dialect, options in product((result.written_as, None), ways):
         try:
             again = open_adapter(written, dialect=dialect, options=options)
             strange = {
