@@ -15,8 +15,9 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.recognise import recognise
 from upparam.containers.base import TensorFile
-from upparam.dialects import peft_adalora, peft_config, up_bias
+from upparam.dialects import peft_config, up_bias
 from upparam.dialects.base import ReadOptions
+from upparam.dialects.peft_check import contradictions, magnitudes_missing
 from upparam.dialects.peft_experts import parameter_deltas
 from upparam.dialects.peft_kinds import deltas_of
 from upparam.dialects.peft_names import TOKENS, WRAPPER, Sorted
@@ -234,32 +235,11 @@ def explain(adapter: Adapter, member: Member) -> None:
         adapter.findings.append(
             warning("old-form", subject, "a MergedLinear adapter of PEFT before 0.3, which today's PEFT does not load", "enable_lora in the config")
         )  # fmt: skip
-    for reason in peft_config.conditions(config):
+    for reason in (*peft_config.conditions(config), *magnitudes_missing(config, names.factors)):
         if reason not in adapter.conditions:
             adapter.conditions.append(reason)
             adapter.findings.append(warning("condition", subject, reason))
-    _check_ranks(adapter, member)
-
-
-def _check_ranks(adapter: Adapter, member: Member) -> None:
-    config = member.config or {}
-    wrong = []
-    for module, roles in member.names.factors.items():
-        if "lora_E" in roles:
-            told, have = peft_adalora.left(config, module), (*roles["lora_E"].shape, 0)[0]
-            if told is not None and have != told:
-                wrong.append(f"{module}: {have}, config {told:g}")
-            continue
-        down = roles.get("lora_A", roles.get("lora_embedding_A"))
-        r = peft_config.patterned(config.get("rank_pattern"), module, peft_config.number(config, "r"))
-        if down is None or r is None or config.get("enable_lora") or config.get("target_parameters"):
-            continue
-        if down.shape[0] != r:
-            wrong.append(f"{module}: {down.shape[0]}, config {r:g}")
-    if wrong:
-        adapter.findings.append(
-            error("rank-differs", member.file.name, f"{len(wrong)} modules have another rank than the config says; PEFT will not load them", wrong[0])
-        )  # fmt: skip
+    adapter.findings += contradictions(subject, config, names.factors)
 
 
 def take_slices(metadata: dict[str, str]) -> Slices:
