@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tests.dialects.files import filled, read, same, written
 
 from upparam import dialects
@@ -23,6 +24,7 @@ from upparam.dialects.base import NamedTensors, ReadOptions
 from upparam.dialects.mlx import _FROM_HF, _TO_HF, _renamed
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.operations.convert import convert
+from upparam.operations.edit import edit
 from upparam.operations.opening import open_adapter
 from upparam.tensors import Tensor
 
@@ -223,6 +225,44 @@ def test_a_config_with_another_rank_is_said(tmp_path: Path) -> None:
     assert "rank-differs" in {finding.code for finding in adapter.findings}
     config = json.loads(bytes(dialects.get("mlx").write(adapter, {}).files["adapter_config.json"]))  # type: ignore[arg-type]
     assert config["lora_parameters"] == {**PARAMETERS, "rank": 8}
+
+
+@pytest.mark.parametrize(
+    ("changed", "outside"),
+    [
+        ({"num_layers": 2}, 0),
+        ({"num_layers": 16}, 0),
+        ({"num_layers": -1}, 0),
+        ({"num_layers": 1}, 2),
+        ({"keys": ["self_attn.q_proj"]}, 2),
+        ({"keys": ["self_attn.q_proj"], "num_layers": 1}, 3),
+        ({"keys": LLAMA, "num_layers": 1}, 0),
+    ],
+)
+def test_factors_for_which_the_config_makes_no_room_are_said(tmp_path: Path, changed: dict[str, Any], outside: int) -> None:
+    config = {**CONFIG, "num_layers": changed.get("num_layers", 2)}
+    config["lora_parameters"] = {**PARAMETERS, "keys": changed.get("keys", PARAMETERS["keys"])}
+    tensors = filled(shapes_of("llama-3.2-1b", LLAMA))
+    found = [finding for finding in open_adapter(folder(tmp_path / "a", tensors, config)).findings if finding.code == "not-targeted"]
+    assert [finding.message.split(" of ")[0] for finding in found] == ([str(outside)] if outside else [])
+    if outside:
+        with pytest.raises(AssertionError):
+            loads("llama-3.2-1b", tensors, config)
+    else:
+        loads("llama-3.2-1b", tensors, config)
+
+
+def test_an_edited_adapter_has_room_for_its_modules(tmp_path: Path) -> None:
+    tensors = filled(shapes_of("llama-3.2-1b", LLAMA))
+    edit(
+        folder(tmp_path / "a", tensors, CONFIG),
+        tmp_path / "b",
+        rename=[("model.layers.14.self_attn.q_proj", "model.layers.3.self_attn.o_proj")],
+    )
+    again = open_adapter(tmp_path / "b")
+    assert "not-targeted" not in {finding.code for finding in again.findings}
+    written = {name: Tensor.of(array) for name, array in load_file(tmp_path / "b" / "adapters.safetensors").items()}
+    loads("llama-3.2-1b", written, json.loads((tmp_path / "b" / "adapter_config.json").read_text()))
 
 
 @pytest.mark.parametrize("flat", [False, True])

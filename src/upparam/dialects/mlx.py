@@ -19,9 +19,9 @@ from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import stack
-from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.containers.base import TensorFile
+from upparam.dialects import mlx_config
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.diffusers import reference_deltas
 from upparam.dialects.placing import base_of, resolve
@@ -36,7 +36,6 @@ WEIGHTS = "adapters.safetensors"
 _NAME = regex(r"(.+)(?<!\.weight)\.(lora_a|lora_b|m)")
 _EMBEDDING = regex(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings|tok_embeddings)$")
 _EXPERT = regex(r"(.+)\.experts\.(\d+)\.(\w+)")
-_LAYER = regex(r"((?:.+\.)?(?:layers|h))\.(\d+)\.(.+)")
 
 _TO_HF = (
     (r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head$", "lm_head"), (r"model\.h\.(\d+)\.(attn\.|ln_|mlp\.c_)", r"transformer.h.\1.\2"),
@@ -94,7 +93,8 @@ class Mlx:
         if not deltas:
             raise DeadAdapterError("no module has both its lora_a and its lora_b", file=file.path, found=", ".join(list(file.tensors)[:3]))
         _place(adapter, deltas, options)
-        _check_rank(adapter, modules)
+        mlx_config.note_layers(adapter, modules)
+        adapter.findings += mlx_config.contradictions(adapter, list(modules))
         return adapter
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
@@ -117,7 +117,7 @@ class Mlx:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         # Look-alikes may be deeper than the base that was inferred: its depth is taken only where it is certain.
         certain = "base" in options or (adapter.base is not None and (adapter.base.stated or not adapter.base.lookalikes))
-        config = _config(adapter, list(modules), rank, scale, base if certain else None)
+        config = mlx_config.whole(adapter, list(modules), rank, scale, base if certain else None)
         config["fine_tune_type"] = "dora" if any(isinstance(delta, DoRA) for delta in named.values()) else "lora"
         metadata = dict(adapter.metadata) if adapter.dialect == self.name else {**adapter.metadata, "format": "mlx"}
         text = json.dumps(config, indent=4, ensure_ascii=False) + "\n"
@@ -256,19 +256,6 @@ def _place(adapter: Adapter, deltas: Mapping[str, Delta], options: ReadOptions) 
             )
 
 
-def _check_rank(adapter: Adapter, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
-    parameters = adapter.config.get("lora_parameters")
-    rank = parameters.get("rank") if isinstance(parameters, dict) else None
-    wrong = [target for target, delta in adapter.deltas.items() if delta.rank != rank]
-    if isinstance(rank, int) and wrong:
-        adapter.findings.append(
-            warning(
-                "rank-differs", str(wrong[0]), f"{len(wrong)} of {len(modules)} modules have another rank than the config; mlx-lm will not load them",
-                f"config {rank}, here {adapter.deltas[wrong[0]].rank}",
-            )
-        )  # fmt: skip
-
-
 def _unloadable(target: Target, delta: Delta) -> str | None:
     if target.parameter != "weight":
         return f"a delta of the {target.parameter}"
@@ -348,30 +335,6 @@ def _expert_count(base: Base | None, name: str, default: int) -> int:
     prefix = re.escape(_renamed(parent, _TO_HF).rpartition(".")[0])
     numbers = {match.group(1) for module in base.modules if (match := re.match(rf"{prefix}\.experts\.(\d+)\.", module.path))}
     return len(numbers) or default
-
-
-def _config(adapter: Adapter, modules: Sequence[str], rank: int, scale: float, base: Base | None) -> dict[str, Any]:
-    """The config `load_adapters` needs; the adapter's own kept where it is one of mlx-lm's, its rank and scale made true."""
-    own = dict(adapter.config) if adapter.dialect == "mlx" else {}
-    parameters = own.get("lora_parameters")
-    parameters = dict(parameters) if isinstance(parameters, dict) else {}
-    layers = [int(match.group(2)) for name in modules if (match := _LAYER.fullmatch(name))]
-    keys = dict.fromkeys(match.group(3) if (match := _LAYER.fullmatch(name)) else name for name in modules)
-    if parameters.get("alpha") is not None:
-        del parameters["alpha"]
-    defaults = {"rank": rank, "dropout": 0.0, "scale": scale, "keys": list(keys)}
-    config: dict[str, Any] = {"fine_tune_type": "lora", "num_layers": _layers(layers, base), **own}
-    config["lora_parameters"] = {**defaults, **parameters, "rank": rank, "scale": scale}
-    if "model" not in config and adapter.base is not None and adapter.base.stated:
-        known = inventory.known().get(inventory.resolve(adapter.base.name) or "")
-        config["model"] = known.ids[0] if known is not None and known.ids else adapter.base.name
-    return config
-
-
-def _layers(touched: Sequence[int], base: Base | None) -> int:
-    """How many of the last layers get factors: enough to reach the first one touched; -1 (all) where the base's depth is not known."""
-    total = 1 + max((int(match.group(2)) for module in base.modules if (match := _LAYER.fullmatch(module.path))), default=-1) if base else 0
-    return total - min(touched) if touched and total > max(touched) else -1
 
 
 dialect = Mlx()
