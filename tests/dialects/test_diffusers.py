@@ -15,7 +15,8 @@ from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
-from upparam.dialects.diffusers import FORMS, METADATA_KEY
+from upparam.dialects.carried import ADAPTER_CONFIG
+from upparam.dialects.diffusers import FORMS
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.operations.convert import convert
 from upparam.operations.opening import open_adapter
@@ -48,7 +49,7 @@ def test_every_form_is_read_and_written_again(base: str, form: str) -> None:
     assert all(delta.scale == 1.0 and delta.alpha is None for delta in adapter.deltas.values())
     out = written("diffusers", adapter)
     same(dict(out.tensors), tensors)
-    assert METADATA_KEY not in out.metadata
+    assert ADAPTER_CONFIG not in out.metadata
 
 
 def test_forms_mixed_as_old_scripts_mixed_them() -> None:
@@ -95,7 +96,7 @@ def test_key_sets_of_the_corpus(corpus: Path) -> None:
 
 
 def config(**values: Any) -> dict[str, str]:
-    return {"format": "pt", METADATA_KEY: json.dumps(values)}
+    return {"format": "pt", ADAPTER_CONFIG: json.dumps(values)}
 
 
 @pytest.mark.parametrize(
@@ -120,8 +121,8 @@ def test_header_metadata_gives_the_scale_as_peft_reads_it(values: dict[str, Any]
 
 @pytest.mark.parametrize("text", ["[1]", "{", "7"])
 def test_broken_header_metadata_is_said(text: str) -> None:
-    with pytest.raises(MalformedError, match=METADATA_KEY):
-        read("diffusers", filled(named("sd1.5")), {METADATA_KEY: text})
+    with pytest.raises(MalformedError, match=ADAPTER_CONFIG):
+        read("diffusers", filled(named("sd1.5")), {ADAPTER_CONFIG: text})
 
 
 def test_alphas_go_into_the_header_and_come_back() -> None:
@@ -134,7 +135,7 @@ def test_alphas_go_into_the_header_and_come_back() -> None:
     assert {target: delta.scaling for target, delta in again.deltas.items()} == {
         target: delta.scaling for target, delta in adapter.deltas.items()
     }
-    values = json.loads(out.metadata[METADATA_KEY])
+    values = json.loads(out.metadata[ADAPTER_CONFIG])
     assert values["unet.lora_alpha"] in (2, 4) and set(values["unet.alpha_pattern"].values()) >= {0.5}
     assert "text_model." not in str(values["text_encoder.target_modules"])
 
@@ -144,7 +145,7 @@ def test_metadata_that_no_longer_holds_is_made_anew() -> None:
     for target, delta in adapter.deltas.items():
         assert isinstance(delta, LoRA)
         adapter.deltas[target] = LoRA(delta.up, delta.down, Scaling(alpha=1.0))
-    assert json.loads(written("diffusers", adapter).metadata[METADATA_KEY])["unet.lora_alpha"] == 1
+    assert json.loads(written("diffusers", adapter).metadata[ADAPTER_CONFIG])["unet.lora_alpha"] == 1
 
 
 def test_alpha_tensors_are_kept_as_tensors() -> None:

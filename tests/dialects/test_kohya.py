@@ -15,12 +15,14 @@ from tests.dialects.files import filled, keyset, read, same, tensor_file, writte
 from upparam import dialects
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import BAKED, UNKNOWN, ScaleRule, Scaling
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
 from upparam.bases.layouts import layout
+from upparam.dialects.base import ReadOptions
 from upparam.dialects.kohya_metadata import hashes
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
-from upparam.operations.convert import convert
+from upparam.operations.convert import convert, write_adapter
 from upparam.operations.merge import merge
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import distance
@@ -454,3 +456,26 @@ def test_a_denoiser_outside_its_pipeline_gets_what_is_named_after_it(tmp_path: P
     merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
     got = load_file(tmp_path / "out" / component / "diffusion_pytorch_model.safetensors")[f"{name}.weight"]
     assert np.array_equal(got, (weight + up.astype(np.float64) @ down).astype(np.float32))
+
+
+@pytest.mark.parametrize("magnitudes", [False, True])
+def test_joined_parts_of_another_rule_and_with_magnitudes_come_apart_bit_for_bit(magnitudes: bool, tmp_path: Path) -> None:
+    """alpha / sqrt(rank) becomes the alpha that means the same; the magnitudes of rows go where their rows go."""
+    base = inventory.load("flux.1-dev")
+    adapter = flux_parts([2.0, 2.0])
+    for number, (target, delta) in enumerate(adapter.deltas.items()):
+        assert isinstance(delta, LoRA)
+        scaling = Scaling(ScaleRule.ALPHA_OVER_SQRT_RANK, 2.0)
+        adapter.deltas[target] = LoRA(delta.up, delta.down, scaling)
+        if magnitudes:
+            magnitude = filled({"m": [3072]}, seed=50 + number)["m"]
+            adapter.deltas[target] = DoRA(delta.up, delta.down, magnitude, scaling)
+    if magnitudes:
+        # Of linear1 the rows of the MLP must be there: what norms they have is not known.
+        adapter.deltas = {target: delta for target, delta in adapter.deltas.items() if "single" not in target.module}
+    write_adapter(adapter, tmp_path / "a.safetensors", "lycoris", read=ReadOptions(base=base))
+    again = open_adapter(tmp_path / "a.safetensors", options=ReadOptions(base=base))
+    assert again.deltas.keys() == adapter.deltas.keys()
+    for target, delta in adapter.deltas.items():
+        assert again.deltas[target].scale == delta.scale
+        same(dict(again.deltas[target].factors()), dict(delta.factors()))

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from upparam.algorithms.base import Delta, DependentUpdate, FactorChange, RowReader, Scaling, Update, tiles
 from upparam.algorithms.loha import LoHa
@@ -152,6 +152,15 @@ class Decomposed(Delta):
             return None
         whole = join([part.direction for part in parts])
         return self.with_direction(whole, stack([part.magnitude for part in parts]))
+
+    def unjoin_rows(self, spans: Sequence[tuple[int, int]], told: Any) -> list[Decomposed] | None:
+        """The parts of these row spans with factors of their own (see `slicing.unjoin`); None where norms run across them."""
+        from upparam.algorithms.slicing import unjoin
+
+        parts = unjoin(self.direction, spans, told) if self.per_row else None
+        if parts is None or any(part is None for part in parts):
+            return None
+        return [self.with_direction(part, self.magnitude.rows(*span)) for span, part in zip(spans, parts, strict=True) if part is not None]
 
     def take_rows(self, rows: Sequence[int]) -> Decomposed:
         """The delta of the weight whose row i is this one's row `rows[i]`."""

@@ -122,12 +122,15 @@ def join(parts: Sequence[Delta | int]) -> Delta:
 
 
 def unjoin(delta: Delta, spans: Sequence[tuple[int, int]], told: Any) -> list[Delta | None] | None:
-    """The parts a joined LoRA was made of, with their own ranks; None when `told` is not of that form or the factors do not bear it out.
+    """The parts a joined LoRA or DoRA was made of, with their own ranks; None when `told` is not of that form or the factors do not bear it out.
 
     `told` says per row span None (its rows are zeros) or [first column, last column, alpha]; every other column of those rows must be
     zero, and alpha must give the scale of the whole.
     """
-    if type(delta) is not LoRA or delta.mid is not None or not isinstance(told, list) or len(told) != len(spans):
+    if type(delta) is not LoRA:
+        own: list[Delta | None] | None = getattr(delta, "unjoin_rows", lambda *_: None)(spans, told)
+        return own
+    if delta.mid is not None or not isinstance(told, list) or len(told) != len(spans):
         return None
     up = delta.up.read()
     found: list[Delta | None] = []

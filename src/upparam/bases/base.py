@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from upparam.patterns import regex
+
+_BARE_CLIP = regex(r"^text_encoder(_[23])?\.(?=embeddings\.(token|position)_embedding$|encoder\.layers\.\d|final_layer_norm$)")
+
+
+def with_text_model(path: str) -> str:
+    """A module's path under the name inventories have in CLIP's text model; transformers 5 leaves out `text_model.` in front."""
+    return _BARE_CLIP.sub(lambda found: f"{found[0]}text_model.", path)
+
 
 class Module(NamedTuple):
     """One module of a base that holds a weight: reference path, class ('' when only a header is known), weight shape as stored, bias or not."""

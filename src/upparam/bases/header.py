@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upparam.bases import inventory
-from upparam.bases.base import Base, Module
+from upparam.bases.base import Base, Module, with_text_model
 from upparam.bases.recognise import recognise
 from upparam.errors import AmbiguousError, UnreadableError
 from upparam.patterns import regex
@@ -69,10 +69,8 @@ def base_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, config: Mapping[s
     evidence = [f"{len(found)} weights in the header of {name}" if name else f"{len(found)} weights"]
     if packed:
         evidence.append(f"{len(packed)} weights are stored quantised, so their shapes do not show")
-    known = _same_as_inventory(found, packed)
-    if known is None and (older := _with_text_model(found)) != found:
-        known = _same_as_inventory(older, packed)
-    known = known or _in_a_layout(shapes, found)
+    found = [module._replace(path=with_text_model(module.path)) for module in found]
+    known = _same_as_inventory(found, packed) or _in_a_layout(shapes, found)
     if known is not None:
         return Base(known.name, known.modules, known.family, (*evidence, *known.evidence))
     if packed and not found:
@@ -170,14 +168,6 @@ def _with_conv1d(modules: Iterable[Module], config: Mapping[str, Any]) -> list[M
     if not wide and config.get("model_type") not in _TRANSPOSED_TYPES:
         return modules
     return [module._replace(kind="Conv1D") if _CONV1D.search(module.path) and len(module.shape) == 2 else module for module in modules]
-
-
-_BARE_CLIP = regex(r"^text_encoder(_[23])?\.(?=embeddings\.(token|position)_embedding$|encoder\.layers\.\d|final_layer_norm$)")
-
-
-def _with_text_model(modules: list[Module]) -> list[Module]:
-    """The modules under the names inventories have for CLIP's text model; transformers 5 saves it without `text_model.` in front."""
-    return [module._replace(path=_BARE_CLIP.sub(lambda found: f"{found[0]}text_model.", module.path)) for module in modules]
 
 
 def _same_as_inventory(modules: list[Module], packed: set[str]) -> Base | None:

@@ -23,6 +23,7 @@ from upparam.bases.base import Base
 from upparam.bases.traversal import Indexed
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.carried import carried
 from upparam.dialects.placing import alike, base_of
 from upparam.dialects.refusing import other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
@@ -122,7 +123,9 @@ class Cloneofsimo:
             return _lists(adapter, numbers, embeds)
         tensors: dict[str, Tensor] = dict(embeds)
         metadata = {
-            key: value for key, value in adapter.metadata.items() if not re.match(r"(unet|text_encoder)(:|$)", key) and value != _EMBED
+            key: value
+            for key, value in carried(adapter, self.name).items()
+            if not re.match(r"(unet|text_encoder)(:|$)", key) and value != _EMBED
         }
         metadata |= dict.fromkeys(embeds, _EMBED)
         for component, (deltas, classes) in numbers.items():

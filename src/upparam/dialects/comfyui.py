@@ -20,8 +20,8 @@ from upparam.bases.layouts import LayoutMap, find
 from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.carried import carried
 from upparam.dialects.comfyui_names import COMPONENTS, DENOISER, TEXT, named_alike, resolve
-from upparam.dialects.diffusers import METADATA_KEY
 from upparam.dialects.placing import PARTS_KEY, Parts, Unfit, base_of, layout_for, to_foreign, untranslated
 from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spelling import alpha_of, chosen, form_of, remember
@@ -113,9 +113,7 @@ class ComfyUI:
         refuse(self.name, problems)
         if bare:
             tensors = {name.removeprefix(DENOISER): tensor for name, tensor in tensors.items()}
-        # Hashes and settings that other dialects keep of their own files would be untrue of this one.
-        own = adapter.dialect == self.name
-        metadata = {key: value for key, value in adapter.metadata.items() if own or not key.startswith(("sshs_", METADATA_KEY))}
+        metadata = carried(adapter, self.name)
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)

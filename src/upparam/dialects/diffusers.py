@@ -19,12 +19,15 @@ from upparam.algorithms import called
 from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
+from upparam.bases.base import with_text_model
 from upparam.containers.base import TensorFile
 from upparam.dialects import up_bias
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.carried import ADAPTER_CONFIG, carried
+from upparam.dialects.peft_magnitude import decomposed, magnitude_of
 from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
-from upparam.dialects.spelling import form_of, remember
+from upparam.dialects.spelling import chosen, form_of, remember
 from upparam.dialects.words import alpha_for, alpha_tensor
 from upparam.dtypes import DTYPES
 from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedError
@@ -34,7 +37,6 @@ from upparam.tensors import Tensor
 
 _CLIP = "text_model."
 """In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""
-METADATA_KEY = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
 _BARE = regex(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
 
@@ -132,8 +134,8 @@ class Diffusers:
         if not hits:
             return None
         evidence = [f"{hits} of {len(file.tensors)} names are <component>.<module>.<lora_A|lora.down|lora_linear_layer...>"]
-        if METADATA_KEY in file.metadata:
-            evidence.append(f"metadata {METADATA_KEY}")
+        if ADAPTER_CONFIG in file.metadata:
+            evidence.append(f"metadata {ADAPTER_CONFIG}")
         sure = 0.95 if named else 0.7
         # One half alone may be a triad's file, and what a GGUF says of itself goes first.
         alone = named == len(file.tensors) and roles >= {"up", "down"} and file.container != "gguf"
@@ -154,12 +156,13 @@ class Diffusers:
         deltas: dict[str, Delta] = {}
         biases: dict[str, Tensor] = {}
         for module, (form, tensors) in found.items():
-            component, path = with_component(module)
+            component, named = with_component(module)
+            path = with_text_model(named)
             if "up" not in tensors or "down" not in tensors or path in deltas:
                 give_back(adapter, module, form, tensors)
                 continue
             deltas[path] = _lora(file, path, tensors, _scaling(path, component, tensors, config))
-            _note(adapter.spelling, module, path, form, tensors)
+            _note(adapter.spelling, module, named, form, tensors)
             if "bias" in tensors:
                 biases[path] = tensors["bias"]
         settle(adapter, deltas, file, options)
@@ -168,7 +171,7 @@ class Diffusers:
 
     def restated(self, adapter: Adapter) -> Adapter:
         """The adapter without the config its header brought, which would give layers their old ranks; a new one is written."""
-        return replace(adapter, metadata={key: value for key, value in adapter.metadata.items() if key != METADATA_KEY})
+        return replace(adapter, metadata={key: value for key, value in adapter.metadata.items() if key != ADAPTER_CONFIG})
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
         """A folder with `pytorch_lora_weights.safetensors`. Raises RefusedError for extras and for deltas diffusers does not load."""
@@ -191,10 +194,9 @@ class Diffusers:
                 continue
             assert isinstance(delta, (LoRA, DoRA))
             form = "peft" if target.module in biases else _form(spelling, target.module)
-            module = target.module.removeprefix(spelling.get("bare", "\0"))
+            module = _spelled(spelling, target.module)
             tensors[f"{module}.{FORMS[form].down}"], tensors[f"{module}.{FORMS[form].up}"] = delta.down, delta.up
-            if isinstance(delta, DoRA):
-                tensors[f"{module}.lora_magnitude_vector"] = delta.magnitude.reshape((delta.shape[0],))
+            tensors |= {f"{module}.{word}": its for word, its in magnitude_of(delta, kernel=len(delta.down.shape) - 2).items()}
             if target.module in biases:
                 tensors[f"{module}.{up_bias.WORD}"] = biases[target.module].factors()["diff"]
             if f"alpha {target.module}" in spelling or "alpha" in spelling:
@@ -204,12 +206,12 @@ class Diffusers:
                     continue
             stored[target.module] = delta
         refuse(self.name, problems or _unfit_biases(biases, deltas))
-        metadata = {"format": "pt", **adapter.metadata}
+        metadata = {"format": "pt", **carried(adapter, self.name, config=True)}
         config = _config_of(stored, set(biases))
-        if not _says(adapter.metadata.get(METADATA_KEY), stored):
-            metadata.pop(METADATA_KEY, None)
+        if not _says(adapter.metadata.get(ADAPTER_CONFIG), stored):
+            metadata.pop(ADAPTER_CONFIG, None)
             if config:
-                metadata[METADATA_KEY] = json.dumps(config, indent=2, sort_keys=True)
+                metadata[ADAPTER_CONFIG] = json.dumps(config, indent=2, sort_keys=True)
         return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, metadata)})
 
 
@@ -234,9 +236,7 @@ def _take_beside(adapter: Adapter, biases: Mapping[str, Tensor]) -> None:
 
 def _lora(file: TensorFile, module: str, tensors: Mapping[str, Tensor], scaling: Scaling) -> LoRA | DoRA:
     try:
-        if "magnitude" in tensors:
-            return DoRA(tensors["up"], tensors["down"], tensors["magnitude"], scaling)
-        return LoRA(tensors["up"], tensors["down"], scaling)
+        return decomposed(LoRA(tensors["up"], tensors["down"], scaling), tensors.get("magnitude"))
     except MalformedError as problem:
         raise MalformedError(problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found) from None
 
@@ -276,15 +276,15 @@ def settle(adapter: Adapter, deltas: Mapping[str, Delta], file: TensorFile, opti
 
 def adapter_metadata(file: TensorFile) -> dict[str, Any]:
     """The header's `lora_adapter_metadata`, {} when there is none. Raises MalformedError when it is no JSON object."""
-    text = file.metadata.get(METADATA_KEY)
+    text = file.metadata.get(ADAPTER_CONFIG)
     if text is None:
         return {}
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as problem:
-        raise MalformedError(f"metadata {METADATA_KEY} is not valid JSON: {problem}", file=file.path) from problem
+        raise MalformedError(f"metadata {ADAPTER_CONFIG} is not valid JSON: {problem}", file=file.path) from problem
     if not isinstance(value, dict):
-        raise MalformedError(f"metadata {METADATA_KEY} is not a JSON object", file=file.path, found=type(value).__name__)
+        raise MalformedError(f"metadata {ADAPTER_CONFIG} is not a JSON object", file=file.path, found=type(value).__name__)
     return value
 
 
@@ -315,10 +315,13 @@ def _patterned(patterns: Any, module: str, default: Any) -> Any:
     return default
 
 
-def _note(spelling: dict[str, str], module: str, path: str, form: str, tensors: Mapping[str, Tensor]) -> None:
-    """Remember how the module was spelled."""
-    if module != path:
-        spelling["bare"] = path[: len(path) - len(module)]
+def _note(spelling: dict[str, str], module: str, named: str, form: str, tensors: Mapping[str, Tensor]) -> None:
+    """Remember how the module was spelled; `named` is its name with the component in front."""
+    if module != named:
+        spelling["bare"] = named[: len(named) - len(module)]
+    path = with_text_model(named)
+    if named.startswith("text_encoder"):
+        remember(spelling, f"clip of {named.split('.', 1)[0]}", path, "text_model" if path == named else "bare")
     key = _kind(path)
     if spelling.setdefault(key, form) != form:
         spelling[f"form {path}"] = form
@@ -335,6 +338,14 @@ def _kind(path: str) -> str:
 def _form(spelling: Mapping[str, str], path: str) -> str:
     default = "text" if path.startswith("text_encoder") else "peft"
     return spelling.get(f"form {path}", spelling.get(_kind(path), default))
+
+
+def _spelled(spelling: Mapping[str, str], path: str) -> str:
+    """The module's name as the file had it: without its component, without `text_model.`."""
+    component = path.split(".", 1)[0]
+    if chosen(spelling, f"clip of {component}", path) == "bare":
+        path = f"{component}.{path.removeprefix(f'{component}.').removeprefix(_CLIP)}"
+    return path.removeprefix(spelling.get("bare", "\0"))
 
 
 def _alpha(spelling: Mapping[str, str], path: str, value: float, delta: LoRA | DoRA) -> Tensor:

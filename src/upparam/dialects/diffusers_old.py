@@ -16,6 +16,7 @@ from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.carried import carried
 from upparam.dialects.diffusers import COMPONENTS, reference_deltas, settle, unloadable, with_component
 from upparam.dialects.refusing import other_scale, refuse
 from upparam.errors import MalformedError, Problem
@@ -110,7 +111,7 @@ class DiffusersOld:
             name = name.removeprefix(bare)
             tensors[f"{name}.down.weight"], tensors[f"{name}.up.weight"] = delta.down, delta.up
         refuse(self.name, problems)
-        return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, {"format": "pt", **adapter.metadata})})
+        return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, {"format": "pt", **carried(adapter, self.name)})})
 
 
 def _old_name(module: str) -> str | None:

@@ -13,6 +13,7 @@ from upparam.adapter import Adapter
 from upparam.bases.base import Base
 from upparam.containers.safetensors import header_bytes, layout_order
 from upparam.containers.writing import chunks
+from upparam.dialects.carried import HASHES, carried
 from upparam.tensors import Tensor
 
 _LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000
@@ -62,14 +63,9 @@ def written(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:
 
     A kohya file without training metadata is left without: nothing was lost that must be filled in.
     """
-    metadata = dict(adapter.metadata)
     if adapter.dialect in ("kohya", "lycoris"):
-        return metadata
-    return {**_filled(adapter, base, module), **metadata, HASHES[0]: ""}
-
-
-HASHES = ("sshs_model_hash", "sshs_legacy_hash")
-"""The keys that state hashes, as `hashes` returns them."""
+        return dict(adapter.metadata)
+    return {**_filled(adapter, base, module), **carried(adapter, "kohya"), HASHES[0]: ""}
 
 
 def stamped(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

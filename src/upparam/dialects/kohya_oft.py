@@ -19,6 +19,7 @@ from upparam.bases.layouts import LayoutMap
 from upparam.containers.base import TensorFile
 from upparam.dialects import kohya_metadata
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
+from upparam.dialects.carried import HASHES, carried
 from upparam.dialects.placing import base_of, layout_for, note_layout, resolve, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import form_of
@@ -227,7 +228,7 @@ def _metadata(adapter: Adapter, family: str, deltas: Mapping[Target, DiagOFT]) -
         "ss_network_dim": str(first.blocks.shape[0]),
         "ss_network_alpha": f"{first.constraint:g}",
     }
-    return {**adapter.metadata, **own}
+    return {**carried(adapter, KohyaOFT.name), **own, HASHES[0]: ""}
 
 
 dialect = KohyaOFT()

@@ -24,7 +24,7 @@ from upparam.containers.base import TensorFile
 from upparam.dialects import comfyui_words as words
 from upparam.dialects import placing
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import METADATA_KEY
+from upparam.dialects.carried import carried
 from upparam.dialects.placing import PARTS_KEY, Parts, Shape, alike, layout_for, named, untranslated
 from upparam.dialects.refusing import because, refuse
 from upparam.dialects.spelling import alpha_of, form_of, note_prefixes, remember, respelled
@@ -113,9 +113,7 @@ class OneTrainer:
             if alpha is not None:
                 tensors[f"{module}.alpha"] = alpha_of(spelling, module, alpha, next(iter(factors.values())).dtype)
         refuse(self.name, problems)
-        # Hashes and settings that other dialects keep of their own files would be untrue of this one.
-        own = adapter.dialect == self.name
-        metadata = {key: value for key, value in adapter.metadata.items() if own or not key.startswith(("sshs_", METADATA_KEY))}
+        metadata = carried(adapter, self.name)
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)

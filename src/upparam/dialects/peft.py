@@ -17,6 +17,7 @@ from upparam.containers.base import TensorFile
 from upparam.containers.side import read_json
 from upparam.dialects import peft_config, peft_others, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
+from upparam.dialects.carried import carried
 from upparam.dialects.peft_names import COMPONENTS, WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError, UsageError
 from upparam.patterns import regex
@@ -143,7 +144,7 @@ class Peft:
             made = saved(adapter, deltas, component, base, alone=len(parts) == 1)
             problems += made.problems
             folder = f"{component}/" if len(parts) > 1 else ""
-            package.files |= {folder + name: content for name, content in made.files(adapter.metadata).items()}
+            package.files |= {folder + name: content for name, content in made.files(carried(adapter, self.name, config=True)).items()}
         refuse(self.name, problems)
         if "" in parts and len(parts) > 1:
             raise RefusedError(

@@ -19,6 +19,7 @@ from upparam.algorithms.slicing import RowSlice
 from upparam.bases.base import Module
 from upparam.dialects import peft_adalora, peft_config, peft_turns, peft_vectors
 from upparam.dialects.base import ReadOptions
+from upparam.dialects.peft_magnitude import decomposed, magnitude_of
 from upparam.dialects.peft_method import Given, Method
 from upparam.dialects.peft_names import Sorted
 from upparam.errors import MalformedError, RefusedError, UsageError
@@ -60,7 +61,7 @@ def deltas_of(
     if plain == {"lora_embedding_A", "lora_embedding_B"}:
         down, up = roles["lora_embedding_B"].T, roles["lora_embedding_A"].T
         lora = LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options), embedding=True)
-        return {Target(module): _decomposed(lora, roles.get("magnitude"))}
+        return {Target(module): decomposed(lora, roles.get("magnitude"))}
     if plain == {"lora_A", "lora_B"} and not peft_config.of_parameters(config, module):
         up, down = roles["lora_B"], roles["lora_A"]
         enabled = (config or {}).get("enable_lora")
@@ -82,22 +83,11 @@ def deltas_of(
             groups = down.shape[0] // up.shape[1]
             return f"a LoRA of a convolution with {groups} groups, which is no product of two matrices: PEFT runs it and does not merge it"
         lora = LoRA(up, down, peft_config.scaling_of(config, module, down.shape[0], options))
-        return {Target(module): _decomposed(lora, roles.get("magnitude"))}
+        return {Target(module): decomposed(lora, roles.get("magnitude"))}
     for prefix, algorithm in _LYCORIS.items():
         if all(role.startswith(prefix) for role in roles):
             return _lycoris(module, {role.removeprefix(prefix): tensor for role, tensor in roles.items()}, algorithm, config, options)
     return {}
-
-
-def _decomposed(lora: LoRA, magnitude: Tensor | None) -> Delta:
-    """A LoRA with its magnitude, which PEFT stores as (out,), for convolutions (1, out, 1, ...), for embeddings (dim,)."""
-    if magnitude is None:
-        return lora
-    along = lora.shape[1] if lora.embedding else lora.shape[0]
-    if prod(magnitude.shape) != along:
-        raise MalformedError("the magnitude does not fit the factors", expected=f"{along} values", found=f"{magnitude.shape}")
-    form = (1, along) if lora.embedding else (along, *(1 for _ in lora.shape[1:]))
-    return DoRA(lora.up, lora.down, magnitude.reshape(form), lora.scaling, embedding=lora.embedding)
 
 
 def _lycoris(
@@ -165,19 +155,9 @@ def spelled(target: Target, delta: Delta, known: Module | None = None) -> dict[s
     if delta.mid is not None:
         raise RefusedError("a Tucker core")
     if delta.embedding or (known is not None and known.kind == "Embedding"):
-        return {"lora_embedding_A": delta.up.T, "lora_embedding_B": delta.down.T} | _magnitude(delta, embedding=True)
+        return {"lora_embedding_A": delta.up.T, "lora_embedding_B": delta.down.T} | magnitude_of(delta, embedding=True)
     up, down = delta.up, delta.down
     if known is not None and prod(known.shape[2:]) == prod(down.shape[2:]) == 1:
         ones = (1,) * (len(known.shape) - 2)
         up, down = up.reshape((*up.shape[:2], *ones)), down.reshape((*down.shape[:2], *ones))
-    return {"lora_A.weight": down, "lora_B.weight": up} | _magnitude(delta, kernel=len(down.shape) - 2)
-
-
-def _magnitude(delta: LoRA | DoRA, *, embedding: bool = False, kernel: int = 0) -> dict[str, Tensor]:
-    """The magnitude in PEFT's form; {} for a plain LoRA. Raises RefusedError for norms along the other axis than PEFT's."""
-    if isinstance(delta, LoRA):
-        return {}
-    if delta.per_row == embedding:
-        raise RefusedError("a DoRA with a norm for each " + ("row" if delta.per_row else "column"))
-    count = prod(delta.magnitude.shape)
-    return {"lora_magnitude_vector": delta.magnitude.reshape((1, count, *(1,) * kernel) if kernel else (count,))}
+    return {"lora_A.weight": down, "lora_B.weight": up} | magnitude_of(delta, kernel=len(down.shape) - 2)

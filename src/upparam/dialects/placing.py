@@ -15,6 +15,7 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, Place, available, find
 from upparam.bases.recognise import recognise, recognise_underscored
 from upparam.dialects.refusing import BAKE
+from upparam.dialects.words import alpha_for
 from upparam.errors import Problem, RefusedError
 
 Shape = tuple[int, ...]
@@ -316,13 +317,14 @@ def _whole_where_reordered(one: LayoutMap, deltas: Mapping[Target, Delta], unfit
 
 
 def _how_joined(one: LayoutMap, foreign: str, members: list[Member], whole: Delta) -> list[list[float | None] | None]:
-    """Where each part's factors lie in the joined LoRA; [] when cutting by rows gives them back anyway, or parts are not whole modules."""
+    """Where each part's factors lie in the joined LoRA or DoRA; [] when cutting by rows gives them back anyway, or parts are not whole modules."""
+    from upparam.algorithms.dora import DoRA
     from upparam.algorithms.lora import LoRA
 
     spans = [part.span or (0, part.shape[0]) for part in one.to_reference(foreign)]
     starts = {member.start: member.delta for member in members}
     whole_parts = all(low not in starts or starts[low].shape[0] == high - low for low, high in spans)
-    if len(spans) < 2 or type(whole) is not LoRA or not whole_parts or not set(starts) <= {low for low, _ in spans}:
+    if len(spans) < 2 or type(whole) not in (LoRA, DoRA) or not whole_parts or not set(starts) <= {low for low, _ in spans}:
         return []
     apart = len(members) > 1 and whole.rank == sum(member.delta.rank or 0 for member in members)
     if not apart and len(members) == len(spans):
@@ -334,7 +336,7 @@ def _how_joined(one: LayoutMap, foreign: str, members: list[Member], whole: Delt
             found.append(None)
             continue
         rank = starts[low].rank or 0
-        found.append([column, column + rank, starts[low].alpha])
+        found.append([column, column + rank, alpha_for(starts[low])])
         column += rank if apart else 0
     return found
 

@@ -18,7 +18,7 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, find
 from upparam.containers.base import TensorFile
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
-from upparam.dialects.diffusers import METADATA_KEY
+from upparam.dialects.carried import carried
 from upparam.dialects.placing import PARTS_KEY, Parts, alike, layout_for, take_parts, to_foreign, to_targets, untranslated
 from upparam.dialects.refusing import other_rank, other_scale, refuse
 from upparam.errors import DeadAdapterError, MalformedError, Problem
@@ -109,9 +109,7 @@ class XLabs:
         if adapter.dialect != self.name:
             problems += _unloadable(named)
         refuse(self.name, problems)
-        # Hashes and settings that other dialects keep of their own files would be untrue of this one.
-        own = adapter.dialect == self.name
-        metadata = {key: value for key, value in adapter.metadata.items() if own or not key.startswith(("sshs_", METADATA_KEY))}
+        metadata = carried(adapter, self.name)
         if told:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata)}, folder=False)

@@ -280,4 +280,11 @@ def _stored_hash(adapter: Adapter, found: list[FileHashes]) -> list[Finding]:
         return [
             info("hash-agrees", subject, "the weights are those that the trainer hashed", "sshs_model_hash in the metadata is this AutoV3")
         ]
-    return [warning("hash-differs", subject, "the weights have been changed since the trainer hashed them", f"sshs_model_hash {stored}")]
+    return [
+        warning(
+            "hash-differs",
+            subject,
+            "the data is not what sshs_model_hash was made of: weights were changed, left out or put in another order since",
+            f"sshs_model_hash {stored}",
+        )
+    ]

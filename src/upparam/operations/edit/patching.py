@@ -17,7 +17,8 @@ from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.containers import open_file
 from upparam.containers.base import LONE, Opaque, TensorFile, leaves
 from upparam.dialects.base import NamedTensors, Package
-from upparam.dialects.kohya_metadata import HASHES, stamped
+from upparam.dialects.carried import HASHES
+from upparam.dialects.kohya_metadata import stamped
 from upparam.errors import RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, Severity, warning
 from upparam.operations.edit.changes import Changes, Each
