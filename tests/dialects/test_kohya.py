@@ -17,6 +17,7 @@ from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import BAKED, UNKNOWN, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
+from upparam.algorithms.lowrank import RankRule
 from upparam.bases import inventory
 from upparam.bases.layouts import layout
 from upparam.dialects.base import ReadOptions
@@ -26,6 +27,7 @@ from upparam.operations.convert import convert, write_adapter
 from upparam.operations.merge import merge
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import distance
+from upparam.operations.resize import resize
 from upparam.tensors import Tensor
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -479,3 +481,41 @@ def test_joined_parts_of_another_rule_and_with_magnitudes_come_apart_bit_for_bit
     for target, delta in adapter.deltas.items():
         assert again.deltas[target].scale == delta.scale
         same(dict(again.deltas[target].factors()), dict(delta.factors()))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"ss_network_dim": "4"}, []), ({"ss_network_dim": "Dynamic"}, []), ({}, []), ({"ss_base_model_version": "sd_v1"}, []),
+        ({"ss_network_dim": "2", "ss_network_args": '{"split_qkv": "True"}'}, []),
+        ({"ss_network_dim": "128"}, ["the metadata states a rank that no module has"]),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, ["the metadata names sdxl, and the modules are those of sd1.5"]),
+    ],
+)  # fmt: skip
+def test_metadata_that_contradicts_the_tensors_is_said(metadata: dict[str, str], said: list[str]) -> None:
+    shapes = {}
+    for module in inventory.load("sd1.5").modules:
+        if module.path.startswith("unet.") and module.path.endswith(("to_q", "to_k", "to_v")):
+            name = f"lora_unet_{module.path.removeprefix('unet.').replace('.', '_')}"
+            shapes |= {f"{name}.lora_down.weight": [4, module.shape[1]], f"{name}.lora_up.weight": [module.shape[0], 4]}
+    adapter = read("kohya", filled(shapes), metadata)
+    assert [finding.message for finding in adapter.findings if finding.code == "metadata-differs"] == said
+
+
+def test_ranks_that_changed_in_another_dialect_are_stated_as_they_are(tmp_path: Path) -> None:
+    base = inventory.load("sd1.5")
+    shapes = {
+        f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn{n}_to_q.{word}.weight": shape
+        for n in "12" for word, shape in (("lora_down", [8, 1280]), ("lora_up", [1280, 8]))
+    }  # fmt: skip
+    stated = {"ss_network_dim": "8", "ss_network_alpha": "8", "ss_tag_frequency": "{}", "modelspec.hash_sha256": "0x00"}
+    read_as = ReadOptions(base=base)
+    adapter = read("kohya", filled(shapes), stated, base=base)
+    write_adapter(adapter, tmp_path / "a", "diffusers", read=read_as)
+    resize(tmp_path / "a", tmp_path / "b", RankRule(4), read=read_as)
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "kohya", read=read_as)
+    found = open_adapter(tmp_path / "c.safetensors", options=read_as)
+    assert found.metadata["ss_network_dim"] == "4" and found.metadata["ss_tag_frequency"] == "{}"
+    assert "modelspec.hash_sha256" not in found.metadata
+    convert(tmp_path / "a", tmp_path / "d.safetensors", "kohya", read=read_as)
+    assert open_adapter(tmp_path / "d.safetensors", options=read_as).metadata["ss_network_dim"] == "8"

@@ -8,6 +8,8 @@ ADAPTER_CONFIG = "lora_adapter_metadata"
 """Under this diffusers keeps PEFT's config. Beside stored alphas it scales a second time, or makes diffusers refuse the file."""
 HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 """Hashes of a kohya file's bytes."""
+MODEL_HASH = "modelspec.hash_sha256"
+"""Stability's hash of the tensors, which goes by their order and is not made anew."""
 
 
 def carried(adapter: Adapter, dialect: str, *, config: bool = False) -> dict[str, str]:
@@ -17,4 +19,4 @@ def carried(adapter: Adapter, dialect: str, *, config: bool = False) -> dict[str
     """
     if adapter.dialect == dialect:
         return dict(adapter.metadata)
-    return {key: value for key, value in adapter.metadata.items() if key not in HASHES and (config or key != ADAPTER_CONFIG)}
+    return {key: value for key, value in adapter.metadata.items() if key not in (*HASHES, MODEL_HASH) and (config or key != ADAPTER_CONFIG)}

@@ -137,6 +137,8 @@ class Kohya:
         told = take_parts(adapter.metadata)
         for module, spelled in deltas.items():
             _settle(adapter, module, spelled, groups[module], found, told)
+        if not told:
+            adapter.findings += kohya_metadata.contradictions(adapter, file.path.name)
         return adapter
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from upparam.adapter import Adapter
+from upparam.algorithms.lora import LoRA
+from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.containers.safetensors import header_bytes, layout_order
 from upparam.containers.writing import chunks
-from upparam.dialects.carried import HASHES, carried
+from upparam.dialects.carried import HASHES, MODEL_HASH, carried
+from upparam.findings import Finding, warning
 from upparam.tensors import Tensor
 
 _LEGACY_START, _LEGACY_SIZE = 0x100000, 0x10000
@@ -65,7 +68,9 @@ def written(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:
     """
     if adapter.dialect in ("kohya", "lycoris"):
         return dict(adapter.metadata)
-    return {**_filled(adapter, base, module), **carried(adapter, "kohya"), HASHES[0]: ""}
+    found = {**_filled(adapter, base, module), **carried(adapter, "kohya"), HASHES[0]: ""}
+    # Other dialects carry what the trainer said of ranks past whatever changes them.
+    return found | {key: value for key, value in _dimensions(adapter).items() if not _same_number(found[key], value)}
 
 
 def stamped(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -87,9 +92,40 @@ def stamped_later(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 def restated(adapter: Adapter) -> dict[str, str]:
     """The adapter's metadata with the rank and alpha it states as the deltas now have them; what it does not state is not added.
 
-    'Dynamic' where they differ, as kohya-ss/sd-scripts networks/resize_lora.py writes.
+    'Dynamic' where they differ, as kohya-ss/sd-scripts networks/resize_lora.py writes. A hash of tensors that are others now is left out.
     """
-    return adapter.metadata | {key: value for key, value in _dimensions(adapter).items() if key in adapter.metadata}
+    now = {key: value for key, value in _dimensions(adapter).items() if key in adapter.metadata}
+    return {key: value for key, value in adapter.metadata.items() if key != MODEL_HASH} | now
+
+
+def contradictions(adapter: Adapter, name: str) -> list[Finding]:
+    """Where the metadata of the file `name` states a rank that no LoRA in it has, or a base of another family than its modules'."""
+    found = []
+    stated, ranks = adapter.metadata.get("ss_network_dim", ""), {delta.rank for delta in adapter.deltas.values() if type(delta) is LoRA}
+    # With split_qkv sd-scripts trains the parts of a fused weight and saves them side by side: ranks add.
+    split = "split_qkv" in adapter.metadata.get("ss_network_args", "")
+    if ranks and stated.isdecimal() and int(stated) not in ranks and not split:
+        shown = ", ".join(map(str, sorted(rank for rank in ranks if rank is not None)))
+        found.append(
+            warning("metadata-differs", name, "the metadata states a rank that no module has", f"ss_network_dim {stated}, ranks {shown}")
+        )
+    said, hint = stated_base(adapter.metadata), adapter.base
+    fits = None if hint is None else inventory.resolve(hint.name)
+    if said is not None and hint is not None and fits is not None and said not in hint.lookalikes and _root(said) != _root(fits):
+        keys = ", ".join(f"{key} {adapter.metadata[key]}" for key in STATED if key in adapter.metadata)
+        found.append(warning("metadata-differs", name, f"the metadata names {said}, and the modules are those of {fits}", keys))
+    return found
+
+
+def _root(base: str) -> str:
+    return inventory.known()[base].variant_of or base
+
+
+def _same_number(one: str, other: str) -> bool:
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
 
 
 def _dimensions(adapter: Adapter) -> dict[str, str]:
