@@ -88,6 +88,7 @@ class Sorted:
 
     `factors`: module -> role -> tensor; `biases`: module -> the bias of its lora_B; `shared`: projections that all modules use (VeRA);
     `saved` and `biases_saved`: tensors that replace the base's, by base parameter path; `tokens`: rows that replace rows of an embedding;
+    `aids`: what only training uses;
     `unknown`: tensors that no rule explains, by their own names; `base`: names of the base's own weights that a training checkpoint
     holds beside the adapter; `others`: names of the adapters that were not chosen.
     """
@@ -98,6 +99,7 @@ class Sorted:
     saved: dict[str, Tensor] = field(default_factory=dict)
     biases_saved: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tensor] = field(default_factory=dict)
+    aids: dict[str, Tensor] = field(default_factory=dict)
     unknown: dict[str, Tensor] = field(default_factory=dict)
     base: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -107,6 +109,8 @@ class Sorted:
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
 """Ends the name of the embedding rows that `trainable_token_indices` trained; `_original` beside it is the untrained table's rows."""
+_AID = regex(r"\.lora_(velora_embed(\.[^.]+)?|monteclora_sampler(\.[^.]+){1,2})$")
+"""What VeLoRA and MonteCLoRA train with. Without gradients PEFT computes and merges a plain LoRA (tuners/lora/variants.py)."""
 _FOREIGN = regex(r"(^|\.)(lora|vera|hada|lokr|oft|boft|ia3|token_adapter|trainable_tokens|prompt)_?[^.]*(\.|$)")
 """Words of adapters: a tensor with such a name is never a parameter of the base."""
 
@@ -150,6 +154,8 @@ def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool
             place(result.saved, saved, tensors, name)
         elif path.removesuffix(f".{result.adapter}").endswith(TOKENS):
             place(result.tokens, path.removesuffix(f".{result.adapter}"), tensors, name)
+        elif is_aid(path):
+            place(result.aids, path.removesuffix(f".{result.adapter}").replace(f"_sampler.{result.adapter}.", "_sampler."), tensors, name)
         elif leaf == "bias" and not original and (biases if checkpoint else biases is not False and f"{module}.weight" not in weights):
             place(result.biases_saved, parameter, tensors, name)
         elif checkpoint or original:
@@ -159,6 +165,11 @@ def sort(tensors: Mapping[str, Tensor], listed: Sequence[str] = (), biases: bool
         else:
             result.unknown[name] = tensors[name]
     return result
+
+
+def is_aid(path: str) -> bool:
+    """True for the name of a tensor that only training uses."""
+    return _AID.search(path) is not None
 
 
 def _chosen(

@@ -180,6 +180,7 @@ def take_extras(adapter: Adapter, member: Member) -> None:
     naming = naming_of(adapter, member.component) or Naming(add=f"{member.component}." if member.component else "")
     for kind, tensors in (
         (ExtraKind.SAVED_MODULE, member.names.saved), (ExtraKind.BIAS, member.names.biases_saved), (ExtraKind.OTHER, member.names.tokens),
+        (ExtraKind.OTHER, member.names.aids),
     ):  # fmt: skip
         adapter.extras += [Extra(kind, naming(path), tensor) for path, tensor in tensors.items()]
 
@@ -228,6 +229,10 @@ def explain(adapter: Adapter, member: Member) -> None:
     if names.tokens:
         adapter.findings.append(
             info("trained-tokens", subject, "rows of an embedding that PEFT puts in place of the base's", *(name.removesuffix(TOKENS) for name in names.tokens))
+        )  # fmt: skip
+    if names.aids:
+        adapter.findings.append(
+            info("training-aids", subject, f"{len(names.aids)} tensors with which PEFT trains on (VeLoRA, MonteCLoRA); they change nothing that it computes or merges", next(iter(names.aids)))
         )  # fmt: skip
     if config is None:
         return
