@@ -119,6 +119,31 @@ def test_header_metadata_gives_the_scale_as_peft_reads_it(values: dict[str, Any]
         assert dict(written("diffusers", adapter).metadata) == said
 
 
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({}, None),
+        ({"r": 8}, "rank-differs"),
+        ({"r": None}, "rank-missing"),
+        ({"target_modules": ["to_k"]}, None),
+        ({"use_dora": True}, "condition"),
+        ({"lora_alpha": None}, "alpha-missing"),
+    ],
+)
+def test_header_metadata_that_does_not_go_with_the_factors_is_said(changed: dict[str, Any], code: str | None) -> None:
+    """diffusers makes PEFT's config of it as it is (diffusers utils/peft_utils.py)."""
+    held = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"],
+        **changed,
+    }
+    adapter = read("diffusers", filled(named("sd1.5")), config(**{f"unet.{key}": value for key, value in held.items()}))
+    said = {finding.code for finding in adapter.findings} & {"rank-differs", "rank-missing", "not-targeted", "condition", "alpha-missing"}
+    assert said == ({code} if code else set())
+    assert (adapter.deltas[Target(TO_Q)].scale is None) is (code == "alpha-missing")
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "7"])
 def test_broken_header_metadata_is_said(text: str) -> None:
     with pytest.raises(MalformedError, match=ADAPTER_CONFIG):

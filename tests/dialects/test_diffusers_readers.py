@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tests.dialects import pipelines  # noqa: E402
 
 from upparam.dialects.base import ReadOptions  # noqa: E402
+from upparam.dialects.carried import ADAPTER_CONFIG  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
+from upparam.operations.opening import open_adapter  # noqa: E402
 
 
 def everything(path: str) -> bool:
@@ -110,3 +115,31 @@ def test_ranks_and_alphas_that_differ_per_module(tmp_path: Path, caplog: pytest.
     changed = pipelines.flux()
     pipelines.merged(changed, adapter)
     close(loaded(pipe, tmp_path / "lora", caplog), pipelines.outputs(changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"), [({"target_modules": ["to_q"]}, None), ({"r": 8}, "rank-differs"), ({"r": None}, "rank-missing")]
+)
+def test_a_header_that_does_not_go_with_the_factors(changed: dict[str, Any], code: str | None, tmp_path: Path) -> None:
+    """What reading such a file says is what diffusers does: it takes the modules from the tensors, and all else from the header."""
+    pipe = pipelines.sd15()
+    base = pipelines.base_of(pipe)
+    adapter = pipelines.seeded(base, lambda path: path.endswith(("to_q", "to_v")), alpha=2.0)
+    write_adapter(adapter, tmp_path / "lora.safetensors", "diffusers", read=ReadOptions(base=base))
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    config = json.loads(metadata[ADAPTER_CONFIG]) | {f"unet.{key}": value for key, value in changed.items()}
+    save_file(tensors, tmp_path / "less.safetensors", {**metadata, ADAPTER_CONFIG: json.dumps(config)})
+    said = {finding.code for finding in open_adapter(tmp_path / "less.safetensors").findings} & {
+        "rank-differs",
+        "rank-missing",
+        "not-targeted",
+    }
+    assert said == ({code} if code else set())
+    if code:
+        with pytest.raises((RuntimeError, TypeError)):
+            pipe.load_lora_weights(str(tmp_path), weight_name="less.safetensors")
+    else:
+        pipe.load_lora_weights(str(tmp_path), weight_name="less.safetensors")
+        room = {name.split(".lora_")[0] for name, _ in pipe.unet.named_parameters() if ".lora_" in name}
+        assert len(room) == sum("unet." in name and ".lora_A" in name for name in tensors)

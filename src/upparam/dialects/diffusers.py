@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms import called
-from upparam.algorithms.base import Delta, ScaleRule, Scaling
+from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.bases.base import with_text_model
@@ -24,6 +24,7 @@ from upparam.containers.base import TensorFile
 from upparam.dialects import up_bias
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.carried import ADAPTER_CONFIG, carried
+from upparam.dialects.peft_check import contradictions, magnitudes_missing
 from upparam.dialects.peft_magnitude import decomposed, magnitude_of
 from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
@@ -167,6 +168,7 @@ class Diffusers:
                 biases[path] = tensors["bias"]
         settle(adapter, deltas, file, options)
         _take_beside(adapter, biases)
+        _hold_against(config, adapter, deltas, file.name)
         return adapter
 
     def restated(self, adapter: Adapter) -> Adapter:
@@ -213,6 +215,26 @@ class Diffusers:
             if config:
                 metadata[ADAPTER_CONFIG] = json.dumps(config, indent=2, sort_keys=True)
         return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, metadata)})
+
+
+def _hold_against(config: Mapping[str, Any], adapter: Adapter, deltas: Mapping[str, Delta], subject: str) -> None:
+    """Say where the header's configs, which diffusers hands to PEFT as they are, do not go with the factors.
+
+    `target_modules` decide nothing there: diffusers gives PEFT the tensors with the config, and those name the modules.
+    """
+    for component in dict.fromkeys(path.split(".", 1)[0] for path in deltas):
+        start = f"{component}."
+        own = {key[len(start) :]: value for key, value in config.items() if key.startswith(start) and key != f"{start}target_modules"}
+        if not own:
+            continue
+        named = {path[len(start) :]: delta.factors() for path, delta in deltas.items() if path.startswith(start)}
+        factors = {
+            path: {"lora_A": roles["down"], **{role: roles[role] for role in roles.keys() & {"magnitude"}}} for path, roles in named.items()
+        }
+        adapter.findings += contradictions(f"{subject} ({ADAPTER_CONFIG}, {component})", {**own, "peft_type": "LORA"}, factors)
+        for reason in magnitudes_missing(own, factors):
+            adapter.conditions.append(reason)
+            adapter.findings.append(warning("condition", subject, reason))
 
 
 def _take_beside(adapter: Adapter, biases: Mapping[str, Tensor]) -> None:
@@ -298,7 +320,8 @@ def _scaling(path: str, component: str, tensors: Mapping[str, Tensor], config: M
 def _configured(config: Mapping[str, Any], component: str, module: str, rank: int) -> Scaling:
     alpha = _patterned(config.get(f"{component}.alpha_pattern"), module, config.get(f"{component}.lora_alpha"))
     if not isinstance(alpha, (int, float)):
-        return Scaling()
+        # A component without a config gets one with a scale of 1; one with a config that says no alpha, what PEFT takes for it.
+        return UNKNOWN if any(key.startswith(f"{component}.") for key in config) else Scaling()
     r = _patterned(config.get(f"{component}.rank_pattern"), module, config.get(f"{component}.r"))
     rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get(f"{component}.use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
     return Scaling(rule, float(alpha), divisor=float(r) if isinstance(r, (int, float)) and r != rank else None)
