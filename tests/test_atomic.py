@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from upparam.atomic import atomic_file, atomic_folder, reaching_disk, swap
-from upparam.errors import UnreadableError
+from upparam.beside import _start, make
+from upparam.errors import OutputExistsError, UnreadableError
 
 
 def settled(before: int) -> bool:
@@ -98,7 +101,7 @@ def test_names_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> N
 def test_a_file_takes_the_place_of_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process killed between two steps would leave neither: there is one step."""
     new, out = tmp_path / "new", tmp_path / "out"
-    monkeypatch.setattr("upparam.atomic._beside", lambda *_: pytest.fail("nothing needs to be kept aside"))
+    monkeypatch.setattr("upparam.atomic.make", lambda *_: pytest.fail("nothing needs to be kept aside"))
     for number in range(2):
         new.write_text(f"new {number}")
         swap(new, out)
@@ -116,3 +119,76 @@ def test_a_file_takes_the_place_of_a_file_at_once(tmp_path: Path, monkeypatch: p
 def test_a_folder_that_takes_nothing_is_named(atomic: Callable[[Path], AbstractContextManager[Path]]) -> None:
     with pytest.raises(UnreadableError, match=r"^/proc: nothing can be written here"), atomic(Path("/proc/x")):
         pass
+
+
+WRITING = """
+import sys, time
+from pathlib import Path
+from upparam.atomic import atomic_file, atomic_folder
+out = Path(sys.argv[2])
+with {"file": atomic_file, "folder": atomic_folder}[sys.argv[1]](out) as place:
+    (place if sys.argv[1] == "file" else place / "x").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def writing(kind: str, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is writing to `out`; killed at the end."""
+    with subprocess.Popen([sys.executable, "-c", WRITING, kind, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("kind", "atomic"), [("file", atomic_file), ("folder", atomic_folder)])
+@pytest.mark.parametrize("name", ["out", "y" * 255])
+def test_what_a_killed_process_left_is_removed_by_the_next(
+    tmp_path: Path, kind: str, atomic: Callable[[Path], AbstractContextManager[Path]], name: str
+) -> None:
+    """That of the same output, not what a living process writes."""
+    for other in (name, "other"):
+        with writing(kind, tmp_path / other):
+            pass
+    with writing(kind, tmp_path / name):
+        assert len(list(tmp_path.iterdir())) == 2  # the second run has taken away what the first left
+        with atomic(tmp_path / name) as place:
+            (place if kind == "file" else place / "x").write_bytes(b"whole")
+        left = sorted(tmp_path.glob(".*.tmp"))
+        assert len(left) == 2 and all(any(path.name in ("x", name, "other") for path in folder.iterdir()) for folder in left)
+    with pytest.raises(OutputExistsError), atomic(tmp_path / name):
+        pass
+    (tmp_path / name).rename(tmp_path / "moved")
+    with atomic(tmp_path / name):
+        (own,) = (folder for folder in tmp_path.glob(".*.tmp") if not folder.name.startswith(".other."))
+        assert not any(own.iterdir())
+        (own / ("x" if kind == "folder" else name)).write_bytes(b"whole")
+    assert [folder.name.split(".")[1] for folder in tmp_path.glob(".*.tmp")] == ["other"]
+
+
+def test_only_folders_of_ended_processes_of_this_host_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, start = tmp_path / "out", _start(tmp_path / "out")
+    elsewhere, kept = tmp_path / "elsewhere", tmp_path / f"{start}00000000.old"
+    for folder in (elsewhere, kept, tmp_path / f"{start}0.tmp", tmp_path / f"{start}00000000.new", tmp_path / ".out.0000000000000000.tmp"):
+        folder.mkdir()
+        (folder / "held").write_bytes(b"x")
+    (tmp_path / f"{start}11111111.tmp").symlink_to(elsewhere)
+    (tmp_path / f"{start}22222222.tmp").write_bytes(b"no folder")
+    before = sorted(tmp_path.rglob("*"))
+    make(out, "tmp").release()
+    assert len(sorted(tmp_path.rglob("*"))) == len(before) + 1
+    with atomic_file(out) as path:  # the one just made belongs to nobody
+        path.write_bytes(b"x")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, out])
+    with atomic_file(out, force=True) as path:
+        path.write_bytes(b"y")
+    assert not kept.exists(), "an earlier output that was to make way, and has"
+    owner = make(out, "tmp")
+    monkeypatch.setattr("upparam.beside.os.geteuid", lambda: os.getuid() + 1)
+    owner.release()
+    with atomic_file(out, force=True) as path:
+        path.write_bytes(b"z")
+    assert owner.folder.is_dir(), "another user's"

@@ -22,6 +22,7 @@ FLOORS = [
         "errors",
         "limits",
         "atomic",
+        "beside",
         "progress",
         "patterns",
         "plugins",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from upparam.beside import OLD, beside, make
 from upparam.errors import OutputExistsError, UnreadableError
 
 
@@ -32,17 +33,14 @@ def atomic_file(out: Path, *, force: bool = False, sync: bool = True) -> Iterato
     if out.is_dir():
         raise OutputExistsError("a folder stands where the file should go", file=out)
     out = _settled(out)
-    folder = _beside(out, "tmp")
-    temporary = folder / out.name
-    try:
+    with beside(out) as folder:
+        temporary = folder / out.name
         yield temporary
         if sync:
             _sync(temporary)
         temporary.replace(out)
         if sync:
             _sync(out.parent)
-    finally:
-        _remove(folder)
 
 
 @contextmanager
@@ -56,8 +54,7 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
     if out.is_file():
         raise OutputExistsError("a file stands where the folder should go", file=out, remedy="choose another name, or remove it first")
     given, out = out, _settled(out)
-    temporary = _beside(out, "tmp")
-    try:
+    with beside(out) as temporary:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if sync:
@@ -67,8 +64,6 @@ def atomic_folder(out: Path, *, force: bool = False, sync: bool = True) -> Itera
         swap(temporary, out)
         if sync:
             _sync(out.parent)
-    finally:
-        _remove(temporary)
 
 
 _LISTED = 4
@@ -127,49 +122,27 @@ def swap(new: Path, out: Path) -> None:
     if not os.path.lexists(out) or not (new.is_dir() or (out.is_dir() and not out.is_symlink())):
         new.replace(out)
         return
-    old = _beside(out, "old")
-    out.rename(old / out.name)
-    try:
-        new.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
-        raise
     import shutil
 
-    shutil.rmtree(old)
+    old = make(out, OLD)
+    try:
+        out.rename(old.folder / out.name)
+        try:
+            new.rename(out)
+        except OSError:
+            (old.folder / out.name).rename(out)
+            raise
+        finally:
+            if os.path.lexists(out):
+                shutil.rmtree(old.folder)
+    finally:
+        old.release()
 
 
 def _settled(path: Path) -> Path:
     """The same place by a path that leads through no link and no `..`: one such as `a/../a` would lead nowhere once `a` is renamed."""
     real = Path(os.path.realpath(path.parent)) / path.name
     return Path(os.path.realpath(path)) if path.name in ("", "..") else real
-
-
-_NAME_BYTES = 200
-"""Bytes of a name that are taken over into one beside it: file systems allow 255 in all."""
-
-
-def _beside(out: Path, ending: str) -> Path:
-    """A new folder beside `out`, for this user alone and of a name that nobody has."""
-    name = os.fsencode(out.name)[:_NAME_BYTES].decode("utf-8", "ignore")
-    folder = out.parent / f".{name}.{os.urandom(4).hex()}.{ending}"
-    try:
-        folder.mkdir(0o700)
-    except OSError as problem:
-        raise UnreadableError(f"nothing can be written here: {problem.strerror}", file=out.parent) from problem
-    return folder
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder of ours if it is there; empty, as most are by then, without the machinery for more."""
-    try:
-        folder.rmdir()
-    except FileNotFoundError:
-        return
-    except OSError:
-        import shutil
-
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

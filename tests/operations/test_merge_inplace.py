@@ -110,6 +110,24 @@ def test_a_disk_without_room_for_new_files_gets_ranges(tmp_path: Path, monkeypat
     assert undo(base).counts["ranges_restored"] == 6
 
 
+@pytest.mark.parametrize("letter", ["n", "é"])
+def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path, way: str, letter: str) -> None:
+    """What lies beside it has a name of its own, also beside one that begins alike."""
+    stem = letter * ((255 - len(".safetensors") - 1) // len(letter.encode()))
+    weight = (RNG.standard_normal((40, 48)) * 0.05).astype(np.float32)
+    item = adapter({"q": lora(np.ones((40, 4), np.float32), np.ones((4, 48), np.float32))})
+    bases = [tmp_path / f"{stem}{number}.safetensors" for number in range(2)]
+    for number, base in enumerate(bases):
+        save(base, {"q.weight": weight + number})
+    before = digests(tmp_path)
+    for base in bases:
+        merge(base, item, in_place=True)
+    assert len({journal_path(base) for base in bases}) == 2 and all(journal_path(base).exists() for base in bases)
+    for base in bases:
+        undo(base)
+    assert digests(tmp_path) == before
+
+
 def test_discard_makes_it_final(tmp_path: Path, way: str) -> None:
     base, item = model(tmp_path / "base")
     merge(base, item, in_place=True)

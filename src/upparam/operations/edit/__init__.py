@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 from upparam import dialects
 from upparam.adapter import Adapter, without
 from upparam.atomic import atomic_file, atomic_folder, refuse_existing, refuse_strangers, swap
+from upparam.beside import beside
 from upparam.bases import inventory
 from upparam.dialects.base import Dialect, Package, ReadOptions
 from upparam.errors import DeadAdapterError, NotAnAdapterError, OutputExistsError, RefusedError, UpparamError, UsageError, VerificationError
@@ -79,8 +79,8 @@ def edit(
     if read is None and source.base is not None and source.base.name in inventory.known():
         # Fewer modules may no longer tell their base by themselves.
         told_base = ReadOptions(base=inventory.load(source.base.name))
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent, ignore_cleanup_errors=True) as folder:
-        written = Path(folder) / place.name
+    with beside(place) as folder:
+        written = folder / place.name
         try:
             receipt, again = _written(source, result, changes, path, written, read, told_base, verify, drop, in_place)
         except (VerificationError, NotAnAdapterError, DeadAdapterError) as problem:

@@ -34,17 +34,30 @@ SAMPLE, PLACES = 4 << 10, 1024
 
 def journal_path(base: Path) -> Path:
     """Where the journal of a base lies: hidden, inside a folder or beside a file."""
-    return base / ".upparam-undo" if base.is_dir() else base.with_name(f".{base.name}.upparam-undo")
+    return base / ".upparam-undo" if base.is_dir() else _hidden(base, "undo")
 
 
 def old_path(path: Path) -> Path:
     """Where a file is kept that a new one takes the place of."""
-    return path.with_name(f".{path.name}.upparam-old")
+    return _hidden(path, "old")
 
 
 def new_path(path: Path) -> Path:
     """Where the new file is written before it takes the old one's place."""
-    return path.with_name(f".{path.name}.upparam-new")
+    return _hidden(path, "new")
+
+
+_NAME_BYTES = 255
+"""What file systems allow a name."""
+
+
+def _hidden(path: Path, what: str) -> Path:
+    """The hidden file of ours beside another; where its name would be too long, a hash stands for the end of the other's."""
+    name, ending = os.fsencode(path.name), f".upparam-{what}"
+    if 1 + len(name) + len(ending) > _NAME_BYTES:
+        digest = hashlib.sha256(name).hexdigest()[:16]
+        name = os.fsencode(name[: _NAME_BYTES - len(digest) - len(ending) - 2].decode("utf-8", "ignore") + "." + digest)
+    return path.with_name(f".{os.fsdecode(name)}{ending}")
 
 
 @dataclass(frozen=True)
