@@ -19,6 +19,7 @@ FLOORS = [
         "tensors",
         "carrying",
         "findings",
+        "wording",
         "errors",
         "limits",
         "atomic",

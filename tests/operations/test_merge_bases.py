@@ -101,7 +101,7 @@ def test_a_wrong_bit_in_a_tensor_that_is_only_converted_is_found(tmp_path: Path,
     item = adapter({"a": rank2(6, 8)})
     assert (
         merge(base, item, tmp_path / "o.safetensors", dtype="bf16").proofs[1]
-        == "1 converted or added tensors are their source rounded once in 8 sampled elements"
+        == "1 converted or added tensor is its source rounded once in 8 sampled elements"
     )
     monkeypatch.setattr(stream, "narrow", lambda values, dtype: narrow(values * 1.01, dtype))
     with pytest.raises(VerificationError, match=r"n\.weight.*reads back wrong"):

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit(args, [report.facts() for report in reports], str)
     elif not args.quiet and len(reports) > 1:
-        from upparam.report.text import counted
+        from upparam.wording import counted
 
         files = [report for report in reports if not report.passed_over]
         counts = {verdict.value: sum(report.verdict is verdict for report in files) for verdict in Verdict}

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify; exit code 1 when any finding is an error."""
     from upparam.operations.verify import verify
-    from upparam.report.text import counted, finding_lines, one_line
+    from upparam.report.text import finding_lines, one_line
+    from upparam.wording import counted
 
     on_disk = args.base if args.base and Path(args.base).exists() else None
     verdict = verify(args.path, base=on_disk, options=reading(args), progress=progress_for(args))

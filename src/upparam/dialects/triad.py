@@ -28,6 +28,7 @@ from upparam.dtypes import DTYPES
 from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, UpparamError, UsageError
 from upparam.findings import info, warning
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 CONFIG = "config.json"
 """What `split` writes beside the factors."""
@@ -79,7 +80,7 @@ class Triad:
         if len(slim) < len(file.tensors):
             return None
         shown = ", ".join(f"{list(tensor.shape)}" for tensor in list(slim)[:3])
-        evidence = (f"named {file.name}", f"{counted(len(slim))} long and thin as factors are: {shown}")
+        evidence = (f"named {file.name}", f"{counted(len(slim), 'tensor')} long and thin as factors are: {shown}")
         if told.role in file.name.lower() and half(file.tensors) == told.role:
             # Another dialect's names, but one half of them, as the file's name says: the other half lies in the other file.
             return Match(self.name, 0.98, (*evidence, f"all of them {told.role} factors by their names"))
@@ -205,11 +206,6 @@ def _format_of(adapter: Adapter) -> str:
     """That of the files of an adapter that was split; torch for any other."""
     ending = Path(adapter.files[0]).suffix if adapter.found_as == Triad.name and adapter.files else ""
     return next((form for form, suffix in _SUFFIX.items() if suffix == ending), "torch")
-
-
-def counted(tensors: int) -> str:
-    """`1 tensor`, `2 tensors`."""
-    return f"{tensors} tensor" + "s" * (tensors != 1)
 
 
 def _note(file: TensorFile) -> Mapping[str, Any] | None:

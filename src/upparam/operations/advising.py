@@ -17,6 +17,7 @@ from upparam.dialects.placing import base_of
 from upparam.dialects.refusing import BAKE, LOWER, SCALE, remedies
 from upparam.errors import Problem, RefusedError, UpparamError
 from upparam.operations.baking import as_alpha, bakeable
+from upparam.operations.fitting import Arithmetic
 from upparam.operations.lowering import lowerable
 from upparam.operations.padding import pad, paddable
 from upparam.tensors import Tensor
@@ -24,6 +25,10 @@ from upparam.tensors import Tensor
 ROUNDS = 8
 """A dialect tells its problems in turns, of which each needs a round."""
 _NEEDS_WEIGHTS = "which takes the base's weights: --base with the path of the model"
+
+
+_FLAGS = {LOWER: f"{LOWER} auto", SCALE: f"{SCALE} S"}
+"""Cures that take a value, with one."""
 
 
 def explained(problem: RefusedError, adapter: Adapter, options: Mapping[str, Any]) -> list[Problem]:
@@ -65,27 +70,37 @@ def _meant(problem: Problem, adapter: Adapter, options: Mapping[str, Any]) -> It
 
 
 def advised(
-    problem: RefusedError, told: Sequence[Problem], adapter: Adapter, member: Dialect, options: Mapping[str, Any], weights: bool
+    problem: RefusedError, told: Sequence[Problem], adapter: Adapter, member: Dialect, options: Mapping[str, Any], how: Arithmetic
 ) -> RefusedError:
     """The refusal with a remedy that works: the options that lead to a written adapter, else the dialects that hold it as it is.
 
-    `told` are its problems as `explained` gives them; `weights` says that the base's weights are at hand. A refusal that lists no problems
-    and has a remedy of its own (the base to be named, say) keeps it.
+    `told` are its problems as `explained` gives them; `how` says which options the command has, and whether the base's weights are at hand.
+    What takes options that only convert has is left to convert. A refusal that lists no problems and has a remedy of its own (the base to
+    be named, say) keeps it.
     """
     if not problem.problems and problem.remedy is not None:
         return problem
     rehearsed = _rehearsed(told, adapter, member, options) if told else None
-    if rehearsed is None:
+    needs_weights = how.weights is None and any(
+        one.cure == LOWER and one.rank is None and _dependent(one, adapter) for one in rehearsed or ()
+    )
+    if rehearsed is not None and all(_offered(one, how) for one in rehearsed):
+        remedy = f"{remedies(rehearsed)}, {_NEEDS_WEIGHTS}" if needs_weights else remedies(rehearsed)
+    else:
         told = [one._replace(cure=None) for one in told]
         holding = [name for name in DIALECTS if name != member.name and _holds(name, adapter, options)]
         remedy = f"choose another dialect: {_listed(holding)} it as it is" if holding else None
-    else:
-        remedy = remedies(rehearsed)
-        if any(one.cure == LOWER and one.rank is None and _dependent(one, adapter) for one in rehearsed) and not weights:
-            remedy = f"{remedy}, {_NEEDS_WEIGHTS}"
+        if remedy is not None and rehearsed is not None:
+            flags = dict.fromkeys(_FLAGS.get(one.cure or "", one.cure) for one in rehearsed)
+            words = ["upparam convert", f"--to {member.name}", *flags, *(["--base MODEL"] if needs_weights else [])]
+            remedy = f"{remedy}; '{' '.join(map(str, words))}' then makes {member.name} of that"
     return RefusedError(
         problem.message, file=problem.file, tensor=problem.tensor, expected=problem.expected, found=problem.found, remedy=remedy, problems=told
     )  # fmt: skip
+
+
+def _offered(problem: Problem, how: Arithmetic) -> bool:
+    return problem.cure in how.offered or (problem.cure or "").startswith("--drop ")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def cured(problem: RefusedError, adapter: Adapter, member: Dialect, options: Map
         told = explained(problem, adapter, options)
         changed = _changed(adapter, told, how)
         if not changed:
-            raise advised(problem, told, adapter, member, options, how.weights is not None) from problem
+            raise advised(problem, told, adapter, member, options, how) from problem
         deltas = {target: changed.get(target, delta) for target, delta in adapter.deltas.items()}
         adapter = restated(replace(adapter, deltas=deltas))
         try:

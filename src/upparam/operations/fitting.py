@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import Adapter
 from upparam.dialects.base import Dialect, Package
+from upparam.dialects.refusing import BAKE, LOWER, SCALE
 from upparam.errors import RefusedError
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
+from upparam.wording import at_most
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
@@ -30,6 +32,8 @@ class Arithmetic:
     lowrank: RankRule | None = None
     weights: Path | None = None
     """The base model on disk, for deltas whose dW depends on it."""
+    offered: Collection[str] = (BAKE, LOWER, SCALE)
+    """The cures that the command at hand has options for, besides --drop: a refusal advises no others."""
     keep: Keep = Tensor.of
     threads: int | None = None
     progress: Progress = silent
@@ -43,7 +47,7 @@ class Arithmetic:
         if self.baked:
             worst = max(self.baked, key=lambda one: one.error)
             found["scales_baked_in"] = len(self.baked)
-            found["rounding"] = "none" if worst.error == 0.0 else f"{worst.error:.2g} or less (worst {worst.target})"
+            found["rounding"] = "none" if worst.error == 0.0 else f"{at_most(worst.error, 2)} (worst {worst.target})"
         if self.lowered:
             worst_low = max(self.lowered, key=lambda one: one.error)
             total = sqrt(sum(one.norm**2 for one in self.lowered))

@@ -15,6 +15,7 @@ from upparam.errors import VerificationError
 from upparam.operations.threads import in_threads
 from upparam.progress import silent
 from upparam.tensors import Tensor, same_bits
+from upparam.wording import counted
 
 TOLERANCE = 1e-6
 """Relative Frobenius distance of dW above which a re-expressed delta does not count as the same: a few float32 roundings of a factor."""
@@ -44,9 +45,9 @@ def statements(proofs: Sequence[ModuleProof], meant: Adapter) -> list[str]:
     if len(gaps) < len(proofs):
         told.append(f"re-opened: {len(proofs) - len(gaps)} of {len(proofs)} modules bit-identical in factors and equal in scale")
     if gaps:
-        told.append(f"re-opened: {len(gaps)} modules equal in dW (largest relative distance {max(gaps):.2g})")
+        told.append(f"re-opened: {counted(len(gaps), 'module')} equal in dW (largest relative distance {max(gaps):.2g})")
     if meant.extras:
-        told.append(f"{len(meant.extras)} extra{'s' * (len(meant.extras) != 1)} bit-identical")
+        told.append(f"{counted(len(meant.extras), 'extra')} bit-identical")
     return told
 
 

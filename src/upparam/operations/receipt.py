@@ -54,9 +54,13 @@ class Receipt:
         return facts | {"findings": [finding.facts() for finding in self.findings]}
 
 
+_NUMBERS = frozenset(("seed",))
+"""Whole numbers that count nothing."""
+
+
 def _counted(name: str, value: object) -> str:
     """`14 tensors changed`, `1 tensor changed`; values that are no counts after their name."""
     first, *rest = name.split("_")
-    if not isinstance(value, int):
+    if not isinstance(value, int) or name in _NUMBERS:
         return f"{' '.join([first, *rest])} {value}"
     return " ".join([f"{value:,}", first.removesuffix("s") if value == 1 else first, *rest])

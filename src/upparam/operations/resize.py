@@ -19,6 +19,7 @@ from upparam.algorithms.slicing import stack
 from upparam.arrays import doubles
 from upparam.atomic import refuse_existing
 from upparam.dialects import restated
+from upparam.dialects.refusing import SCALE
 from upparam.dtypes import DType
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
@@ -31,6 +32,7 @@ from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
 from upparam.tensors import JoinedSource, Tensor
+from upparam.wording import at_least, at_most
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +104,7 @@ def resize(
     source, given_up = without(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read), drop)
     with Spool(out.absolute().parent) as spool:
         result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)
-        baked = Arithmetic(bake_scale=True)
+        baked = Arithmetic(bake_scale=True, offered=(SCALE,))
         receipt = write_adapter(result, out, to or source.written_as, read=read, force=force, verify=verify, drop=drop, arithmetic=baked)
     receipt.operation = "resize"
     receipt.findings += given_up
@@ -395,8 +397,8 @@ def _summary(cuts: Sequence[Cut]) -> dict[str, Any]:
     counts: dict[str, Any] = {"resized": len(changed), "kept": len(cuts) - len(changed)}
     if changed:
         counts["ranks"] = f"{_range(cut.rank for cut in changed)} to {_range(cut.new_rank for cut in changed)}"
-        counts["energy_kept"] = f"{min(cut.energy for cut in changed):.4g} or more"
-        counts["error"] = f"{max(cut.error for cut in changed):.3g} or less"
+        counts["energy_kept"] = at_least(min(cut.energy for cut in changed), 4)
+        counts["error"] = at_most(max(cut.error for cut in changed))
     return counts
 
 

@@ -9,6 +9,7 @@ from upparam.operations.compare.module import SAME, Alike, Angles, ModuleCompari
 from upparam.operations.compare.verdict import Comparison
 from upparam.report.table import Column, table
 from upparam.report.text import finding_lines, listed, one_line, terminal_width
+from upparam.wording import counted
 
 SHOWN = 24
 """Modules shown unless all are asked for."""
@@ -25,7 +26,7 @@ def _adapters(result: Comparison, everything: bool) -> list[str]:
     told = [f"{' and '.join(dict.fromkeys(result.dialects))}"]
     bases = [base for base in dict.fromkeys(result.bases) if base]
     told += [f"base {' and '.join(bases)}"] if bases else []
-    told += [f"{count} modules {kind}" for kind, count in result.counts().items()]
+    told += [f"{counted(count, 'module')} {kind}" for kind, count in result.counts().items()]
     if result.norms is not None:
         told.append(f"||dW|| {result.norms[0]:.5g} and {result.norms[1]:.5g}")
     if result.cosine is not None:

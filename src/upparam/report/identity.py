@@ -6,7 +6,8 @@ from pathlib import Path
 
 from upparam.findings import Finding, Severity
 from upparam.operations.identify import MISFIT, AdapterReport, FileReport, Identity
-from upparam.report.text import counted, finding_lines, listed, one_line
+from upparam.report.text import finding_lines, listed, one_line
+from upparam.wording import counted
 
 KINDS = {
     "adapter": "adapter",

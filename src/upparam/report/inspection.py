@@ -8,7 +8,8 @@ from typing import Any
 
 from upparam.findings import Finding
 from upparam.report.table import Column, table
-from upparam.report.text import counted, finding_lines, listed, one_line, terminal_width
+from upparam.report.text import finding_lines, listed, one_line, terminal_width
+from upparam.wording import counted
 
 _OF_NOTHING = "e3b0c442"
 """sha256 of no bytes."""

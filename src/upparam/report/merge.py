@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from upparam.operations.merge.plan import Plan, seconds
-from upparam.report.text import counted, finding_lines, listed, one_line
+from upparam.report.text import finding_lines, listed, one_line
+from upparam.wording import counted
 
 
 def plan_text(plan: Plan, size: int) -> str:

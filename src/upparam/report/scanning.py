@@ -6,6 +6,7 @@ from upparam.containers.symbols import clean
 from upparam.findings import Finding, Severity
 from upparam.operations.scan.verdict import FileScan
 from upparam.report.text import finding_lines
+from upparam.wording import counted
 
 
 def scan_lines(report: FileScan, quiet: bool = False) -> list[str]:
@@ -15,7 +16,7 @@ def scan_lines(report: FileScan, quiet: bool = False) -> list[str]:
     if report.passed_over:
         return [f"{clean(str(report.path), 1000)}: NOT LOOKED INTO ({report.findings[0].message})"]
     what = "cannot be opened" if report.unreadable else report.verdict.value.upper() if report.exit_code else report.verdict.value
-    held = f", {report.tensors} tensors" if report.tensors else ""
+    held = f", {counted(report.tensors, 'tensor')}" if report.tensors else ""
     formats = f" ({' in '.join(reversed(report.formats))}{held})" if report.formats else ""
     shown: list[Finding] = [finding for finding in report.findings if finding.severity > Severity.INFO]
     if not report.read and not shown and report.findings:

@@ -33,11 +33,6 @@ def listed(values: Iterable[object], most: int = 6) -> str:
     return ", ".join(shown[:most]) + (f", ... ({len(shown)} values)" if len(shown) > most else "")
 
 
-def counted(count: int, word: str) -> str:
-    """`1 file`, `2,000 files`."""
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
-
-
 def escaped(text: str) -> str:
     """`text` with every character that could steer a terminal or turn its direction as \\uXXXX; line ends and tabs stay."""
     return text if text.isascii() and text.isprintable() else _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

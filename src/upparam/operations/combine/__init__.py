@@ -30,6 +30,7 @@ from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
+from upparam.wording import at_least, at_most
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
@@ -111,7 +112,7 @@ def combine(
             opened, method=method, rule=rule, density=density, seed=seed, block_weight=block_weight, keep=spool.keep, threads=threads,
             progress=progress,
         )  # fmt: skip
-        baked = fitting.Arithmetic(bake_scale=True)
+        baked = fitting.Arithmetic(bake_scale=True, offered=())
         receipt = write_adapter(
             result.adapter, out, to or opened[0][0].written_as, read=read, force=force, verify=verify, drop=drop, arithmetic=baked
         )  # fmt: skip
@@ -340,8 +341,8 @@ def _summary(modules: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if cuts:
         ranks = sorted({module["new_rank"] for module in cuts})
         found["ranks"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        found["error_of_the_cut"] = f"{max(module['error'] for module in cuts):.3g} or less"
+        found["error_of_the_cut"] = at_most(max(module["error"] for module in cuts))
     left = [share for module in modules for share in module.get("left", {}).values()]
     if left:
-        found["left_of_dW"] = f"{min(left):.3g} or more"
+        found["left_of_dW"] = at_least(min(left))
     return found

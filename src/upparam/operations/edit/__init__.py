@@ -13,9 +13,10 @@ from typing import Any
 from upparam import dialects
 from upparam.adapter import Adapter, without
 from upparam.atomic import atomic_file, atomic_folder, refuse_existing, refuse_strangers, swap
-from upparam.beside import beside
 from upparam.bases import inventory
+from upparam.beside import beside
 from upparam.dialects.base import Dialect, Package, ReadOptions
+from upparam.dialects.refusing import BAKE, LOWER
 from upparam.errors import DeadAdapterError, NotAnAdapterError, OutputExistsError, RefusedError, UpparamError, UsageError, VerificationError
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import write_adapter, write_file, write_package
@@ -23,6 +24,7 @@ from upparam.operations.edit.changes import CONFIG, Changes, changed, parsed
 from upparam.operations.edit.files import Compared, compare_files, container_of, other_names, put_back
 from upparam.operations.edit.moving import moved
 from upparam.operations.edit.patching import UnpatchableError, patched
+from upparam.operations.fitting import Arithmetic
 from upparam.operations.late import Late
 from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
@@ -139,7 +141,7 @@ def _written(
                 "this edit cannot leave the unexplained tensors where they are", file=source.files[0] if source.files else None,
                 tensor=next(iter(result.leftovers)), found=str(problem), remedy="give them up with --drop leftovers",
             ) from problem  # fmt: skip
-        receipt = write_adapter(result, written, own, read=told, verify=verify, drop=drop)
+        receipt = write_adapter(result, written, own, read=told, verify=verify, drop=drop, arithmetic=Arithmetic(offered=()))
         receipt.findings = [finding for finding in receipt.findings if finding.code != "given-up"]
         return receipt, open_adapter(written, dialect=own, options=ReadOptions(base=None if told is None else told.base))
     if made.package.folder:
@@ -186,9 +188,11 @@ def _package(member: Dialect, adapter: Adapter, options: Mapping[str, Any]) -> P
     try:
         return member.write(adapter, options)
     except RefusedError as problem:
-        if problem.remedy is None or "--bake-scale" not in problem.remedy:
-            raise
-        remedy = "this dialect says no multiplier but 1; put what there is into a factor with --bake"
+        remedy: str | None = "this dialect says no multiplier but 1; put what there is into a factor with --bake"
+        if BAKE not in (problem.remedy or ""):
+            if LOWER not in (problem.remedy or ""):
+                raise
+            remedy = None  # another algorithm is no edit
         raise RefusedError(problem.message, file=problem.file, tensor=problem.tensor, found=problem.found, remedy=remedy) from problem
 
 

@@ -16,6 +16,7 @@ from upparam.containers.base import TensorFile
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.tensors import Tensor, same_bits
+from upparam.wording import counted
 
 
 @dataclass
@@ -37,7 +38,9 @@ class Compared:
     def proof(self) -> str:
         """A statement of what is the same."""
         rest = [f"{len(names)} {word}" for names, word in ((self.changed, "changed"), (self.gone, "gone"), (self.new, "new")) if names]
-        return f"file against file: {self.same} tensors have the same bits under the same names" + (f", {', '.join(rest)}" if rest else "")
+        return f"file against file: {counted(self.same, 'tensor')} with the same bits under the same name" + (
+            f", {', '.join(rest)}" if rest else ""
+        )
 
 
 def compare_files(source: Adapter, written: Path) -> Compared:

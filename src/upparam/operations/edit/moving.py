@@ -11,6 +11,7 @@ from upparam.findings import Finding, warning
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress
 from upparam.tensors import Tensor
+from upparam.wording import at_most, counted
 
 _VANISHED = 0.01
 """The share of a factor's elements other than zero that may be rounded to zero without a word: a few lie near zero in any factor."""
@@ -51,10 +52,10 @@ def moved(before: Adapter, after: Adapter, threads: int | None, progress: Progre
     known = [one.effect for one in found if one.effect is not None]
     magnitudes = [one.magnitude for one in found if one.magnitude is not None]
     unknown = len(found) - len(known)
-    said = [f"{max(known):.2g} or less"] if known else []
+    said = [at_most(max(known), 2)] if known else []
     if magnitudes:
-        worst = f"{max(magnitudes):.2g} or less" if all(map(isfinite, magnitudes)) else "by what is not known"
-        said.append(f"of {len(magnitudes)} modules the directions, their magnitudes {worst}")
+        worst = at_most(max(magnitudes), 2) if all(map(isfinite, magnitudes)) else "by what is not known"
+        said.append(f"of {counted(len(magnitudes), 'module')} the directions, their magnitudes {worst}")
     said += [f"not known for {unknown} of {len(found)} modules"] if unknown else []
     findings = [
         warning("vanished", str(target), "elements other than zero are rounded to zero; a wider dtype keeps them", *one.vanished)

@@ -22,6 +22,7 @@ from upparam.operations.dtypes import FACTORS, named_dtype
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.extract.module import Extracted, Maker
 from upparam.operations.extract.pairing import Pair, Pairing, pair
+from upparam.operations.fitting import Arithmetic
 from upparam.operations.merge.misfits import ties_head
 from upparam.operations.merge.plan import wanted
 from upparam.operations.receipt import Receipt
@@ -29,6 +30,7 @@ from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads, pin_blas
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
+from upparam.wording import at_most
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,16 @@ def extract(
             Checkpoint.open(tuned), Checkpoint.open(base), rule, auto=auto, only=only, skip=skip, dtype=dtype, seed=seed,
             keep=spool.keep, threads=threads, progress=progress,
         )  # fmt: skip
-        receipt = write_adapter(result.adapter, out, to, read=ReadOptions(base=result.base), force=force, verify=verify, drop=drop)
+        receipt = write_adapter(
+            result.adapter,
+            out,
+            to,
+            read=ReadOptions(base=result.base),
+            force=force,
+            verify=verify,
+            drop=drop,
+            arithmetic=Arithmetic(offered=()),
+        )
     receipt.operation = "extract"
     receipt.inputs = [str(tuned), str(base)]
     receipt.counts = {**_summary(result), **receipt.counts}
@@ -209,7 +220,7 @@ def _summary(result: Extraction) -> dict[str, Any]:
         ranks = sorted({module.rank for module in result.modules})
         worst = max(result.modules, key=lambda module: module.error)
         counts["ranks"] = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        counts["error"] = f"{worst.error:.3g} or less"
+        counts["error"] = at_most(worst.error)
         ratios = [module.error / module.optimum for module in result.modules if module.optimum > 1e-3]
         if ratios:
             counts["over_the_optimum"] = f"{max(ratios):.4f}x or less"

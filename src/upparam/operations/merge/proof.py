@@ -16,6 +16,7 @@ from upparam.errors import VerificationError
 from upparam.operations.merge.loaded import Loaded, matrix_shape
 from upparam.operations.merge.rounding import narrow, widen
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 SAMPLE_ELEMENTS = 1 << 20
 """Elements recomputed in all (their float64 values are kept until the output is read back: 8 MiB)."""
@@ -155,7 +156,9 @@ def check_untouched(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
             if base.source.read(base.offset + at, length) != written.source.read(written.offset + at, length):
                 raise VerificationError("an untouched tensor changed", tensor=name, found=f"bytes {at}..{at + length}")
             total += length
-    return f"{len(pairs):,} untouched tensors equal the base in {total:,} sampled bytes"
+    return (
+        f"{counted(len(pairs), 'untouched tensor')} {'equals' if len(pairs) == 1 else 'equal'} the base in {counted(total, 'sampled byte')}"
+    )
 
 
 def check_converted(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
@@ -171,4 +174,5 @@ def check_converted(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:
             if meant.tobytes() != second.tobytes():
                 raise VerificationError("a converted or added tensor reads back wrong", tensor=name, found=f"rows from {start}")
             total += first.size
-    return f"{len(pairs):,} converted or added tensors are their source rounded once in {total:,} sampled elements"
+    which = "is its" if len(pairs) == 1 else "are their"
+    return f"{counted(len(pairs), 'converted or added tensor')} {which} source rounded once in {counted(total, 'sampled element')}"
