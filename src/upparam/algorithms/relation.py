@@ -161,19 +161,13 @@ class Pair:
         total = 0.0
         for form, ups, downs in zip((self.one, self.other), self._ups, self._downs, strict=False):
             square, variance = float((ups * downs).sum()), 0.0
-            # Float32 is enough for a deviation, of factors and products brought near 1.
-            for factor, own, other in ((form.up, ups, downs), (form.down, downs, ups)):
-                lengths, beside = sqrt(float(np.trace(own))), float(np.trace(other))
-                if not lengths or not beside:
+            for factor, own, other in ((form.up.T, ups, downs), (form.down, downs, ups)):
+                length, beside = sqrt(float(np.trace(own))), float(np.trace(other))
+                if not length or not beside:
                     continue
-                values = singles(factor / lengths if factor.dtype == np.float64 else factor)
-                values /= 1.0 if factor.dtype == np.float64 else lengths
-                near = (other / beside).astype(np.float32)
-                slope = np.square(values @ near if factor is form.up else near @ values)
-                rounded = form.precision.unit**2 * float((np.square(values) * slope).sum(dtype=np.float64))
-                variance += (
-                    (rounded + (form.precision.step / lengths) ** 2 * float(slope.sum(dtype=np.float64))) * (lengths**2 * beside) ** 2 / 3
-                )
+                slopes, weighted = _slopes(factor, length, (other / beside).astype(np.float32))
+                unit, step = form.precision.unit, form.precision.step / length
+                variance += (unit**2 * weighted + step**2 * slopes) * (length**2 * beside) ** 2 / 3
             total += variance / square**2 if square > 0.0 else 0.0
         return sqrt(total)
 
@@ -215,6 +209,32 @@ class Pair:
         # Dependent columns in one factor take directions from the other: only the singular vectors then tell the spaces.
         (left, right), (left2, right2) = _spaces(self.one), _spaces(self.other)
         return _angles(Cosines.of(left.T @ left2)), _angles(Cosines.of(right @ right2.T))
+
+
+_BLOCK = 256
+"""Columns that `_slopes` goes through at a time: what it makes of them stays in the cache."""
+
+
+def _slopes(factor: NDArray[Any], length: float, near: NDArray[np.float32]) -> tuple[float, float]:
+    """The sums of s^2 and of (s v)^2 over the elements of a factor (r, n), v = factor / length and s = near v, `near` symmetric (r, r).
+
+    Float32 is enough for a deviation, of factors and products brought near 1.
+    """
+    import numpy as np
+
+    slopes = weighted = 0.0
+    turned = factor.strides[0] < factor.strides[1]  # an up: its rows, which are columns here, lie together
+    for start in range(0, factor.shape[1], _BLOCK):
+        part = factor[:, start : start + _BLOCK]
+        part = part.T if turned else part
+        values = singles(part / length if part.dtype == np.float64 else part)
+        values /= 1.0 if part.dtype == np.float64 else length
+        slope = values @ near if turned else near @ values
+        flat = slope.reshape(-1)
+        slopes += float(flat @ flat)
+        slope *= values
+        weighted += float(flat @ flat)
+    return slopes, weighted
 
 
 def _parts(whole: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
