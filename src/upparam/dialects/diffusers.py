@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms import called
-from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
+from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.bases.base import with_text_model
 from upparam.containers.base import TensorFile
+from upparam.dialects import diffusers_header as header
 from upparam.dialects import up_bias
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.carried import ADAPTER_CONFIG, carried
-from upparam.dialects.peft_check import contradictions, magnitudes_missing
+from upparam.dialects.diffusers_header import CLIP
 from upparam.dialects.peft_magnitude import decomposed, magnitude_of
 from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
@@ -36,8 +36,6 @@ from upparam.findings import error, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 
-_CLIP = "text_model."
-"""In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
 _BARE = regex(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
 
@@ -150,7 +148,7 @@ class Diffusers:
         """The adapter. Raises MalformedError where the header's adapter metadata is not what diffusers writes."""
         file = bundle.main
         found, leftovers = pairs(file.tensors)
-        config = adapter_metadata(file)
+        config = header.config_of(file)
         adapter = Adapter(
             {}, self.name, metadata=dict(file.metadata), files=(str(file.path),), leftovers=leftovers, findings=list(file.findings)
         )
@@ -168,7 +166,7 @@ class Diffusers:
                 biases[path] = tensors["bias"]
         settle(adapter, deltas, file, options)
         _take_beside(adapter, biases)
-        _hold_against(config, adapter, deltas, file.name)
+        header.hold_against(config, adapter, deltas, file.name)
         return adapter
 
     def restated(self, adapter: Adapter) -> Adapter:
@@ -209,32 +207,12 @@ class Diffusers:
             stored[target.module] = delta
         refuse(self.name, problems or _unfit_biases(biases, deltas))
         metadata = {"format": "pt", **carried(adapter, self.name, config=True)}
-        config = _config_of(stored, set(biases))
-        if not _says(adapter.metadata.get(ADAPTER_CONFIG), stored):
+        config = header.written(stored, set(biases))
+        if not header.still_says(adapter.metadata.get(ADAPTER_CONFIG), stored):
             metadata.pop(ADAPTER_CONFIG, None)
             if config:
                 metadata[ADAPTER_CONFIG] = json.dumps(config, indent=2, sort_keys=True)
         return Package({"pytorch_lora_weights.safetensors": NamedTensors(tensors, metadata)})
-
-
-def _hold_against(config: Mapping[str, Any], adapter: Adapter, deltas: Mapping[str, Delta], subject: str) -> None:
-    """Say where the header's configs, which diffusers hands to PEFT as they are, do not go with the factors.
-
-    `target_modules` decide nothing there: diffusers gives PEFT the tensors with the config, and those name the modules.
-    """
-    for component in dict.fromkeys(path.split(".", 1)[0] for path in deltas):
-        start = f"{component}."
-        own = {key[len(start) :]: value for key, value in config.items() if key.startswith(start) and key != f"{start}target_modules"}
-        if not own:
-            continue
-        named = {path[len(start) :]: delta.factors() for path, delta in deltas.items() if path.startswith(start)}
-        factors = {
-            path: {"lora_A": roles["down"], **{role: roles[role] for role in roles.keys() & {"magnitude"}}} for path, roles in named.items()
-        }
-        adapter.findings += contradictions(f"{subject} ({ADAPTER_CONFIG}, {component})", {**own, "peft_type": "LORA"}, factors)
-        for reason in magnitudes_missing(own, factors):
-            adapter.conditions.append(reason)
-            adapter.findings.append(warning("condition", subject, reason))
 
 
 def _take_beside(adapter: Adapter, biases: Mapping[str, Tensor]) -> None:
@@ -296,46 +274,11 @@ def settle(adapter: Adapter, deltas: Mapping[str, Delta], file: TensorFile, opti
             )
 
 
-def adapter_metadata(file: TensorFile) -> dict[str, Any]:
-    """The header's `lora_adapter_metadata`, {} when there is none. Raises MalformedError when it is no JSON object."""
-    text = file.metadata.get(ADAPTER_CONFIG)
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise MalformedError(f"metadata {ADAPTER_CONFIG} is not valid JSON: {problem}", file=file.path) from problem
-    if not isinstance(value, dict):
-        raise MalformedError(f"metadata {ADAPTER_CONFIG} is not a JSON object", file=file.path, found=type(value).__name__)
-    return value
-
-
 def _scaling(path: str, component: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Scaling:
     """What is stored about a module's scale: an alpha tensor, else the component's config, else nothing (scale 1)."""
     if "alpha" in tensors:
         return Scaling(ScaleRule.ALPHA_OVER_RANK, tensors["alpha"].scalar())
-    return _configured(config, component, path[len(component) + 1 :], next(iter(tensors["down"].shape), 0))
-
-
-def _configured(config: Mapping[str, Any], component: str, module: str, rank: int) -> Scaling:
-    alpha = _patterned(config.get(f"{component}.alpha_pattern"), module, config.get(f"{component}.lora_alpha"))
-    if not isinstance(alpha, (int, float)):
-        # A component without a config gets one with a scale of 1; one with a config that says no alpha, what PEFT takes for it.
-        return UNKNOWN if any(key.startswith(f"{component}.") for key in config) else Scaling()
-    r = _patterned(config.get(f"{component}.rank_pattern"), module, config.get(f"{component}.r"))
-    rule = ScaleRule.ALPHA_OVER_SQRT_RANK if config.get(f"{component}.use_rslora") is True else ScaleRule.ALPHA_OVER_RANK
-    return Scaling(rule, float(alpha), divisor=float(r) if isinstance(r, (int, float)) and r != rank else None)
-
-
-def _patterned(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path (peft src/peft/utils/other.py get_pattern_key)."""
-    for pattern, value in (patterns or {}).items() if isinstance(patterns, Mapping) else ():
-        try:
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, module.removeprefix(_CLIP))):
-                return value
-        except re.error:
-            continue
-    return default
+    return header.scaling_of(config, component, path[len(component) + 1 :], next(iter(tensors["down"].shape), 0))
 
 
 def _note(spelling: dict[str, str], module: str, named: str, form: str, tensors: Mapping[str, Tensor]) -> None:
@@ -367,7 +310,7 @@ def _spelled(spelling: Mapping[str, str], path: str) -> str:
     """The module's name as the file had it: without its component, without `text_model.`."""
     component = path.split(".", 1)[0]
     if chosen(spelling, f"clip of {component}", path) == "bare":
-        path = f"{component}.{path.removeprefix(f'{component}.').removeprefix(_CLIP)}"
+        path = f"{component}.{path.removeprefix(f'{component}.').removeprefix(CLIP)}"
     return path.removeprefix(spelling.get("bare", "\0"))
 
 
@@ -440,59 +383,6 @@ def unloadable(target: Target, delta: Delta) -> str | None:
     if re.match(r"text_encoder(_\d)?\.layers\.", target.module):
         return "a language model as text encoder, which diffusers loads no LoRA into"
     return None if target.module.split(".", 1)[0] in COMPONENTS else "not a module of a pipeline's component"
-
-
-def _config_of(deltas: Mapping[str, Delta], biases: Collection[str] = ()) -> dict[str, Any]:
-    """The metadata for these modules, {} when every one has scale 1 and no alpha. PEFT wants whole configs, so all of a component is said."""
-    config: dict[str, Any] = {}
-    for component in dict.fromkeys(module.split(".", 1)[0] for module in deltas):
-        own = {module[len(component) + 1 :]: delta for module, delta in deltas.items() if module.startswith(component + ".")}
-        alphas = {module: alpha_for(delta) for module, delta in own.items()}
-        if all(alpha is None for alpha in alphas.values()):
-            continue
-        ranks = {module: delta.rank or 1 for module, delta in own.items()}
-        settled = {module: _number(ranks[module] if alpha is None else alpha) for module, alpha in alphas.items()}
-        r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(settled.values()).most_common(1)[0][0]
-        values = {
-            "r": r,
-            "lora_alpha": alpha,
-            "rank_pattern": {_anchored(module): rank for module, rank in ranks.items() if rank != r},
-            "alpha_pattern": {_anchored(module): value for module, value in settled.items() if value != alpha},
-            "target_modules": sorted(module.removeprefix(_CLIP) for module in own),
-            "use_dora": any(type(delta) is DoRA for delta in own.values()),
-            "lora_bias": any(f"{component}.{module}" in biases for module in own),
-        }
-        config |= {f"{component}.{key}": value for key, value in values.items()}
-    return config
-
-
-def _anchored(module: str) -> str:
-    """The pattern that means this module: '^' before the whole path, as diffusers writes it, so that `proj_out` is not `x.proj_out` too.
-
-    CLIP's modules must be found with and without `text_model.` in front.
-    """
-    return module.removeprefix(_CLIP) if module.startswith(_CLIP) else f"^{module}"
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else float(value)
-
-
-def _says(text: str | None, deltas: Mapping[str, Delta]) -> bool:
-    """True when the adapter metadata brought along gives each of these modules its scale: it is then kept verbatim."""
-    if text is None:
-        return False
-    try:
-        config = json.loads(text)
-    except ValueError:
-        return False
-    if not isinstance(config, dict):
-        return False
-    for module, delta in deltas.items():
-        component, _, path = module.partition(".")
-        if _configured(config, component, path, delta.rank or 1).value(delta.rank) != delta.scale:
-            return False
-    return True
 
 
 dialect = Diffusers()
