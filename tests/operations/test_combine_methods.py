@@ -413,6 +413,16 @@ def test_of_adapters_that_cancel_each_other_nothing_is_left_and_that_is_said(one
     assert [finding.code for finding in result.adapter.findings if finding.severity] == ["nothing-left"]
 
 
+@pytest.mark.parametrize("method", ["magnitude_prune_svd", "dare_linear_svd", "ties_svd"])
+@pytest.mark.parametrize("weights", [(0.3, 0.7, -1.0), (1 / 3, 1 / 3, -2 / 3)])
+def test_pruned_adapters_that_cancel_each_other_leave_no_dust(method: str, weights: tuple[float, ...]) -> None:
+    result = combined(
+        [(adapter({"m": lora(*factors(1, 4), alpha=2.0)}), weight) for weight in weights], method=method, rule=RankRule(4), density=1.0
+    )
+    assert not dense(result.adapter).any() and result.modules[0]["norm"] == 0.0
+    assert "nothing-left" in {finding.code for finding in result.adapter.findings}
+
+
 def test_the_error_of_a_cut_is_of_the_sum_and_not_of_its_rounding() -> None:
     """Two stages of one training, one taken from the other: what is left of factors rounded side by side to float32 is off by more than its own rounding."""
     up, down = (factor.astype(np.float64) for factor in factors(1, 6))

@@ -79,7 +79,8 @@ def on_factors(place: Place, how: Arithmetic) -> LoRA:
 def on_weights(place: Place, how: Arithmetic) -> Full:
     """The dW of each adapter, formed in float32, pruned, elected and added with the weights: a full difference, to be cut to a rank.
 
-    At most five arrays of the weight's size are held. Raises RefusedError for deltas without a dW.
+    What the terms leave below their own rounding is none: of adapters that cancel each other nothing is left, and no dust.
+    At most six arrays of the weight's size are held. Raises RefusedError for deltas without a dW.
     """
     import numpy as np
 
@@ -94,7 +95,7 @@ def on_weights(place: Place, how: Arithmetic) -> Full:
             )  # fmt: skip
         tasks.append((_seed(how, place, piece, 2), _dense(piece), piece.weight))
     with np.errstate(over="ignore", invalid="ignore"):
-        total = _added(tasks, how).reshape(shape)
+        total = _added(tasks, how, (len(tasks) + 2) * 2.0**-24).reshape(shape)
     if not np.isfinite(total).all():
         raise RefusedError("the weighted sum does not fit in float32", tensor=place.name, remedy="give a smaller multiplier")
     return Full(Tensor.of(total))
@@ -122,18 +123,20 @@ def _seed(how: Arithmetic, place: Place, piece: Piece, role: int) -> tuple[int, 
     return (how.seed, zlib.crc32(place.name.encode()), piece.number, role)
 
 
-def _added(tasks: Sequence[tuple[tuple[int, ...], Task, float]], how: Arithmetic) -> Array:
+def _added(tasks: Sequence[tuple[tuple[int, ...], Task, float]], how: Arithmetic, dust: float = 0.0) -> Array:
     """sum of w_i p_i for the pruned arrays p_i; with an election, over those whose sign is that of sum of p_i (>= 0 counts as positive),
-    divided by how many these are."""
+    divided by how many these are. Sums of less than `dust` times those of the sizes of their terms are made 0."""
     import numpy as np
 
+    sizes: Any = None
     if not how.elect:
         total: Any = None
         for seed, make, weight in tasks:
             part = _pruned(make(), how, seed)
             part *= weight
+            sizes = _sized(sizes, part, dust)
             total = part if total is None else total + part
-        return total  # type: ignore[no-any-return]
+        return _dusted(total, sizes, dust)
     first = _pruned(tasks[0][1](), how, tasks[0][0])
     held = [first] if len(tasks) * first.nbytes <= _HELD else None
     votes = first.copy()
@@ -150,9 +153,33 @@ def _added(tasks: Sequence[tuple[tuple[int, ...], Task, float]], how: Arithmetic
         count += chosen
         part *= weight
         part *= chosen
+        sizes = _sized(sizes, part, dust)
         total += part
+    total = _dusted(total, sizes, dust)
     total /= np.maximum(count, 1)
     return total  # type: ignore[no-any-return]
+
+
+def _sized(sizes: Any, part: Array, dust: float) -> Any:
+    """The sum of the sizes of terms so far, where it is wanted."""
+    import numpy as np
+
+    if not dust:
+        return None
+    if sizes is None:
+        return np.abs(part)
+    sizes += np.abs(part)
+    return sizes
+
+
+def _dusted(total: Array, sizes: Any, dust: float) -> Array:
+    """The sum, 0 where it is less than what rounding of its terms may leave."""
+    import numpy as np
+
+    if sizes is not None:
+        sizes *= dust
+        total[np.abs(total) < sizes] = 0
+    return total
 
 
 def _pruned(values: Array, how: Arithmetic, seed: tuple[int, ...]) -> Array:
