@@ -280,7 +280,7 @@ def test_single_file_checkpoints_through_their_layout(tmp_path: Path) -> None:
     """SD1.5 under LDM names: a reference target finds its tensor; SDXL's fused OpenCLIP qkv gets row slices."""
     from upparam.bases import inventory
     from upparam.bases.layouts import layout
-    from upparam.operations.merge.plan import Ingredient
+    from upparam.operations.merge.planned import Ingredient
 
     base = inventory.load(
         "sdxl-base" if "sdxl-base" in inventory.known() else next(name for name in inventory.known() if name.startswith("sdxl"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from upparam.cli.common import add_common, add_drop, add_dtype, add_threads, emit, emit_receipt, progress_for
 
 if TYPE_CHECKING:
-    from upparam.operations.merge.plan import BlockWeight
+    from upparam.operations.merge.planned import BlockWeight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from upparam.operations.merge.plan import Piece, Work
+    from upparam.operations.merge.planned import Piece, Work
 
 
 def weights_of(adapter: Adapter, deltas: Mapping[Target, Delta], path: Path) -> dict[Target, Weight]:
@@ -26,7 +26,8 @@ def weights_of(adapter: Adapter, deltas: Mapping[Target, Delta], path: Path) -> 
     """
     from upparam.bases.header import base_from_path
     from upparam.checkpoint import Checkpoint
-    from upparam.operations.merge.plan import Ingredient, make_plan
+    from upparam.operations.merge.plan import make_plan
+    from upparam.operations.merge.planned import Ingredient
 
     only = replace(adapter, deltas=dict(deltas), extras=[], leftovers={}, conditions=[])
     plan = make_plan(Checkpoint.open(path), [Ingredient(only, base=base_from_path(path))])

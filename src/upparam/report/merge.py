@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from upparam.operations.merge.plan import Plan, seconds
+from upparam.operations.merge.planned import Plan, seconds
 from upparam.report.text import finding_lines, listed, one_line
 from upparam.wording import counted
 

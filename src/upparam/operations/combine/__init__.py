@@ -22,7 +22,7 @@ from upparam.operations.combine.exact import Sum, concatenated, orthogonal, to_c
 from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
 from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
 from upparam.operations.convert import write_adapter
-from upparam.operations.merge.plan import BlockWeight
+from upparam.operations.merge.planned import BlockWeight
 from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.resize import cut_job, cuttable, nothing_left

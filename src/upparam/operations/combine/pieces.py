@@ -12,7 +12,7 @@ from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.dtypes import DTYPES
 from upparam.errors import MismatchError, RefusedError
-from upparam.operations.merge.plan import BlockWeight
+from upparam.operations.merge.planned import BlockWeight
 from upparam.operations.recast import multiplied
 from upparam.operations.resize import Job, jobs_of
 from upparam.tensors import same_bits

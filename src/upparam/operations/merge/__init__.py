@@ -22,7 +22,7 @@ from upparam.progress import Progress, silent
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    from upparam.operations.merge.plan import BlockWeight, Ingredient, Plan
+    from upparam.operations.merge.planned import BlockWeight, Ingredient, Plan
 
     Scaled: TypeAlias = Adapter | str | Path | tuple[Adapter | str | Path, float] | Ingredient
     """An adapter (opened, or a path), alone or with a multiplier on top of its own scale."""
@@ -166,7 +166,7 @@ def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight 
     """The adapter is first opened by itself; only where its names are not simply the base's is the base recognised and asked."""
     from upparam.operations.initial import open_without, without_initial
     from upparam.operations.merge.matching import place
-    from upparam.operations.merge.plan import Ingredient
+    from upparam.operations.merge.planned import Ingredient
     from upparam.operations.opening import open_adapter
 
     source, multiplier = item if isinstance(item, tuple) else (item, 1.0)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from upparam.operations.merge.plan import Ingredient, Plan
+from upparam.operations.merge.planned import Ingredient, Plan
 from upparam.operations.merge.stream import Buffers, Task
 
 _CHUNK = 1 << 20

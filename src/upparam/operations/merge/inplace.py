@@ -34,7 +34,7 @@ from upparam.operations.merge.journal import (
 )
 from upparam.operations.merge.kernel import TILE_ELEMENTS
 from upparam.operations.merge.loaded import matrix_shape
-from upparam.operations.merge.plan import Plan, Work
+from upparam.operations.merge.planned import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples
 from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks
 from upparam.operations.merge.write import Outcome, append_changes, append_copy, place, summary, tasks_with_changes

@@ -17,7 +17,7 @@ from upparam.operations.merge.factors import LowRank
 from upparam.operations.merge.in_float64 import store, too_large
 from upparam.operations.merge.kernel import Scratch, add_low_rank
 from upparam.operations.merge.packing import decode, encode
-from upparam.operations.merge.plan import Piece, Work
+from upparam.operations.merge.planned import Piece, Work
 from upparam.operations.merge.rounding import narrow, widen
 from upparam.tensors import Tensor
 

@@ -13,7 +13,7 @@ from upparam.findings import Finding, info, warning
 from upparam.operations.merge.blocks import Weights
 
 if TYPE_CHECKING:
-    from upparam.operations.merge.plan import Piece, Plan
+    from upparam.operations.merge.planned import Piece, Plan
 
 
 def other_weights(plan: Plan) -> list[Finding]:

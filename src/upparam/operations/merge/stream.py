@@ -17,7 +17,7 @@ from upparam.dtypes import DType
 from upparam.operations.merge.in_float64 import too_large
 from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
-from upparam.operations.merge.plan import Work
+from upparam.operations.merge.planned import Work
 from upparam.operations.merge.rounding import narrow, widen
 from upparam.progress import Progress
 from upparam.sources import FileSource

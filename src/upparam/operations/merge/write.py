@@ -20,7 +20,7 @@ from upparam.containers.writing import make_room, write_at
 from upparam.dtypes import DType
 from upparam.errors import RefusedError, UnreadableError, VerificationError
 from upparam.findings import Finding, info, warning
-from upparam.operations.merge.plan import Plan, Work
+from upparam.operations.merge.planned import Plan, Work
 from upparam.operations.merge.proof import Samples, check_converted, check_samples, check_untouched
 from upparam.operations.merge.rounding import NO_INFINITY
 from upparam.operations.merge.stream import (
