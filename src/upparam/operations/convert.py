@@ -28,6 +28,7 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
 from upparam.tensors import same_bits
+from upparam.wording import counted
 
 WRITERS: dict[str, str] = {
     "safetensors": "upparam.containers.safetensors:write",
@@ -102,7 +103,7 @@ def write_adapter(
     if adapter.leftovers:
         shown = ", ".join(list(adapter.leftovers)[:5]) + (" ..." if len(adapter.leftovers) > 5 else "")
         raise RefusedError(
-            f"{len(adapter.leftovers)} tensors that no rule of {adapter.dialect} explains would be lost",
+            f"{counted(len(adapter.leftovers), 'tensor')} that no rule of {adapter.dialect} explains would be lost",
             file=adapter.files[0] if adapter.files else None,
             found=shown,
             remedy="give them up with --drop leftovers",

@@ -30,6 +30,7 @@ from upparam.operations.explaining import WEIGHTS
 from upparam.operations.kinds import classify
 from upparam.operations.kinds_other import other
 from upparam.operations.opening import Candidate, Siblings, group, tensor_files
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     from upparam.containers.lookalikes import LookAlike
@@ -318,7 +319,7 @@ def describe(report: AdapterReport, adapter: Adapter, subject: str) -> None:
     if adapter.leftovers:
         shown = ", ".join(list(adapter.leftovers)[:3])
         report.findings.append(
-            warning("leftovers", subject, f"{len(adapter.leftovers)} tensors that no rule of the dialect explains", shown)
+            warning("leftovers", subject, f"{counted(len(adapter.leftovers), 'tensor')} that no rule of the dialect explains", shown)
         )
 
 

@@ -18,6 +18,7 @@ from upparam.operations.inspect import ModuleStats, inspect_modules
 from upparam.operations.named_base import fit
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
+from upparam.wording import counted
 
 SCALE_LOW, SCALE_HIGH = 1 / 64, 64.0
 """Effective scales outside this range are reported: trainers' defaults lie between 1/32 (alpha 1, rank 32) and 20 (old MLX)."""
@@ -87,7 +88,9 @@ def _completeness(adapter: Adapter, subject: str) -> list[Finding]:
         findings.append(error("no-deltas", subject, "no delta can be read from it: there is nothing to apply"))
     if adapter.leftovers:
         shown = ", ".join(list(adapter.leftovers)[:5])
-        findings.append(error("leftovers", subject, f"{len(adapter.leftovers)} tensors that no rule of {adapter.dialect} explains", shown))
+        findings.append(
+            error("leftovers", subject, f"{counted(len(adapter.leftovers), 'tensor')} that no rule of {adapter.dialect} explains", shown)
+        )
     dtypes = adapter.dtypes()
     if len(dtypes) > 1:
         findings.append(
