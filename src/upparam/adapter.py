@@ -137,6 +137,12 @@ class Adapter:
         found |= {f"{extra.kind.value}:{extra.name}": extra.tensor for extra in self.extras}
         return found | {f"leftover:{name}": tensor for name, tensor in self.leftovers.items()}
 
+    def hold_under(self, reason: str, subject: str, *evidence: str) -> None:
+        """Note a condition under which the deltas hold, and say it of `subject`; each once."""
+        if reason not in self.conditions:
+            self.conditions.append(reason)
+            self.findings.append(warning("condition", subject, reason, *evidence))
+
     def save(self, out: Any, dialect: str | None = None, **options: Any) -> Any:
         """Write the adapter to `out` in `dialect` (that of its files when None); see `upparam.operations.convert.write_adapter`."""
         from upparam.operations.convert import write_adapter

@@ -7,7 +7,6 @@ src/peft/utils/other.py (get_pattern_key).
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,11 +15,11 @@ from upparam.adapter import Adapter
 from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.containers.base import TensorFile
+from upparam.dialects import peft_config
 from upparam.dialects.carried import ADAPTER_CONFIG
 from upparam.dialects.peft_check import contradictions, magnitudes_missing
 from upparam.dialects.words import alpha_for
 from upparam.errors import MalformedError
-from upparam.findings import warning
 
 CLIP = "text_model."
 """In front of CLIP's modules in files and in transformers before 5; from 5 on the modules themselves go without it."""
@@ -52,13 +51,10 @@ def scaling_of(config: Mapping[str, Any], component: str, module: str, rank: int
 
 
 def _patterned(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's path (peft src/peft/utils/other.py get_pattern_key)."""
+    """The value of the first pattern that matches the end of the module's path, with or without CLIP's prefix, as it stands there."""
     for pattern, value in (patterns or {}).items() if isinstance(patterns, Mapping) else ():
-        try:
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, module.removeprefix(CLIP))):
-                return value
-        except re.error:
-            continue
+        if any(peft_config.matches(pattern, name) for name in (module, module.removeprefix(CLIP))):
+            return value
     return default
 
 
@@ -78,8 +74,7 @@ def hold_against(config: Mapping[str, Any], adapter: Adapter, deltas: Mapping[st
         }
         adapter.findings += contradictions(f"{subject} ({ADAPTER_CONFIG}, {component})", {**own, "peft_type": "LORA"}, factors)
         for reason in magnitudes_missing(own, factors):
-            adapter.conditions.append(reason)
-            adapter.findings.append(warning("condition", subject, reason))
+            adapter.hold_under(reason, subject)
 
 
 def written(deltas: Mapping[str, Delta], biases: Collection[str] = ()) -> dict[str, Any]:

@@ -90,8 +90,7 @@ class GgufLora:
         _place(adapter, deltas, experts, norms, options)
         if _INVOCATION in file.metadata:
             reason = "it is active only behind its invocation tokens (activated LoRA)"
-            adapter.conditions.append(reason)
-            adapter.findings.append(warning("condition", file.name, reason, f"{_INVOCATION} {file.metadata[_INVOCATION][:60]}"))
+            adapter.hold_under(reason, file.name, f"{_INVOCATION} {file.metadata[_INVOCATION][:60]}")
         return adapter
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:

@@ -76,8 +76,7 @@ class LyCORIS(Kohya):
             if all(word in group for pair in _OLD_GLORA for word in pair):
                 remember(adapter.spelling, "glora", module, "old" if lycoris_words.is_old_glora(group) else "new")
         if any(isinstance(delta, TLoRA) for delta in adapter.deltas.values()):
-            adapter.conditions.append(REASON)
-            adapter.findings.append(warning("condition", bundle.main.name, REASON))
+            adapter.hold_under(REASON, bundle.main.name)
         _note_scales(adapter, bundle.main.name)
         return adapter
 

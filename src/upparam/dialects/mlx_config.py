@@ -6,7 +6,7 @@ a module without room are left out in silence).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from upparam.adapter import Adapter
@@ -20,7 +20,7 @@ _FIRST = "first layer"
 """Spelling: the first layer with factors, which the config's `num_layers` reaches; how many there are in all it does not say."""
 
 
-def note_layers(adapter: Adapter, modules: Mapping[str, Any]) -> None:
+def note_layers(adapter: Adapter, modules: Iterable[str]) -> None:
     """Remember which layers the source's config was for."""
     layers = _touched(modules)
     if layers:
@@ -96,7 +96,7 @@ def _named(keys: Any, module: str) -> bool:
     return module in keys or (match is not None and match.group(3) in keys)
 
 
-def _touched(modules: Mapping[str, Any] | Sequence[str]) -> list[int]:
+def _touched(modules: Iterable[str]) -> list[int]:
     return [int(match.group(2)) for name in modules if (match := _LAYER.fullmatch(name))]
 
 

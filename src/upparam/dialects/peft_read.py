@@ -241,9 +241,7 @@ def explain(adapter: Adapter, member: Member) -> None:
             warning("old-form", subject, "a MergedLinear adapter of PEFT before 0.3, which today's PEFT does not load", "enable_lora in the config")
         )  # fmt: skip
     for reason in (*peft_config.conditions(config), *magnitudes_missing(config, names.factors)):
-        if reason not in adapter.conditions:
-            adapter.conditions.append(reason)
-            adapter.findings.append(warning("condition", subject, reason))
+        adapter.hold_under(reason, subject)
     adapter.findings += contradictions(subject, config, names.factors)
 
 

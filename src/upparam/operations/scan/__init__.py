@@ -41,8 +41,12 @@ def _inside(folder: Path, recursive: bool) -> Iterator[Path | FileScan]:
     except OSError as problem:
         yield FileScan(folder, unreadable=True, findings=[error("unreadable", folder.name, problem.strerror or str(problem))])
         return
-    folders = [member for member in members if member.is_dir()]
-    yield from (member for member in members if member not in folders)
+    folders: list[Path] = []
+    for member in members:
+        if member.is_dir():
+            folders.append(member)
+        else:
+            yield member
     for member in folders:
         if member.is_symlink():
             said = "a link to a folder, which is not followed; scan its target"
