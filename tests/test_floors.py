@@ -15,6 +15,7 @@ FLOORS = [
     {
         "arrays",
         "dtypes",
+        "ways",
         "sources",
         "tensors",
         "carrying",

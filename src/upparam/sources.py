@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from upparam import ways
 from upparam.errors import MalformedError, UnreadableError
 
 
@@ -53,6 +54,10 @@ class FileSource:
         """The open descriptor and where in it `size` bytes from `offset` begin, for callers that read by themselves."""
         self._check(offset, size)
         return self.fileno(), self.start + offset
+
+    def way(self, offset: int, size: int) -> ways.Way:
+        """The way to `size` bytes from `offset`."""
+        return ways.lying(((*self.place(offset, size), size),))
 
     def span(self, offset: int, size: int) -> FileSource:
         """A narrower span of the same file."""

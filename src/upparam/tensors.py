@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from upparam import ways
 from upparam.arrays import doubles, gathered, held, same_words, scratch
 from upparam.dtypes import STRUCT_CODES, DType, dtype_of
 from upparam.errors import MalformedError
@@ -63,6 +64,19 @@ class LyingSource(JoinedSource):
             if low < high:
                 part.source.readinto(part.offset + low - at, buffer[low - start : high - start])  # type: ignore[attr-defined]
             at += part.nbytes
+
+    def way(self, offset: int, size: int) -> ways.Way | None:
+        """The way to all bytes, where each part lies in a file; none to some of them."""
+        if (offset, size) != (0, self.size):
+            return None
+        spans: list[ways.Span] = []
+        for part in self.parts:
+            told = getattr(part.source, "way", None)
+            own = ways.spans_of(None if told is None else told(part.offset, part.nbytes))
+            if own is None:
+                return None
+            spans += own
+        return ways.lying(spans)
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ def test_turns_and_kronecker_products_follow_swapped_halves(tmp_path: Path) -> N
     """The original FLUX has shift and scale of its last norm the other way round."""
     out, into = specimens.module("flux.1-dev", NORM_OUT).canonical
     order = layout(inventory.load("flux.1-dev"), "comfyui").places[NORM_OUT].part.order
-    rows = order.foreign_rows(out)
+    rows = list(order.foreign_rows(out))
     turn = DiagOFT(values((out // 8, 8, 8), "blocks"), constraint=0.001)
     product = LoKr(w1=values((8, 8), "w1"), w2=values((out // 8, into // 8), "w2"), scaling=Scaling(alpha=1.0))
     product = replace(product, scaling=Scaling())

@@ -5,17 +5,20 @@ Nothing is computed when the parts share their down factor: `up` is cut and stac
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from math import isclose
+from functools import lru_cache
+from math import isclose, prod
 from typing import TYPE_CHECKING, Any
 
+from upparam import ways
 from upparam.algorithms import TITLES, called
 from upparam.algorithms.base import BAKED, Delta, FactorChange, ScaleRule, Scaling, Update
 from upparam.algorithms.lora import LoRA
 from upparam.errors import Problem, RefusedError
-from upparam.tensors import Tensor, same_bits
+from upparam.sources import ComputedSource
+from upparam.tensors import Tensor, lies_as_wanted, same_bits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,12 +193,52 @@ def whole_blocks(rows: Sequence[int] | NDArray[Any], size: int) -> list[int] | N
 
 
 def take_rows(tensor: Tensor, rows: Sequence[int] | NDArray[Any]) -> Tensor:
-    """The tensor whose row i is `tensor`'s row `rows[i]`: stacked views where few runs suffice, else computed when read."""
-    index = [int(row) for row in rows]
-    breaks = [0, *(at for at in range(1, len(index)) if index[at] != index[at - 1] + 1), len(index)]
-    if len(breaks) <= 5:
-        return stack([tensor.rows(index[low], index[high - 1] + 1) for low, high in pairwise(breaks)])
-    return Tensor.computed(tensor.dtype, (len(index), *tensor.shape[1:]), lambda: tensor.read()[index], tensor.source.name)
+    """The tensor whose row i is `tensor`'s row `rows[i]`: stacked views where few runs suffice, else put together when read."""
+    runs, order = _runs(tuple(map(int, rows)))
+    if len(runs) <= _FEW:
+        return stack([tensor.rows(low, high) for low, high in runs])
+    shape = (len(order), *tensor.shape[1:])
+    return Tensor(tensor.dtype, shape, _Picked(tensor, order, prod(shape) * tensor.dtype.itemsize))
+
+
+_FEW = 4
+"""Runs of rows that are views laid one after the other."""
+
+
+@lru_cache(maxsize=16)
+def _runs(rows: tuple[int, ...]) -> tuple[list[tuple[int, int]], array[int]]:
+    """(first row and the one behind the last of each run of rows that follow each other, at most one run too many; all rows).
+
+    Kept: every layer of a model has its rows in one of a few orders.
+    """
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        elif len(runs) > _FEW:
+            break
+        else:
+            runs.append((row, row + 1))
+    return runs, array("I", rows)
+
+
+class _Picked(ComputedSource):
+    """Rows of a tensor in an order of their own."""
+
+    def __init__(self, tensor: Tensor, order: array[int], size: int) -> None:
+        super().__init__(size, lambda: tensor.read()[order].tobytes(), tensor.source.name)
+        self._tensor, self._order = tensor, order
+
+    def way(self, offset: int, size: int) -> ways.Way | None:
+        """The way to all rows, where the tensor lies in a file; none to some of them."""
+        told, tensor = getattr(self._tensor.source, "way", None), self._tensor
+        if (offset, size) != (0, self.size) or told is None or not lies_as_wanted(tensor) or self._order.itemsize != ways.NUMBER:
+            return None
+        own = ways.spans_of(told(tensor.offset, tensor.nbytes))
+        if own is None or len(own) != 1 or not tensor.nbytes:
+            return None
+        descriptor, at, _ = own[0]
+        return ways.picked(descriptor, at, tensor.shape[0], tensor.nbytes // tensor.shape[0], self._order)
 
 
 def stack(parts: Sequence[Tensor]) -> Tensor:

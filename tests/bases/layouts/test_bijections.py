@@ -63,7 +63,7 @@ def test_colliding_names_are_refused() -> None:
 
 @pytest.mark.parametrize("order", [SWAP, Order("rope", 4), Order("groups", 2, 4), Order("groups", 8, 1)])
 def test_orders_are_permutations_with_their_inverse(order: Order) -> None:
-    forward, back = order.foreign_rows(96), order.reference_rows(96)
+    forward, back = np.array(order.foreign_rows(96)), np.array(order.reference_rows(96))
     assert sorted(forward) == list(range(96)) and (forward[back] == np.arange(96)).all()
     assert (forward != np.arange(96)).any()
     with pytest.raises(MalformedError, match="rearranged"):

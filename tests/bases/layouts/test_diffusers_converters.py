@@ -26,7 +26,7 @@ def numbered(one: LayoutMap, component: str, prefix: str = "") -> tuple[dict[str
             rows = torch.arange(at, at + part.shape[0], dtype=torch.int64)[:, None].expand(-1, part.shape[1] if part.transposed else 1)
             at += part.shape[0]
             reference[part.module[len(component) :] + ".weight"] = rows
-            stacked.append(rows[torch.from_numpy(part.order.foreign_rows(part.shape[0]))])
+            stacked.append(rows[list(part.order.foreign_rows(part.shape[0]))])
         weight = torch.cat(stacked)
         foreign[prefix + one.tensor_name(name)] = weight.T if parts[0].transposed else weight
     return reference, foreign

@@ -54,7 +54,7 @@ def test_rotary_halves_are_interleaved(name: str, module: str, heads: int) -> No
     rows = np.arange(part.shape[0])
     # convert_hf_to_gguf.py LlamaModel.permute
     expected = rows.reshape(heads, 2, part.shape[0] // heads // 2).swapaxes(1, 2).reshape(-1)
-    assert (part.order.foreign_rows(part.shape[0]) == expected).all()
+    assert (np.array(part.order.foreign_rows(part.shape[0])) == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_fused_qkv_is_regrouped(name: str, module: str, groups: int, per_group: 
     qkv = np.arange(part.shape[0]).reshape(groups, per_group + 2, -1)
     # convert_hf_to_gguf.py FalconModel, BloomModel, GPTNeoXModel modify_tensors
     expected = np.concatenate([qkv[:, :-2].reshape(-1), qkv[:, [-2]].reshape(-1), qkv[:, [-1]].reshape(-1)])
-    assert (part.order.foreign_rows(part.shape[0]) == expected).all()
+    assert (np.array(part.order.foreign_rows(part.shape[0])) == expected).all()
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma-2-2b", "phi-3-mini", "gpt2"])

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 from upparam.bases.base import Base, Module
 from upparam.errors import MalformedError
 from upparam.patterns import regex
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -34,32 +30,40 @@ class Order:
         """True when the rows lie as in the reference."""
         return self.kind == "same"
 
-    def foreign_rows(self, rows: int) -> NDArray[np.int64]:
-        """For each row of the foreign weight, the reference row it is: shape (rows,). Raises MalformedError when rows do not divide."""
-        import numpy as np
+    def foreign_rows(self, rows: int) -> tuple[int, ...]:
+        """For each row of the foreign weight, the reference row it is. Raises MalformedError when rows do not divide."""
+        return _foreign_rows(self, rows)
 
-        index = np.arange(rows, dtype=np.int64)
-        if self.kind == "same":
-            return index
-        parts = {"swap": 2, "rope": 2 * self.heads, "groups": self.heads * (self.per_group + 2)}[self.kind]
-        if not parts or rows % parts:
-            raise MalformedError(f"rows that cannot be rearranged by '{self.kind}'", expected=f"a multiple of {parts}", found=rows)
-        found: NDArray[np.int64]
-        if self.kind == "swap":
-            found = np.roll(index, rows // 2)
-        elif self.kind == "rope":
-            found = index.reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
-        else:
-            blocks = index.reshape(self.heads, self.per_group + 2, -1)
-            found = np.concatenate([part.reshape(-1) for part in (blocks[:, : self.per_group], blocks[:, -2], blocks[:, -1])])
-        return found
-
-    def reference_rows(self, rows: int) -> NDArray[np.int64]:
+    def reference_rows(self, rows: int) -> tuple[int, ...]:
         """For each row of the reference weight, the foreign row it is: the inverse of `foreign_rows`."""
-        import numpy as np
+        return _reference_rows(self, rows)
 
-        found: NDArray[np.int64] = np.argsort(self.foreign_rows(rows))
-        return found
+
+@lru_cache(maxsize=64)
+def _foreign_rows(order: Order, rows: int) -> tuple[int, ...]:
+    """Made once for all layers of a model."""
+    if order.plain:
+        return tuple(range(rows))
+    heads, group = order.heads, order.per_group + 2
+    parts = {"swap": 2, "rope": 2 * heads, "groups": heads * group}[order.kind]
+    if not parts or rows % parts:
+        raise MalformedError(f"rows that cannot be rearranged by '{order.kind}'", expected=f"a multiple of {parts}", found=rows)
+    size = rows // parts
+    if order.kind == "swap":
+        return (*range(size, rows), *range(size))
+    if order.kind == "rope":
+        return tuple(row for start in range(0, rows, 2 * size) for first in range(start, start + size) for row in (first, first + size))
+    blocks = [
+        *(head * group + query for head in range(heads) for query in range(order.per_group)),
+        *(head * group + order.per_group + other for other in range(2) for head in range(heads)),
+    ]
+    return tuple(row for block in blocks for row in range(block * size, (block + 1) * size))
+
+
+@lru_cache(maxsize=64)
+def _reference_rows(order: Order, rows: int) -> tuple[int, ...]:
+    foreign = _foreign_rows(order, rows)
+    return tuple(sorted(range(rows), key=foreign.__getitem__))
 
 
 SAME = Order()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from upparam import ways
 from upparam._native import wanted
 from upparam.arrays import singles
 from upparam.dtypes import DType
@@ -29,10 +30,14 @@ Fill = Callable[[int, int, memoryview], None]
 class RowSource:
     """`rows` rows of `width` bytes each, made by `fill` when they are read, and made anew at each read."""
 
-    def __init__(self, rows: int, width: int, fill: Fill, name: str) -> None:
+    def __init__(self, rows: int, width: int, fill: Fill, name: str, told: Callable[[], ways.Way | None] | None = None) -> None:
         self.size, self.name = rows * width, name
-        self._width, self._fill = width, fill
+        self._width, self._fill, self._told = width, fill, told
         self.piece = max(1, _PIECE // width) * width
+
+    def way(self, offset: int, size: int) -> ways.Way | None:
+        """The way to all rows, where their bytes are those of files; none to some of them."""
+        return None if self._told is None or (offset, size) != (0, self.size) else self._told()
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`."""
@@ -59,8 +64,6 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
 
     Without factors the bits stay, and all must be of `dtype`. Raises RefusedError, when read, where a finite value becomes too large.
     """
-    import numpy as np
-
     if not all(lies_as_wanted(part) for part in parts):
         shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
         return Tensor.computed(
@@ -70,6 +73,8 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
     width = sum(ranks) * dtype.itemsize
 
     def fill(start: int, stop: int, buffer: memoryview) -> None:
+        import numpy as np
+
         at, count = 0, stop - start
         for number, (part, rank) in enumerate(zip(parts, ranks, strict=True)):
             values = _elements(part, start * rank, count * rank)
@@ -85,7 +90,17 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
             np.ndarray((count,), item, buffer, at, (width,))[...] = values.view(item)
             at += item.itemsize
 
-    return Tensor(dtype, (rows, sum(ranks)), RowSource(rows, width, fill, "combined up"))
+    def told() -> ways.Way | None:
+        spans: list[ways.Span] = []
+        for part, rank in zip(parts, ranks, strict=True):
+            own = ways.spans_of(part.source.way(part.offset, part.nbytes) if hasattr(part.source, "way") else None)
+            if own is None or len(own) != 1:
+                return None
+            descriptor, at, _ = own[0]
+            spans.append((descriptor, at, rank * dtype.itemsize))
+        return ways.beside(rows, spans)
+
+    return Tensor(dtype, (rows, sum(ranks)), RowSource(rows, width, fill, "combined up", told if factors is None else None))
 
 
 def _refuse_overflow(values: NDArray[Any], factor: float, dtype: DType) -> None:
@@ -101,14 +116,14 @@ def _refuse_overflow(values: NDArray[Any], factor: float, dtype: DType) -> None:
 
 def widened(tensor: Tensor, dtype: DType) -> Tensor:
     """The same values in a dtype that holds them all."""
-    import numpy as np
-
     if tensor.dtype == dtype:
         return tensor
     if not lies_as_wanted(tensor):
         return Tensor.computed(dtype, tensor.shape, lambda: _times(tensor.read(), None, dtype), tensor.source.name)
 
     def fill(start: int, stop: int, buffer: memoryview) -> None:
+        import numpy as np
+
         values = _elements(tensor, start, stop - start)
         if not _spread(buffer, 0, len(buffer), values, len(values), 1.0, dtype):
             np.frombuffer(buffer, dtype.numpy)[:] = _times(values, None, dtype)

@@ -62,7 +62,7 @@ class Located:
             )  # fmt: skip
         if place.rows is not None:
             tensor = tensor.rows(*place.rows)
-        return tensor if place.order.plain else take_rows(tensor, place.order.reference_rows(tensor.shape[0]).tolist())
+        return tensor if place.order.plain else take_rows(tensor, place.order.reference_rows(tensor.shape[0]))
 
 
 class Pair(NamedTuple):
