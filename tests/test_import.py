@@ -51,6 +51,10 @@ def test_converting_bits_loads_nothing_that_computes(tmp_path: Path) -> None:
     )
 
 
+def test_combining_loads_numpy_only_to_compute() -> None:
+    assert "numpy" not in loaded_after("import upparam.operations.combine, upparam.cli.combine")
+
+
 @pytest.mark.parametrize("name", upparam.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(upparam, name) is not None

@@ -22,7 +22,6 @@ from upparam.operations.combine.exact import Sum, concatenated, orthogonal, to_c
 from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
 from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
 from upparam.operations.convert import write_adapter
-from upparam.operations.merge.planned import BlockWeight
 from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.resize import cut_job, cuttable, nothing_left
@@ -34,6 +33,7 @@ from upparam.wording import at_least, at_most
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
+    from upparam.operations.merge.planned import BlockWeight
 
 
 @dataclass(frozen=True)

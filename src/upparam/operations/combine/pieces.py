@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from upparam.adapter import Adapter, Extra, Target
 from upparam.algorithms import called
@@ -12,10 +13,12 @@ from upparam.algorithms.base import Delta, ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.dtypes import DTYPES
 from upparam.errors import MismatchError, RefusedError
-from upparam.operations.merge.planned import BlockWeight
 from upparam.operations.recast import multiplied
 from upparam.operations.resize import Job, jobs_of
 from upparam.tensors import same_bits
+
+if TYPE_CHECKING:
+    from upparam.operations.merge.planned import BlockWeight
 
 Weighted = tuple[Adapter, float]
 """An adapter and the multiplier on top of its own scale."""
