@@ -192,10 +192,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_conv1d_comes_out_transposed(tmp_path: Path) -> None:
-    """GPT-2 stores (in, out): the adapter's factors are those of the weight as (out, in)."""
+    """GPT-2 stores (in, out): the adapter's factors are those of the weight as (out, in), of square ones too."""
     random = np.random.default_rng(0)
-    names = ("h.0.attn.c_attn", "h.0.mlp.c_fc", "h.0.mlp.c_proj")
-    shapes = ((128, 384), (128, 512), (512, 128))
+    names = ("h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj")
+    shapes = ((128, 384), (128, 128), (128, 512), (512, 128))
     arrays = {f"{name}.weight": random.standard_normal(shape).astype(np.float32) * 0.02 for name, shape in zip(names, shapes, strict=True)}
     base = save(tmp_path / "base" / "model.safetensors", arrays)
     (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2"}')

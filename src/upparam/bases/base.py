@@ -26,11 +26,14 @@ class Module(NamedTuple):
     bias: bool = False
 
     @property
+    def swapped(self) -> bool:
+        """Whether the weight is stored with its first two axes the other way round: a Conv1D (GPT-2), a transposed convolution."""
+        return self.kind == "Conv1D" or self.kind.startswith("ConvTranspose")
+
+    @property
     def canonical(self) -> tuple[int, ...]:
-        """The weight shape as (out, in, *kernel). A Conv1D (GPT-2) and transposed convolutions are stored with the first two swapped."""
-        if self.kind == "Conv1D" or self.kind.startswith("ConvTranspose"):
-            return (self.shape[1], self.shape[0], *self.shape[2:])
-        return self.shape
+        """The weight shape as (out, in, *kernel)."""
+        return (self.shape[1], self.shape[0], *self.shape[2:]) if self.swapped else self.shape
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _lying(base: Base, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict
         if place is None:
             continue
         part = place.part
-        transposed = part.transposed or (name == "reference" and module.canonical != module.shape)
+        transposed = part.transposed or (name == "reference" and module.swapped)
         for parameter in _PARAMETERS:
             owner, _, leaf = one.tensor_name(place.foreign, parameter).rpartition(".")
             lying = Lying("", part.span, part.order, transposed and parameter == "weight")
