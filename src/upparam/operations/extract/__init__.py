@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,7 @@ def extracted(
             f"{len(full)} differences have no low rank: more values lie above the rounding noise than an adapter is worth", file=tuned.path,
             tensor=full[0], found=_listed(full), remedy="give --rank, --energy or --error as a limit, or leave them out with --skip",
         )  # fmt: skip
+    _whole_modules(adapter)
     _leftover(adapter, pairing)
     adapter.findings += _findings(result, pairing, tuned, base)
     if not adapter.deltas and not adapter.extras:
@@ -164,6 +165,15 @@ def extracted(
             remedy="see what the models are with 'upparam identify'",
         )  # fmt: skip
     return Extraction(adapter, pairing.base, result.modules, result.below, unchanged)
+
+
+def _whole_modules(adapter: Adapter) -> None:
+    """A bias whose weight is saved whole (a norm's) belongs to that saved module: it is none that was trained beside factors."""
+    saved = {extra.name.rpartition(".")[0] for extra in adapter.extras if extra.kind is ExtraKind.SAVED_MODULE}
+    adapter.extras = [
+        replace(extra, kind=ExtraKind.SAVED_MODULE) if extra.kind is ExtraKind.BIAS and extra.name.rpartition(".")[0] in saved else extra
+        for extra in adapter.extras
+    ]
 
 
 def _leftover(adapter: Adapter, pairing: Pairing) -> None:
