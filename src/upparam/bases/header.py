@@ -71,6 +71,9 @@ def base_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, config: Mapping[s
         evidence.append(f"{len(packed)} weights are stored quantised, so their shapes do not show")
     found = [module._replace(path=with_text_model(module.path)) for module in found]
     known = _same_as_inventory(found, packed) or _in_a_layout(shapes, found)
+    resized = None if known is not None else _of_other_widths(shapes)
+    if resized is not None:
+        return Base(name or "unnamed", resized.modules, resized.family, (*evidence, *resized.evidence), dict(config))
     if known is not None:
         return Base(known.name, known.modules, known.family, (*evidence, *known.evidence))
     if packed and not found:
@@ -205,6 +208,31 @@ def _in_a_layout(shapes: Mapping[str, tuple[int, ...]], modules: list[Module]) -
     _, name, base = best
     facts = (f"names and shapes are those of {base.name} in layout {name}: its reference names, order and classes are used",)
     return Base(base.name, base.modules, base.family, facts)
+
+
+def _of_other_widths(shapes: Mapping[str, tuple[int, ...]]) -> Base | None:
+    """A Stable Diffusion of other widths in a single file, with the file's shapes: an inventory that names every weight of its UNet and has few more."""
+    from upparam.bases import layouts
+
+    denoiser = {name for name in shapes if name.startswith("model.diffusion_model.") and name.endswith(".weight")}
+    if not any(name.startswith("model.diffusion_model.input_blocks.") for name in denoiser):
+        return None
+    best: tuple[int, Base] | None = None
+    for known in ("sd1.5", "sd2", "sdxl", "sdxl-refiner"):
+        base = inventory.load(known)
+        there = layouts.layout(base, "sgm" if known.startswith("sdxl") else "ldm")
+        mine: dict[str, tuple[int, ...]] = {}
+        for foreign, parts in there.foreign.items():
+            shape = shapes.get(there.tensor_name(foreign))
+            if shape and shape[0] % len(parts) == 0 and not any(part.transposed for part in parts):
+                mine |= {part.module: (shape[0] // len(parts), *shape[1:]) for part in parts}
+        wanted = sum(module.path.startswith("unet.") for module in base.modules)
+        held = sum(path.startswith("unet.") for path in mine)
+        if held == len(denoiser) >= 0.9 * wanted and (best is None or len(mine) > best[0]):
+            modules = tuple(module._replace(shape=mine[module.path]) for module in base.modules if module.path in mine)
+            fact = f"names are those of {known} in layout {there.name}, shapes are others: its reference names, order and classes are used"
+            best = len(mine), Base(known, modules, base.family, (fact,))
+    return None if best is None else best[1]
 
 
 def _fitting(layout: LayoutMap, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -13,15 +13,15 @@ from upparam.bases.layouts.mmdit import sd3
 from upparam.bases.layouts.unet import ldm_unet
 
 _DENOISER = "model.diffusion_model."
-_CLIP_L_WIDTH = 768
+_CLIP_L_LAYERS = 12
 
 
 def ldm(base: Base) -> LayoutMap | None:
-    """Stable Diffusion 1 and 2 single files. SD1 keeps CLIP-L's own names, SD2 holds OpenCLIP's."""
-    embedding = base.by_path.get("text_encoder.text_model.embeddings.token_embedding")
-    if not has(base, "unet.down_blocks.") or embedding is None or has(base, "text_encoder_2."):
+    """Stable Diffusion 1 and 2 single files. SD1 keeps CLIP-L's own names, SD2 holds OpenCLIP's (a deeper one, of which 23 layers are used)."""
+    embedding = "text_encoder.text_model.embeddings.token_embedding"
+    if not has(base, "unet.down_blocks.") or embedding not in base.by_path or has(base, "text_encoder_2."):
         return None
-    clip_l = embedding.shape[1] == _CLIP_L_WIDTH
+    clip_l = not has(base, f"text_encoder.text_model.encoder.layers.{_CLIP_L_LAYERS}.")
     text = under("cond_stage_model.transformer.", same) if clip_l else under("cond_stage_model.model.", OPEN_CLIP)
     return assemble("ldm", base, [Component("unet.", under(_DENOISER, ldm_unet(base))), Component("text_encoder.", text)])
 

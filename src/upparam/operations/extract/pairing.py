@@ -103,9 +103,13 @@ class Pairing:
 
 
 def locate(checkpoint: Checkpoint) -> Located:
+    """A checkpoint under the names of the base that it is of."""
+    return _under(checkpoint, base_from_shapes(checkpoint.shapes, config=checkpoint.config, name=str(checkpoint.path)))
+
+
+def _under(checkpoint: Checkpoint, base: Base) -> Located:
     """The naming that finds most of the base's modules in the checkpoint."""
     shapes = checkpoint.shapes
-    base = base_from_shapes(shapes, config=checkpoint.config, name=str(checkpoint.path))
     best: dict[tuple[str, str], Lying] = {}
     for name in ("reference", *available(base)[1:]):
         found = _lying(base, name, shapes)
@@ -114,6 +118,16 @@ def locate(checkpoint: Checkpoint) -> Located:
         if sum(parameter == "weight" for _, parameter in best) == len(base.modules):
             break
     return Located(checkpoint, base, best)
+
+
+def _both(tuned: Checkpoint, base: Checkpoint) -> tuple[Located, Located]:
+    """Both located, each by itself, or where that gives them no module in common, one of them by a naming of what the other holds."""
+    one, other = locate(tuned), locate(base)
+    if one.places.keys() & other.places.keys():
+        return one, other
+    candidates = [(one, _under(base, one.base)), (_under(tuned, other.base), other)]
+    best = max(candidates, key=lambda found: len(found[0].places.keys() & found[1].places.keys()))
+    return best if best[0].places.keys() & best[1].places.keys() else (one, other)
 
 
 def _lying(base: Base, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[str, str], Lying]:
@@ -148,7 +162,7 @@ def pair(tuned: Checkpoint, base: Checkpoint, chosen: Callable[[str], bool], *, 
     Raises MismatchError when they share no module and when a weight has another shape in one of them, RefusedError for quantised weights;
     such weights are `unfit` instead when not `strict`.
     """
-    one, other = locate(tuned), locate(base)
+    one, other = _both(tuned, base)
     pairs = []
     unfit: dict[str, tuple[Tensor, Tensor]] = {}
     for key in one.places:
