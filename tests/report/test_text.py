@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from upparam.findings import warning
 from upparam.report.table import Column, table
-from upparam.report.text import fitted
+from upparam.report.text import finding_lines, fitted
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
 
@@ -113,3 +114,17 @@ def test_a_table_says_once_what_is_the_same_in_every_row() -> None:
 def test_nothing_is_wrapped_or_coloured_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     text = "note: " + "word " * 60
     assert fitted(text) == text
+
+
+def test_what_is_said_alike_of_many_is_one_line() -> None:
+    def alike(count: int) -> list[str]:
+        return finding_lines([warning("given-up", f"norm{number}", "bias given up") for number in range(count)])
+
+    assert alike(3) == [f"warning: norm{number}: bias given up" for number in range(3)]
+    assert alike(1200) == ["warning: norm0, norm1 and 1,198 more: bias given up"]
+    mixed = [
+        warning("a", "one", "told", "why"),
+        *(warning("b", f"norm{number}", "kept", "so") for number in range(4)),
+        warning("a", "two", "told", "how"),
+    ]
+    assert finding_lines(mixed) == ["warning: one: told [why]", "warning: norm0, norm1 and 2 more: kept [so]", "warning: two: told [how]"]

@@ -12,18 +12,29 @@ from upparam.patterns import regex
 MARKS = {Severity.INFO: "note", Severity.WARNING: "warning", Severity.ERROR: "ERROR"}
 _UNSAFE = regex("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 _COLOURS = {"ERROR:": "1;31", "warning:": "33", "note:": "2"}
+_ONE_BY_ONE = 3
+"""Findings in the same words that have a line each; more share one."""
 _NARROWEST = 40
 """Columns below which nothing is wrapped: no person reads there."""
 
 
 def finding_lines(findings: Iterable[Finding], within: str = "") -> list[str]:
-    """One line a finding: severity, subject, message, confidence, and its evidence. The subject is left out where it is `within`."""
-    lines = []
+    """One line a finding: severity, subject, message, confidence, and its evidence. The subject is left out where it is `within`.
+
+    What is said in the same words of many subjects is one line.
+    """
+    alike: dict[tuple[object, ...], list[Finding]] = {}
     for finding in findings:
-        about = "" if finding.subject == within else f"{finding.subject}: "
-        sure = f" (confidence {finding.confidence:.0%})" if finding.confidence is not None else ""
-        evidence = f" [{'; '.join(finding.evidence)}]" if finding.evidence else ""
-        lines.append(one_line(f"{MARKS[finding.severity]}: {about}{finding.message}{sure}{evidence}"))
+        alike.setdefault((finding.severity, finding.message, finding.confidence, finding.evidence), []).append(finding)
+    lines = []
+    for group in alike.values():
+        few = len(group) <= _ONE_BY_ONE
+        for finding in group if few else group[:1]:
+            about = "" if finding.subject == within else f"{finding.subject}: "
+            about = about if few else f"{finding.subject}, {group[1].subject} and {len(group) - 2:,} more: "
+            sure = f" (confidence {finding.confidence:.0%})" if finding.confidence is not None else ""
+            evidence = f" [{'; '.join(finding.evidence)}]" if finding.evidence else ""
+            lines.append(one_line(f"{MARKS[finding.severity]}: {about}{finding.message}{sure}{evidence}"))
     return lines
 
 
