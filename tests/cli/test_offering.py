@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from upparam.cli import COMMANDS, main
-from upparam.cli.offering import in_its_options
+from upparam.cli.offering import findings_in_its_options, in_its_options
+from upparam.findings import warning
 
 LOHA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 Q = "model.layers.0.self_attn.q_proj"
@@ -101,7 +102,24 @@ def test_what_takes_options_of_convert_is_left_to_it_and_works(
         ("resize", "name them with --target, or give --base",
          "name them with --target, or give --base (to 'upparam convert', and resize what that writes: resize has no such --target)"),
         ("combine", "choose one with --adapter NAME ('upparam convert --adapter NAME')", "choose one with --adapter NAME ('upparam convert --adapter NAME')"),
+        ("resize", "give the rank of the factors with --rank, or --base for its widths",
+         "give the rank of the factors with --rank, or --base for its widths (to 'upparam convert', and resize what that writes: resize has no such --rank)"),
+        ("assemble", "give the rank of the factors with --rank, or --base for its widths", "give the rank of the factors with --rank, or --base for its widths"),
+        ("edit", "choose another dialect: peft holds it as it is", "bring it into another dialect with 'upparam convert': peft holds it as it is"),
+        ("resize", "choose another dialect: peft holds it as it is", "choose another dialect: peft holds it as it is"),
     ],
 )  # fmt: skip
 def test_examples(command: str, said: str, meant: str) -> None:
     assert in_its_options(said, command) == meant
+
+
+def test_what_findings_advise_is_in_the_options_of_the_command_too(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = warning("scale-missing", "a.pt", "no alpha is stored", "give it with --alpha or --scale")
+    assert findings_in_its_options([told], "convert") == [told]
+    assert findings_in_its_options([told], "resize")[0].evidence == ("give it with --scale",)
+    monkeypatch.chdir(files)
+    assert main(["resize", "nameless", "--rank", "2", "--scale", "1", "-o", "out", "--json"]) == 0
+    said = [" ".join(one["evidence"]) for one in json.loads(capsys.readouterr().out)["findings"] if "evidence" in one]
+    assert any("resize has no such --target" in one for one in said)

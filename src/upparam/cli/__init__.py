@@ -169,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _told(args: argparse.Namespace, problem: UpparamError) -> int:
     """Tell a failure in the form asked for; returns its exit code."""
-    if problem.remedy is not None and "--" in problem.remedy and getattr(args, "command", None) in COMMANDS:
+    if problem.remedy is not None and getattr(args, "command", None) in COMMANDS:
         from upparam.cli.offering import in_its_options
 
         problem.remedy = in_its_options(problem.remedy, args.command)

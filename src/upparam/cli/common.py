@@ -120,6 +120,10 @@ def emit_receipt(args: argparse.Namespace, receipt: Receipt) -> int:
     from upparam.findings import exit_code
     from upparam.report.text import finding_lines, one_line
 
+    if any("--" in told for finding in receipt.findings for told in (finding.message, *finding.evidence)):
+        from upparam.cli.offering import findings_in_its_options
+
+        receipt.findings = findings_in_its_options(receipt.findings, args.command)
     if args.json or not args.quiet:
         emit(args, receipt.facts(), lambda: "\n".join(map(one_line, [*finding_lines(receipt.findings), *receipt.lines()])))
     return exit_code(receipt.findings)

@@ -391,7 +391,7 @@ def _headed(
     if not ranked or ranked[0][0] < _CLEAR:
         raise AmbiguousError(
             "headerless factors whose dtype and shape nothing decides", file=next(iter(files.values())).path, found=shown or "no reading fits",
-            remedy="give --rank, or --base for its widths",
+            remedy="give the rank of the factors with --rank, or --base for its widths",
         )  # fmt: skip
     for role, guess in ranked[0][1].items():
         result[role] = raw.as_tensor(roles[role].source, guess)
