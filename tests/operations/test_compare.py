@@ -31,7 +31,7 @@ from upparam.algorithms.slicing import cut
 from upparam.cli import main
 from upparam.errors import RefusedError, UsageError
 from upparam.operations.combine import combine
-from upparam.operations.compare import compare
+from upparam.operations.compare import adapters, compare
 from upparam.operations.compare.module import Alike, compare_deltas
 from upparam.operations.compare.verdict import Comparison, Verdict
 from upparam.operations.edit import edit
@@ -533,3 +533,29 @@ def test_what_rounding_scatters_a_multiplier_by(size: float, shape: tuple[int, i
                     float((((precision.unit * part) ** 2 + precision.step**2) * slope**2).sum()) / 3 / float(np.linalg.norm(up @ down)) ** 4
                 )
         assert Pair(forms[0], forms[1]).sway() == pytest.approx(expected**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", list(SCATTER))
+def test_what_one_module_tells_beforehand_changes_no_verdict(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multiplier of one module spares the others the sums over their elements, unless one of them may have another."""
+    swayed: list[Pair] = []
+    plain = Pair.sway
+    monkeypatch.setattr(Pair, "sway", lambda pair: swayed.append(pair) or plain(pair))
+    step = SCATTER[dtype]
+    spared = 0
+    for seed in range(8):
+        one = various(seed, dtype)
+        own = [0.7] * 6
+        own[seed % 6] *= 1 + 2 * step
+        for numbers in ([0.7] * 6, own, [0.8 * (1 + step * at) for at in range(0, 12, 2)], [1.0, 1 + 2 * step] * 3):
+            other = times(one, numbers, dtype, seed)
+            told, sums = [], []
+            for many in (10**9, 1):
+                monkeypatch.setattr(adapters, "_MANY", many)
+                swayed.clear()
+                kind, found = verdict(one, other)
+                told.append((kind, found.counts(), re.sub(r"within .*", "", found.summary), found.multiplier is None))
+                sums.append(len(swayed))
+            assert told[0] == told[1]
+            spared += sums[0] - sums[1] if numbers == [0.7] * 6 else 0
+    assert spared > 8 * 6 // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from upparam.adapter import Adapter, Extra, Target
@@ -11,7 +11,7 @@ from upparam.algorithms.slicing import join
 from upparam.errors import RefusedError, UpparamError
 from upparam.findings import Finding, warning
 from upparam.operations.compare.module import SAME, Alike, Asked, ModuleComparison, compare_deltas
-from upparam.operations.compare.verdict import Alone, Comparison, ExtraComparison, Verdict, decide
+from upparam.operations.compare.verdict import Alone, Comparison, ExtraComparison, Verdict, decide, one_multiplier
 from upparam.operations.extract.difference import same_weights
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
@@ -20,6 +20,8 @@ from upparam.tensors import same_bits
 Job = tuple[Target, Delta, Delta]
 SHARED = 0.95
 """Overlap of two spaces from which they are called the same: an average angle of 13 degrees."""
+_MANY = 16
+"""Modules from which on one of them is looked at beforehand."""
 Grouped = dict[tuple[str, str], dict[Target, Delta]]
 
 
@@ -42,12 +44,18 @@ def compare_adapters(
     if not jobs and not problems and one.deltas and other.deltas:
         _refuse_strangers(one, other, names)
     sizes = [sum(factor.nbytes for delta in job[1:] for factor in delta.factors().values()) for job in jobs]
-    found = list(in_threads(partial(_compare, Asked(angles)), jobs, sizes, threads, progress))
+    first = _first(jobs, sizes)
+    asked = Asked(angles, expected=None if first is None else first[1].multiplier)
+    found = list(in_threads(partial(_compare, asked), jobs, sizes, threads, progress))
+    if first is not None:
+        found[first[0]] = first[1]
     kinds = {module.alike for module in found}
-    if Alike.EQUAL in kinds and Alike.SCALED in kinds and kinds <= SAME | {Alike.SCALED}:
+    if Alike.SCALED in kinds and kinds <= SAME | {Alike.SCALED}:
         # Whether all share one multiplier takes that of equal ones as exactly as those of the scaled are known.
         sure = partial(_compare, Asked(certain=True))
         found = [sure(job) if module.alike is Alike.EQUAL else module for job, module in zip(jobs, found, strict=True)]
+        if first is not None and not one_multiplier(found):
+            found = [sure(job) if module.alike is Alike.SCALED else module for job, module in zip(jobs, found, strict=True)]
     result = Comparison(
         *names, Verdict.UNDECIDED, "", [*found, *problems], alone, _extras(one, other), dialects=(one.dialect, other.dialect),
         bases=(_base(one), _base(other)),
@@ -55,6 +63,18 @@ def compare_adapters(
     result.findings += _findings(one, other, names, result)
     decide(result)
     return result
+
+
+def _first(jobs: Sequence[Job], sizes: Sequence[int]) -> tuple[int, ModuleComparison] | None:
+    """(place, comparison) of the largest of many modules where its deltas are multiples: what it tells is likely true of the others.
+
+    How far rounding scatters a multiplier costs half as much as all else about a module; few are so far from the first that it matters.
+    """
+    if len(jobs) < _MANY:
+        return None
+    place = max(range(len(jobs)), key=sizes.__getitem__)
+    module = _compare(Asked(angles=False), jobs[place])
+    return (place, module) if module.alike is Alike.SCALED and module.multiplier is not None else None
 
 
 def _compare(asked: Asked, job: Job) -> ModuleComparison:

@@ -74,8 +74,8 @@ class ModuleComparison:
     """One module. Pairs are (first, second).
 
     `distance` = ||dW1 - dW2|| / max(||dW1||, ||dW2||), or what float64 can tell from none where that is larger; `tolerance` is the distance up to which they count as equal, from the dtypes;
-    `multiplier` is the c for which c dW1 is nearest to dW2, and `certainty` the relative error of it that rounding explains, of deltas that
-    are the same or scaled. None where it was not computed or has no meaning. `smaller` is 0 or 1 where that one is the other resized. Norms include the scale, unless `scales` are unknown.
+    `multiplier` is the c for which c dW1 is nearest to dW2, and `certainty` the relative error of it that rounding explains (or
+    `at_least` explains), of deltas that are the same or scaled. None where it was not computed or has no meaning. `smaller` is 0 or 1 where that one is the other resized. Norms include the scale, unless `scales` are unknown.
     """
 
     target: str
@@ -93,6 +93,7 @@ class ModuleComparison:
     tolerance: float | None = None
     multiplier: float | None = None
     certainty: float | None = None
+    at_least: bool = False
     smaller: int | None = None
     columns: Angles | None = None
     rows: Angles | None = None
@@ -100,23 +101,26 @@ class ModuleComparison:
 
     def facts(self) -> dict[str, Any]:
         """JSON-ready facts."""
-        found: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("inner", "smaller")}
+        found: dict[str, Any] = {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("inner", "smaller", "at_least")
+        }
         for name in ("columns", "rows"):
             found[name] = None if found[name] is None else found[name]._asdict()
-        resized = {} if self.smaller is None else {"smaller": ("first", "second")[self.smaller]}
+        more: dict[str, Any] = {} if self.smaller is None else {"smaller": ("first", "second")[self.smaller]}
+        more |= {"certainty_at_least": True} if self.at_least else {}
         return (
-            {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
-            | {"alike": self.alike.value}
-            | resized
+            {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()} | {"alike": self.alike.value} | more
         )
 
 
 class Asked(NamedTuple):
     """What is computed beyond what a module's own relation takes: principal angles, on which nothing rests, and `certain`, the certainty of
-    the multiplier of equal deltas too as exactly as it can be known."""
+    the multiplier of equal deltas too as exactly as it can be known. Where the multiplier of scaled deltas lies so near `expected` that the
+    least that rounding explains is enough, that is given as its certainty."""
 
     angles: bool = True
     certain: bool = False
+    expected: float | None = None
 
 
 _ALL = Asked()
@@ -192,15 +196,17 @@ def _judged(found: ModuleComparison, relation: Relation, pair: Pair | None, half
     alike, smaller = _relation(relation, allowed, pair)
     if alike in (Alike.EQUAL, Alike.SCALED):
         off = abs((relation.multiplier or 1.0) - 1.0)
-        known = certainty(relation, pair, _flat(found.shape), off if alike is Alike.EQUAL and not asked.certain else None)
+        enough = off if alike is Alike.EQUAL else abs((relation.multiplier or 0.0) / asked.expected - 1.0) if asked.expected else None
+        known, least = certainty(relation, pair, _flat(found.shape), None if asked.certain else enough)
         if alike is Alike.EQUAL and off > known:
             scaled = relation.distance(relation.multiplier or 0.0) <= allowance(relation, relation.multiplier or 0.0)
             alike = Alike.SCALED if scaled else Alike.NEAR
-        found = replace(found, certainty=known if alike is not Alike.NEAR and relation.multiplier is not None else None)
+        if alike is not Alike.NEAR and relation.multiplier is not None:
+            found = replace(found, certainty=known, at_least=least)
     if half_known and alike is Alike.EQUAL:
         alike = Alike.SCALED
     if half_known:
-        found = replace(found, multiplier=None, certainty=None)
+        found = replace(found, multiplier=None, certainty=None, at_least=False)
     columns = rows = None
     told = pair.angles() if asked.angles and pair is not None and alike in (Alike.RESIZED, Alike.NEAR, Alike.DIFFERENT) else None
     if pair is not None and told is not None:

@@ -27,22 +27,22 @@ def allowance(relation: Relation, multiplier: float = 1.0) -> float:
     return min(ROUNDINGS * rounded + computed + relation.floor, EQUAL_CAP * largest)
 
 
-def certainty(relation: Relation, pair: Pair | None, shape: tuple[int, int], enough: float | None = None) -> float:
+def certainty(relation: Relation, pair: Pair | None, shape: tuple[int, int], enough: float | None = None) -> tuple[float, bool]:
     """How far, relatively, rounding can move the best multiplier of two deltas that are multiples of each other: far less than it moves
     the deltas, since errors average out.
 
     Errors also make the norm of what has them larger, which pulls the multiplier down by the square of their share. Over how many elements
-    errors average out takes products of the factors; with `enough` the least that it can be is given where that is no less than `enough`.
+    errors average out takes products of the factors; with `enough` the least that it can be is given where that is no less than `enough`, and True.
     """
     size = abs(relation.multiplier or 0.0)
     largest = max(size * relation.norms[0], relation.norms[1])
     if not largest:
-        return 0.0
+        return 0.0, False
     noise = hypot(size * relation.noise[0], relation.noise[1]) / largest
     computed = ARITHMETIC * (size * relation.spread[0] + relation.spread[1]) / largest
     products = relation.floor**2 / (relation.norms[0] * relation.norms[1])  # squared, a floor is what the squares may be off
     fixed = computed + products + (allowance(relation, size) / largest) ** 2
     if pair is None:
-        return fixed + SWAYS * noise / sqrt(max(min(shape), 1))
+        return fixed + SWAYS * noise / sqrt(max(min(shape), 1)), False
     least = fixed + SWAYS / 2 * noise / sqrt(max(pair.one.up.shape[1] * sum(shape), 1))
-    return least if enough is not None and enough <= least else fixed + SWAYS * pair.sway()
+    return (least, True) if enough is not None and enough <= least else (fixed + SWAYS * pair.sway(), False)

@@ -216,11 +216,9 @@ def _scaled(result: Comparison) -> tuple[Verdict, str]:
     numbers = [module.multiplier for module in modules]
     if any(number is None for number in numbers):
         return Verdict.SCALED, "the same factors; the effective scale is not in the files of one of them"
-    # Of factors that are the same the multiplier is 1, whatever rounding one of them made of the best.
-    exact = (Alike.BITS, Alike.ROUNDED)
-    known = [(1.0, 0.0) if module.alike in exact else (module.multiplier or 0.0, module.certainty or 0.0) for module in modules]
+    known = _known(modules)
     shared, agree = _shared(known)
-    count, best = len(known), min(certainty for _, certainty in known)
+    count, best = len(known), min(certainty for (_, certainty), module in zip(known, modules, strict=True) if not module.at_least)
     told = f"{shared:.{min(max(3, ceil(-log10(max(best, _EXACT)))), 12)}g}"
     if all(agree):
         result.multiplier = shared
@@ -239,6 +237,18 @@ def _scaled(result: Comparison) -> tuple[Verdict, str]:
         f"each module of the second is that of the first times a number of its own, {_span([number for number, _ in known])}, "
         "further apart than rounding explains"
     )  # fmt: skip
+
+
+def one_multiplier(modules: Sequence[ModuleComparison]) -> bool:
+    """True when rounding explains how far the multipliers of modules that are the same or scaled lie apart."""
+    moved = [module for module in modules if any(module.norms)]
+    return any(module.multiplier is None for module in moved) or all(_shared(_known(moved))[1])
+
+
+def _known(modules: Sequence[ModuleComparison]) -> list[tuple[float, float]]:
+    """(multiplier, certainty) of each. Of factors that are the same it is 1, whatever rounding one of them made of the best."""
+    exact = (Alike.BITS, Alike.ROUNDED)
+    return [(1.0, 0.0) if module.alike in exact else (module.multiplier or 0.0, module.certainty or 0.0) for module in modules]
 
 
 def _shared(numbers: Sequence[tuple[float, float]]) -> tuple[float, list[bool]]:
