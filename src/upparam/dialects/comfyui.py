@@ -38,6 +38,8 @@ _BARE = regex(
 """How the authors' names of a denoiser begin when no prefix says whose they are."""
 _DIFFUSERS_WORDS = ("ab", "kohya", "linear")
 _UNKNOWN = "no base that upparam knows has all these modules in these shapes, or several do and mean different ones; name it with --base"
+_WORDS = {"flux.2": "ab", "flux": "kohya", "z-image": "linear"}
+"""How factors are spelled of a base (the beginning of its name, or its family) so that diffusers reads the file as well; others as lora_A, lora_B."""
 _SPLIT_FAMILIES = ("flux", "sd3", "z-image")
 """Families whose fused weights ComfyUI reads by their parts too, under diffusers' names (comfy/utils.py *_to_diffusers)."""
 
@@ -92,9 +94,10 @@ class ComfyUI:
         bare = _control(adapter, named, saved) and not problems
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
         tensors: dict[str, Tensor] = {}
+        pair = _pair_for(None if bare or adapter.layout != "reference" else base_of(adapter, options))
         for (module, parameter), delta in named.items():
             try:
-                spelled = words.spell(delta, chosen(spelling, "pair", module) or "ab", parameter)
+                spelled = words.spell(delta, chosen(spelling, "pair", module) or pair, parameter)
                 alpha = words.stored_alpha(delta)
             except RefusedError as problem:
                 problems.append(because(module if parameter == "weight" else f"{module}.{parameter}", problem))
@@ -102,7 +105,9 @@ class ComfyUI:
             if "diff_b" in spelled and (bare or f"bias {module}" in spelling):
                 spelled["lora_B.bias"] = spelled.pop("diff_b")
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
-            if alpha is not None and not bare:
+            # An alpha equal to the rank changes nothing here, and several of diffusers' converters refuse any.
+            said = not words.is_plain(delta) or delta.scale != 1.0 or chosen(spelling, "alpha", module) is not None
+            if alpha is not None and said and not bare:
                 tensors[f"{module}.alpha"] = alpha_of(
                     spelling, module, alpha, next(iter(spelled.values())).dtype, exact=words.is_turn(delta)
                 )
@@ -234,6 +239,13 @@ def _note(adapter: Adapter, groups: Mapping[str, words.Group], found: Spoken | N
             spelling[f"saved {module}"] = "scale"
         if "reshape_weight" in group.roles:
             spelling[f"reshape {module}"] = "yes"
+
+
+def _pair_for(base: Base | None) -> str:
+    """The spelling of a LoRA's factors where the source does not say: a name of `words.PAIRS`."""
+    if base is None:
+        return "ab"
+    return next((pair for kind, pair in _WORDS.items() if base.name.startswith(kind) or base.family == kind), "ab")
 
 
 def _control(adapter: Adapter, named: Mapping[tuple[str, str], Delta], saved: Mapping[str, Tensor]) -> bool:

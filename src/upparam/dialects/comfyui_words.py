@@ -13,8 +13,10 @@ from typing import NamedTuple
 from upparam.algorithms import called
 from upparam.algorithms.base import Delta
 from upparam.algorithms.boft import ButterflyOFT
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.full import Full
 from upparam.algorithms.ia3 import IA3
+from upparam.algorithms.lora import LoRA
 from upparam.algorithms.oft import DiagOFT
 from upparam.algorithms.sparse import SparseLoRA
 from upparam.algorithms.tlora import TLoRA
@@ -149,6 +151,11 @@ def stored_alpha(delta: Delta) -> float | None:
         return alpha
     unstored = None if isinstance(delta, DiagOFT) else 0.0
     return unstored if alpha is None else delta.constraint * delta.shape[0]
+
+
+def is_plain(delta: Delta) -> bool:
+    """True for up and down with or without a norm, of which an absent alpha says a scale of 1."""
+    return isinstance(delta, (LoRA, DoRA))
 
 
 def is_turn(delta: Delta) -> bool:

@@ -17,6 +17,7 @@ from upparam.atomic import atomic_file, atomic_folder, reaching_disk, refuse_exi
 from upparam.bases.base import Base
 from upparam.containers import open_file
 from upparam.containers.base import flatten
+from upparam.dialects import by_diffusers
 from upparam.dialects.base import NamedTensors, Package, ReadOptions
 from upparam.dialects.placing import base_of
 from upparam.errors import RefusedError, UsageError, VerificationError
@@ -150,6 +151,9 @@ def write_adapter(
         outputs = [str(out)]
     counts = {"targets": len(adapter.deltas), "extras": len(adapter.extras), "bytes": size, **how.counts()}
     findings = [finding for finding in adapter.findings if finding.severity] + dropped
+    for content in package.files.values():
+        if isinstance(content, NamedTensors) and dialect in by_diffusers.JUDGED:
+            findings += by_diffusers.remarks(dialect, base_of(adapter, given), content.tensors)
     title = f"{adapter.written_as} to {dialect}"
     told = statements(proofs, adapter) if verify else []
     modules = [proof.facts() for proof in proofs] + how.facts()

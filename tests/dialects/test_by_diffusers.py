@@ -1,0 +1,183 @@
+"""What we foresee of diffusers' loader is what it does: names, products and scales of whole adapters of the true sizes, and of tiny pipelines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from tests.dialects import pipelines  # noqa: E402
+from tests.dialects.test_diffusers_readers import close, everything, loaded  # noqa: E402
+
+from upparam.adapter import Adapter, Target  # noqa: E402
+from upparam.algorithms.lora import LoRA  # noqa: E402
+from upparam.bases import inventory  # noqa: E402
+from upparam.bases.base import Base  # noqa: E402
+from upparam.dialects.base import ReadOptions  # noqa: E402
+from upparam.operations.convert import convert, write_adapter  # noqa: E402
+from upparam.operations.opening import open_adapter  # noqa: E402
+from upparam.operations.receipt import Receipt  # noqa: E402
+
+
+def whole(base: Base, wanted: Callable[[str], bool], alpha: float | None) -> Adapter:
+    """A LoRA of rank 2 over the Linears of the denoiser."""
+    return pipelines.seeded(
+        Base(base.name, tuple(module for module in base.modules if len(module.shape) == 2)),
+        lambda path: path.startswith(("unet.", "transformer.")) and wanted(path), rank=2, alpha=alpha,
+    )  # fmt: skip
+
+
+def inner(path: str) -> bool:
+    """Attention and feed-forward of the blocks."""
+    return any(part.isdecimal() for part in path.split(".")) and not any(
+        part in path for part in ("norm", "mod", "embed", "time", "distilled")
+    )
+
+
+def products(pipeline: str, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(module -> rows of what diffusers makes of up @ down, other names) as its pipeline's loader passes them on to the model."""
+    more = {"unet_config": SimpleNamespace(layers_per_block=2)} if "XL" in pipeline else {}
+    found = getattr(diffusers, pipeline).lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True, **more)
+    state, alphas = found if isinstance(found, tuple) else (found, None)
+    if any(name.startswith("unet.") for name in state):
+        from diffusers.utils import convert_unet_state_dict_to_peft
+
+        state = {f"unet.{name}": value for name, value in convert_unet_state_dict_to_peft(
+            {name.removeprefix("unet."): value for name, value in state.items()}
+        ).items()}  # fmt: skip
+    downs = {name.removesuffix(".lora_A.weight"): value for name, value in state.items() if name.endswith(".lora_A.weight")}
+    others = [name for name in state if not name.startswith(("unet.", "transformer.")) or ".lora_" not in name]
+    made = {module: (state[f"{module}.lora_B.weight"].numpy(), down.numpy()) for module, down in downs.items()}
+    if alphas:
+        (alpha,) = set(alphas.values())
+        made = {module: (up * (alpha / up.shape[1]), down) for module, (up, down) in made.items()}
+    return made, others
+
+
+def same(adapter: Adapter, made: dict[str, Any]) -> None:
+    """Every module has the product of the adapter's factors in some rows; what else there is, is nought."""
+    for target, delta in adapter.deltas.items():
+        assert isinstance(delta, LoRA) and delta.scale is not None
+        up, down = made.pop(target.module)
+        rows = np.linspace(0, len(up) - 1, 5).astype(int)
+        ours = delta.scale * (delta.up.doubles()[rows] @ delta.down.doubles())
+        assert np.allclose(up[rows].astype(float) @ down, ours, rtol=1e-4, atol=1e-7), str(target)
+    assert [module for module, (up, _) in made.items() if up.any()] == []
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "dialect", "alpha"),
+    [
+        ("sd1.5", "StableDiffusionPipeline", "kohya", 1.0), ("sd2", "StableDiffusionPipeline", "kohya", 1.0),
+        ("sdxl", "StableDiffusionXLPipeline", "kohya", 1.0), ("flux.1-dev", "FluxPipeline", "kohya", 1.0),
+        ("flux.1-dev", "FluxPipeline", "comfyui", 1.0), ("flux.1-schnell", "FluxPipeline", "comfyui", 2.0),
+        ("flux.2-dev", "Flux2Pipeline", "kohya", 1.0), ("flux.2-dev", "Flux2Pipeline", "comfyui", 2.0),
+        ("chroma", "ChromaPipeline", "kohya", 1.0), ("chroma", "ChromaPipeline", "comfyui", 1.0),
+        ("wan2.1-t2v-1.3b", "WanPipeline", "kohya", 1.0), ("wan2.1-t2v-1.3b", "WanPipeline", "comfyui", 1.0),
+        ("qwen-image", "QwenImagePipeline", "kohya", 1.0), ("qwen-image", "QwenImagePipeline", "comfyui", 1.0),
+        ("z-image", "ZImagePipeline", "kohya", 1.0), ("z-image", "ZImagePipeline", "comfyui", 1.0),
+        ("ltx-video", "LTXPipeline", "comfyui", 2.0),
+    ],
+)  # fmt: skip
+def test_blocks_of_true_size_are_read_whole(base: str, pipeline: str, dialect: str, alpha: float, tmp_path: Path) -> None:
+    known = inventory.load(base)
+    adapter = whole(known, inner, alpha)
+    assert len(adapter.deltas) > 100
+    receipt = write_adapter(adapter, tmp_path / "a.safetensors", dialect, read=ReadOptions(base=known), verify=False)
+    assert foreseen(receipt) == []
+    made, others = products(pipeline, tmp_path / "a.safetensors")
+    assert others == []
+    same(adapter, made)
+
+
+def foreseen(receipt: Receipt) -> list[str]:
+    return [finding.message for finding in receipt.findings if finding.code == "diffusers-differs"]
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "dialect", "alpha", "count"),
+    [
+        ("flux.1-dev", "FluxPipeline", "kohya", 1.0, 10), ("flux.1-dev", "FluxPipeline", "comfyui", 1.0, 10),
+        ("flux.2-dev", "Flux2Pipeline", "kohya", 1.0, 6), ("z-image", "ZImagePipeline", "kohya", 1.0, 3),
+        ("z-image", "ZImagePipeline", "comfyui", 1.0, 3), ("ltx-video", "LTXPipeline", "comfyui", 2.0, 4),
+    ],
+)  # fmt: skip
+def test_modules_outside_the_blocks_that_it_passes_over(
+    base: str, pipeline: str, dialect: str, alpha: float, count: int, tmp_path: Path
+) -> None:
+    known = inventory.load(base)
+    adapter = whole(known, lambda path: not path.rsplit(".", 1)[-1].startswith("norm_"), alpha)
+    receipt = write_adapter(adapter, tmp_path / "a.safetensors", dialect, read=ReadOptions(base=known), verify=False)
+    made, _ = products(pipeline, tmp_path / "a.safetensors")
+    assert len({target.module for target in adapter.deltas} - set(made)) == count
+    (message,) = foreseen(receipt)
+    assert message.startswith(f"diffusers passes over {count} modules outside the blocks")
+    write_adapter(adapter, tmp_path / "b", "diffusers", read=ReadOptions(base=known), verify=False)
+    state = getattr(diffusers, pipeline).lora_state_dict(str(tmp_path / "b"), use_safetensors=True)
+    assert len([name for name in state if name.endswith("lora_A.weight")]) == len(adapter.deltas)
+
+
+def test_alphas_that_ltx_ignores(tmp_path: Path) -> None:
+    known = inventory.load("ltx-video")
+    adapter = whole(known, inner, 1.0)
+    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", "comfyui", read=ReadOptions(base=known), verify=False))
+    assert message.startswith(f"diffusers takes another alpha than the file's for {len(adapter.deltas)} modules")
+    made, _ = products("LTXPipeline", tmp_path / "a.safetensors")
+    for target, delta in adapter.deltas.items():
+        assert isinstance(delta, LoRA)
+        up, down = made[target.module]
+        assert np.array_equal(up[:3] @ down, delta.up.read()[:3] @ delta.down.read())
+
+
+def several(base: Base) -> Adapter:
+    """Ranks and alphas by kind of module, as rank_pattern and alpha_pattern give them."""
+    adapter = pipelines.seeded(base, lambda path: everything(path) and path.endswith(("to_q", "fc1", "conv1", "k_proj")), alpha=3.0)
+    more = (("to_k", "fc2", "q_proj", "net.2"), 8, 16.0), (("out_proj", "v_proj", "proj_in"), 2, 1.0)
+    for ends, rank, alpha in more:
+        wanted: Callable[[str], bool] = lambda path, ends=ends: everything(path) and path.endswith(ends)  # type: ignore[misc]  # noqa: E731
+        adapter.deltas |= pipelines.seeded(base, wanted, rank=rank, alpha=alpha, seed=rank).deltas
+    return adapter
+
+
+@pytest.mark.parametrize("build", [pipelines.sd15, pipelines.sdxl])
+def test_alphas_by_module_under_kohyas_names(build: Callable[[], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The modules whose scale we say it takes wrongly are those it gives another scale, no more and no less; --to diffusers cures it."""
+    base = replace(pipelines.base_of(build()), family="sd")
+    adapter = several(base)
+    read = ReadOptions(base=base)
+    receipt = write_adapter(adapter, tmp_path / "a.safetensors", "kohya", read=read)
+    pipe = build()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+    other = 0
+    for component, part in pipelines.components(pipe).items():
+        for path, module in part.named_modules():
+            scaling = getattr(module, "scaling", None)
+            if scaling:
+                (scale,) = scaling.values()
+                other += scale != adapter.deltas[Target(pipelines.public(component, path))].scale
+    assert other > 10
+    (message,) = foreseen(receipt)
+    assert message.startswith(f"diffusers takes another alpha than the file's for {other} modules")
+    assert open_adapter(tmp_path / "a.safetensors", options=read).deltas.keys() == adapter.deltas.keys()
+    cured = convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", read=read)
+    assert foreseen(cured) == []
+    changed = build()
+    pipelines.merged(changed, adapter)
+    close(loaded(build(), tmp_path / "b", caplog), pipelines.outputs(changed))
+
+
+def test_one_alpha_for_all_is_no_matter(tmp_path: Path) -> None:
+    base = replace(pipelines.base_of(pipelines.sd15()), family="sd")
+    adapter = pipelines.seeded(base, everything, alpha=3.0)
+    assert foreseen(write_adapter(adapter, tmp_path / "a.safetensors", "kohya", read=ReadOptions(base=base))) == []
