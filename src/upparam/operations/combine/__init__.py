@@ -13,7 +13,9 @@ from upparam.adapter import Adapter, ExtraKind, without
 from upparam.algorithms.base import Delta
 from upparam.algorithms.lora import LoRA
 from upparam.atomic import refuse_existing
+from upparam.dialects import restated
 from upparam.dialects.base import ReadOptions
+from upparam.dialects.carried import agreed
 from upparam.dialects.placing import OWN_NAMES
 from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
@@ -116,6 +118,7 @@ def combine(
         receipt = write_adapter(
             result.adapter, out, to or opened[0][0].written_as, read=read, force=force, verify=verify, drop=drop, arithmetic=baked
         )  # fmt: skip
+    receipt.findings += [finding for finding in result.adapter.findings if finding.code == "metadata"]
     receipt.operation = f"combine ({result.method}) to {to or opened[0][0].written_as}"
     receipt.inputs = [f"{given if not isinstance(given, Adapter) else file_of(given)}@{multiplier:g}" for given, multiplier in items]
     chosen = METHODS[result.method]
@@ -183,13 +186,22 @@ def combined(
     if block_weight is not None:
         findings += _weighted(items, block_weight)
     leftovers = {f"{file_of(adapter)}:{name}": tensor for adapter, _ in items for name, tensor in adapter.leftovers.items()}
+    metadata, left_out = agreed([adapter for adapter, _ in items])
+    if metadata.keys() - {"format"} or left_out:
+        said = "metadata that all adapters share and that is true of the result is kept or made anew"
+        findings.append(info("metadata", file_of(first), said, f"kept {_listed(metadata)}", f"left out {_listed(left_out)}"))
     adapter = replace(
-        first, deltas=deltas, extras=extras(items), spelling=_spelling(items), metadata={"format": first.metadata["format"]} if "format" in first.metadata else {},
+        first, deltas=deltas, extras=extras(items), spelling=_spelling(items), metadata=metadata,
         config={key: value for key, value in first.config.items() if key in ("base_model_name_or_path", "task_type")}, leftovers=leftovers,
         files=tuple(name for adapter, _ in items for name in adapter.files), findings=findings,
         transposed_base=next((adapter.transposed_base for adapter, _ in items if adapter.transposed_base is not None), None),
     )  # fmt: skip
-    return Combination(adapter, method, modules)
+    return Combination(restated(adapter), method, modules)
+
+
+def _listed(keys: Collection[str]) -> str:
+    shown = ", ".join(list(keys)[:12]) or "none"
+    return shown if len(keys) <= 12 else f"{shown} and {len(keys) - 12} more"
 
 
 def _spelling(items: Sequence[Weighted]) -> dict[str, str]:
