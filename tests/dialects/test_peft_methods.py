@@ -26,6 +26,7 @@ from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.errors import DeadAdapterError, MalformedError, MismatchError, RefusedError, UsageError  # noqa: E402
 from upparam.operations.compare import compare  # noqa: E402
 from upparam.operations.convert import convert  # noqa: E402
+from upparam.operations.identify import identify  # noqa: E402
 from upparam.operations.merge import merge  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
 
@@ -237,16 +238,21 @@ def test_modules_of_an_adalora_share_one_scale(tmp_path: Path) -> None:
         adapter.save(tmp_path / "ours")
 
 
-def test_a_vera_without_its_projections_is_dead(tmp_path: Path) -> None:
+def test_a_vera_without_its_projections_asks_for_the_base_and_is_dead_without_the_seed(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), peft.VeraConfig(r=8, target_modules=["q_proj"], save_projection=False, projection_prng_key=11))
     model.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(DeadAdapterError, match=r"vera_A and vera_B are not in the file.*projection_prng_key 11.*--base"):
+    with pytest.raises(UsageError, match=r"vera_A and vera_B are not in the file.*projection_prng_key 11.*--base"):
         open_adapter(tmp_path / "theirs")
-    with pytest.raises(DeadAdapterError, match=r"gpt2 is not that base, it has no .*q_proj"):
+    (found,) = identify(tmp_path / "theirs").adapters
+    assert found.kind == "adapter"
+    assert [finding.code for finding in found.findings if finding.severity] == ["needs-more"]
+    with pytest.raises(UsageError, match=r"gpt2 is not that base, it has no .*q_proj"):
         open_adapter(tmp_path / "theirs", options=ReadOptions(base=find_base("gpt2")))
     (tmp_path / "theirs/adapter_config.json").unlink()
     with pytest.raises(DeadAdapterError, match=r"neither is the seed"):
         open_adapter(tmp_path / "theirs", options=ReadOptions(base=find_base("gpt2")))
+    (found,) = identify(tmp_path / "theirs").adapters
+    assert found.kind == "orphan-factor"
 
 
 @pytest.mark.parametrize("seed", [0, 11, 2**33 + 5])

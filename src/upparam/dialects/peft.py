@@ -19,6 +19,7 @@ from upparam.dialects import peft_config, peft_others, peft_shards
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.carried import carried
 from upparam.dialects.peft_names import COMPONENTS, WRAPPER, Sorted, is_adalora, is_checkpoint, part_of, sort
+from upparam.dialects.peft_projections import seeded
 from upparam.errors import DeadAdapterError, MalformedError, NotAnAdapterError, Problem, RefusedError, UsageError
 from upparam.patterns import regex
 
@@ -162,6 +163,9 @@ def _refuse_dead(member: Member, adapter: Adapter) -> NoReturn:
     from upparam.dialects.peft_kinds import METHODS
 
     why = next((finding for finding in adapter.findings if finding.code in ("projections-missing", "cannot-tell")), None)
+    if why is not None and why.code == "projections-missing" and seeded(member.config):
+        # Not dead: whoever names the base gets the projections.
+        raise UsageError(why.message, file=member.file.path)
     if why is not None:
         raise DeadAdapterError(why.message, file=member.file.path, tensor=None if why.subject == member.file.name else why.subject)
     kind = str((member.config or {}).get("peft_type"))

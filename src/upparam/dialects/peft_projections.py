@@ -25,6 +25,11 @@ _LARGEST = 1 << 30
 """Numbers of one adapter's projections above which nothing is drawn: no base has such sizes."""
 
 
+def seeded(config: Mapping[str, Any] | None) -> bool:
+    """True where the config holds the seed of the projections, so that with the base they can be drawn."""
+    return config is not None and number(config, "projection_prng_key") is not None
+
+
 def missing(config: Mapping[str, Any] | None) -> str:
     """Why a VeRA without its projections cannot be applied, and what helps."""
     key = None if config is None else number(config, "projection_prng_key")
