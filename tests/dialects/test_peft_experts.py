@@ -21,7 +21,7 @@ from upparam.algorithms.base import Scaling  # noqa: E402
 from upparam.algorithms.experts import ExpertLoRA  # noqa: E402
 from upparam.cli import main  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
-from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError  # noqa: E402
+from upparam.errors import AmbiguousError, DeadAdapterError, MalformedError, RefusedError  # noqa: E402
 from upparam.operations.convert import convert  # noqa: E402
 from upparam.operations.merge import merge  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
@@ -168,3 +168,13 @@ def test_inspect_and_verify_tell_the_norm_of_all_experts(build: Any, tmp_path: P
         change = merged[name].double() - wanted[name].double()
         assert told[name]["frobenius"] == pytest.approx(float(change.norm()), rel=1e-5)
         assert told[name]["spectral"] is None
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "lycoris", "comfyui", "onetrainer", "diffusers", "mlx", "gguf-lora", "loralib"])
+def test_experts_alone_are_refused_for_what_they_are(dialect: str, tmp_path: Path) -> None:
+    """No base would help: what stands in the way is the parameter, not its name."""
+    wrapped = peft.get_peft_model(qwen(), peft.LoraConfig(r=2, target_modules=[], target_parameters=BOTH))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(RefusedError, match=r"experts.*: a delta of the (gate_up|down)_proj.*peft and triad hold it") as told:
+        convert(tmp_path / "theirs", tmp_path / "ours.safetensors", dialect)
+    assert "--base" not in told.value.line()

@@ -94,6 +94,7 @@ class ComfyUI:
         bare = _control(adapter, named, saved) and not problems
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
         tensors: dict[str, Tensor] = {}
+        stored = any(key.split(" ", 1)[0] == "alpha" for key in adapter.spelling)
         pair = _pair_for(None if bare or adapter.layout != "reference" else base_of(adapter, options))
         for (module, parameter), delta in named.items():
             try:
@@ -106,7 +107,7 @@ class ComfyUI:
                 spelled["lora_B.bias"] = spelled.pop("diff_b")
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
             # An alpha equal to the rank changes nothing here, and several of diffusers' converters refuse any.
-            said = not words.is_plain(delta) or delta.scale != 1.0 or chosen(spelling, "alpha", module) is not None
+            said = not words.is_plain(delta) or delta.scale != 1.0 or stored
             if alpha is not None and said and not bare:
                 tensors[f"{module}.alpha"] = alpha_of(
                     spelling, module, alpha, next(iter(spelled.values())).dtype, exact=words.is_turn(delta)
@@ -143,7 +144,7 @@ class ComfyUI:
                     problems.append(f"{extra.kind.value} {extra.name}")
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}, saved
         if adapter.layout not in ("reference", "diffusers"):
-            raise untranslated(adapter, options)
+            raise untranslated(adapter, options, self.name)
         one = layout_for(adapter, options, "comfyui")
         naming = _Naming(one, base_of(adapter, options), adapter.spelling if adapter.dialect == self.name else {})
         for extra in adapter.extras:

@@ -26,7 +26,7 @@ from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOpti
 from upparam.dialects.carried import ADAPTER_CONFIG, carried
 from upparam.dialects.diffusers_header import CLIP
 from upparam.dialects.peft_magnitude import decomposed, magnitude_of
-from upparam.dialects.placing import layout_for, resolve, to_foreign, to_targets
+from upparam.dialects.placing import layout_for, refuse_parameters, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import chosen, form_of, remember
 from upparam.dialects.words import alpha_for, alpha_tensor
@@ -322,6 +322,7 @@ def _alpha(spelling: Mapping[str, str], path: str, value: float, delta: LoRA | D
 def reference_deltas(adapter: Adapter, options: Mapping[str, Any], dialect: str) -> dict[Target, Delta]:
     """The adapter's deltas under whole reference modules: slices of a fused weight joined. Raises RefusedError where names are others."""
     if adapter.layout not in ("reference", "diffusers"):
+        refuse_parameters(adapter, dialect)
         raise RefusedError(
             f"{dialect} needs the module names of the base, and the base is not known",
             file=adapter.files[0] if adapter.files else None, found=f"names in layout {adapter.layout}", remedy="name it with --base",

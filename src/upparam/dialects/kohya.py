@@ -172,7 +172,7 @@ class Kohya:
         if adapter.layout == "kohya":
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
         if adapter.layout != "reference":
-            raise untranslated(adapter, options)
+            raise untranslated(adapter, options, self.name)
         spelling = adapter.spelling if adapter.dialect in ("kohya", "lycoris") else {}
         one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "kohya")))
         return {

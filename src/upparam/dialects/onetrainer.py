@@ -125,7 +125,7 @@ class OneTrainer:
         if adapter.layout == "onetrainer":
             return {(target.module, target.parameter): delta for target, delta in adapter.deltas.items()}
         if adapter.layout not in ("reference", "diffusers"):
-            raise untranslated(adapter, options)
+            raise untranslated(adapter, options, self.name)
         one = layout_for(adapter, options, str(options.get("layout") or spelling.get("layout", "onetrainer")))
         return {
             (respelled(foreign, spelling), parameter): delta for (foreign, parameter), delta in named(one, adapter.deltas, told).items()

@@ -14,7 +14,7 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, Place, available, find
 from upparam.bases.recognise import recognise, recognise_underscored
-from upparam.dialects.refusing import BAKE
+from upparam.dialects.refusing import BAKE, refuse
 from upparam.dialects.words import alpha_for
 from upparam.errors import Problem, RefusedError
 
@@ -361,8 +361,18 @@ def base_of(adapter: Adapter, options: Mapping[str, object]) -> Base | None:
     return None if name is None else inventory.load(name)
 
 
-def untranslated(adapter: Adapter, options: Mapping[str, object]) -> RefusedError:
-    """Why names that stayed another naming's cannot be written: no base is known, or the one the user named has not these modules."""
+def refuse_parameters(adapter: Adapter, dialect: str) -> None:
+    """Raise RefusedError for deltas of parameters that have no name of their own in `dialect` (a mixture's stacked experts), whatever the base."""
+    bare = [target for target in adapter.deltas if target.parameter not in ("weight", "bias")]
+    refuse(dialect, [f"{target.module}: a delta of the {target.parameter}" for target in bare])
+
+
+def untranslated(adapter: Adapter, options: Mapping[str, object], dialect: str) -> RefusedError:
+    """Why names that stayed another naming's cannot be written: no base is known, or the one the user named has not these modules.
+
+    Raises RefusedError where no base would help.
+    """
+    refuse_parameters(adapter, dialect)
     file, base = adapter.files[0] if adapter.files else None, options.get("base")
     if not isinstance(base, Base):
         return RefusedError(

@@ -92,7 +92,7 @@ class XLabs:
         if adapter.layout == "reference":
             named = to_foreign(layout_for(adapter, options, "xlabs"), adapter.deltas, told)
         elif adapter.layout != "xlabs":
-            raise untranslated(adapter, options)
+            raise untranslated(adapter, options, self.name)
         problems: list[str | Problem] = [f"{extra.kind.value} {extra.name}" for extra in adapter.extras]
         problems += [f"{target}: a delta of the {target.parameter}" for target in adapter.deltas if target.parameter != "weight"]
         prefix = adapter.spelling.get("prefix", "") if adapter.dialect == self.name else ""
