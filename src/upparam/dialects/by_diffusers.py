@@ -69,7 +69,7 @@ def rescaled(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         module = name.removesuffix(".lora_down.weight")
         if module != name and (tensor := tensors.get(f"{module}.alpha")) is not None:
             component = _SECOND if module.startswith(_SECOND) else "text" if module.startswith(_TEXT) else "unet"
-            alphas.setdefault(component, {})[module] = float(tensor.doubles().reshape(-1)[0])
+            alphas.setdefault(component, {})[module] = tensor.scalar()
     found: dict[str, tuple[float, float]] = {}
     for component, stored in alphas.items():
         taken = Counter(stored.values()).most_common(1)[0][0]
@@ -85,7 +85,7 @@ def _ignored(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for module, down in _downs(tensors).items():
         alpha = tensors.get(f"{module}.alpha")
-        if alpha is not None and (value := float(alpha.doubles().reshape(-1)[0])) != down.shape[0]:
+        if alpha is not None and (value := alpha.scalar()) != down.shape[0]:
             found[module] = (value, float(down.shape[0]))
     return found
 
