@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 
-from upparam.adapter import Adapter, BaseHint
+from upparam.adapter import Adapter
 from upparam.bases import inventory
 from upparam.bases.base import Base
-from upparam.bases.layouts import LayoutMap, find, layout
+from upparam.bases.layouts import find, layout
 from upparam.bases.layouts.gguf import architecture
 from upparam.bases.recognise import recognise
+from upparam.dialects.agreeing import agreed, named
 from upparam.dialects.base import ReadOptions
-from upparam.dialects.placing import Resolved, alike
+from upparam.dialects.placing import Resolved
 from upparam.errors import UsageError
-from upparam.findings import warning
 from upparam.patterns import regex
 
 ARCHITECTURE = "general.architecture"
@@ -35,46 +34,18 @@ def resolved(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], options: R
     base that fits alike has the same rows under the same names. Raises UsageError when the base the user named does not have them.
     """
     arch = adapter.metadata.get(ARCHITECTURE)
-    subject = adapter.files[0].rpartition("/")[2]
     if options.base is not None:
         return _named(adapter, shapes, options.base, arch)
     hints = recognise(_translated(arch, shapes), stated=_stated(adapter.metadata)) if arch in _EXAMPLES else []
-    fits: dict[str, LayoutMap] = {}
-    for name in dict.fromkeys(name for hint in hints for name in (hint.name, *hint.lookalikes)):
-        own = inventory.resolve(name)
-        base = None if own is None else inventory.load(own)
-        one = find(base, "gguf") if base is not None and architecture(base) == arch else None
-        if one is not None and _unexplained(one, shapes) is None:
-            fits[name] = one
-    hint = next((hint for hint in hints if hint.name in fits), None)
-    if hint is None:
-        adapter.base = next((hint for hint in hints if hint.stated), None)
-        said = f"no base of architecture {arch} that upparam knows has all these tensors" if arch else f"the header has no {ARCHITECTURE}"
-        adapter.findings.append(warning("base-open", subject, said, "name the base with --base"))
-        return None
-    adapter.base = replace(hint, lookalikes=tuple(name for name in hint.lookalikes if name in fits and name != hint.name))
-    chosen = fits[hint.name]
-    others = [] if hint.stated else [name for name, other in fits.items() if any(_differs(chosen, other, foreign) for foreign in shapes)]
-    if others:
-        said = f"{hint.name} and {', '.join(others)} fit alike and order the rows of q and k differently"
-        adapter.findings.append(warning("base-open", subject, said, "name the base with --base"))
-        return None
-    return Resolved(chosen, {name: name for name in shapes}, adapter.base)
+    said = f"no base of architecture {arch} that upparam knows has all these tensors" if arch else f"the header has no {ARCHITECTURE}"
+    return agreed(adapter, shapes, hints, lambda base: find(base, "gguf") if architecture(base) == arch else None, said)
 
 
 def _named(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], base: Base, arch: str | None) -> Resolved:
     check_config(base)
     if arch is not None and architecture(base) not in (None, arch):
         raise UsageError("the adapter is for another architecture", file=adapter.files[0], expected=arch, found=architecture(base))
-    one = layout(base, "gguf")
-    strange = _unexplained(one, shapes)
-    if strange is not None:
-        raise UsageError(
-            f"{base.name} has no such tensor", file=adapter.files[0], tensor=strange, found=f"a delta of shape {shapes[strange]}",
-            expected=f"one of {one.rows(strange)} rows" if one.to_reference(strange) else None, remedy="name another base with --base",
-        )  # fmt: skip
-    adapter.base = BaseHint(base.name, 1.0, ("named by the user", *base.evidence), True)
-    return Resolved(one, {name: name for name in shapes}, adapter.base)
+    return named(adapter, shapes, base, layout(base, "gguf"))
 
 
 def check_config(base: Base) -> None:
@@ -86,21 +57,6 @@ def check_config(base: Base) -> None:
             found=f"model_type {model}" if model else "no config.json", expected="a model_type that llama.cpp runs and upparam knows",
             remedy=None if model else "give the folder that holds its weights and its config.json",
         )  # fmt: skip
-
-
-def _unexplained(one: LayoutMap, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The first name that the layout does not have in that shape."""
-    for foreign, shape in shapes.items():
-        parts = one.to_reference(foreign)
-        if not parts or not alike(shape, (one.rows(foreign), *parts[0].shape[1:])):
-            return foreign
-    return None
-
-
-def _differs(one: LayoutMap, other: LayoutMap, foreign: str) -> bool:
-    return [(part.module, part.order) for part in one.to_reference(foreign)] != [
-        (part.module, part.order) for part in other.to_reference(foreign)
-    ]
 
 
 @cache
