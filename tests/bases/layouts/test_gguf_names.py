@@ -10,6 +10,7 @@ import pytest
 gguf = pytest.importorskip("gguf")
 
 from upparam.bases import inventory  # noqa: E402
+from upparam.bases.base import Base  # noqa: E402
 from upparam.bases.layouts import available, layout  # noqa: E402
 
 ARCHES = {
@@ -77,3 +78,11 @@ def test_fused_qkv_is_regrouped(name: str, module: str, groups: int, per_group: 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma-2-2b", "phi-3-mini", "gpt2"])
 def test_others_keep_their_rows(name: str) -> None:
     assert all(place.part.order.plain for place in layout(inventory.load(name), "gguf").places.values())
+
+
+def test_the_groups_of_a_fused_qkv_follow_from_its_rows() -> None:
+    """transformers saves num_kv_heads = num_attention_heads for a Falcon that has one key head for all."""
+    known = inventory.load("falcon-7b")
+    config = {"model_type": "falcon", "num_attention_heads": 71, "num_kv_heads": 71, "multi_query": True}
+    base = Base("resaved", known.modules, config=config)
+    assert layout(base, "gguf").places["transformer.h.0.self_attention.query_key_value"].part.order.plain

@@ -40,7 +40,7 @@ def gguf(base: Base) -> LayoutMap | None:
 
     A vision tower is another file there and has no names here.
     """
-    config = _config(base)
+    config = config_of(base)
     if architecture(base) is None:
         return None
     for body in ("model.", "model.language_model."):
@@ -59,7 +59,7 @@ def gguf(base: Base) -> LayoutMap | None:
                 "lm_head": "output",
                 "embed_out": "output",
             }
-            order = SAME if lines is _GPT2 else _groups(config)
+            order = SAME if lines is _GPT2 else grouped(base, start)
             return None if order is None else _assemble(base, layers, lines, outer | ends, {"attn_qkv": order})
     return None
 
@@ -100,24 +100,28 @@ _ARCHITECTURES = {
 
 def architecture(base: Base) -> str | None:
     """llama.cpp's name for the base's architecture; None for what it does not run or a base without a known config."""
-    return _ARCHITECTURES.get(str(_config(base).get("model_type")))
+    return _ARCHITECTURES.get(str(config_of(base).get("model_type")))
 
 
-def _config(base: Base) -> Mapping[str, Any]:
+def config_of(base: Base) -> Mapping[str, Any]:
+    """The base's config.json, or the shipped one of its inventory; {} where neither is known."""
     found: Mapping[str, Any] = base.config or inventory.data("_configs.json").get(base.name, {})
     return found
 
 
-def _groups(config: Mapping[str, Any]) -> Order | None:
-    """How Falcon, BLOOM and GPT-NeoX group their fused qkv; None when the number of heads is not known."""
+def grouped(base: Base, fused: str) -> Order | None:
+    """How Falcon, BLOOM and GPT-NeoX group the rows of a fused qkv; None when the number of heads is not known.
+
+    How many groups follows from the rows: of each group its query heads, one key head and one value head. (Falcon's config may state
+    key heads that a model with one for all does not have.)
+    """
+    config, dense = config_of(base), base.by_path.get(f"{fused.rpartition('.')[0]}.dense")
     heads = config.get("num_attention_heads", config.get("n_head"))
-    if not isinstance(heads, int):
+    if type(heads) is not int or heads < 1 or dense is None or dense.shape[1] % heads:
         return None
-    if config.get("model_type") != "falcon":
-        return Order("groups", heads)
-    groups = int(config.get("num_kv_heads") or 1)
+    groups = (base.by_path[fused].shape[0] // (dense.shape[1] // heads) - heads) // 2
     # One group holds all q, then k, then v: as llama.cpp wants it already.
-    return Order("groups", groups, heads // groups) if groups > 1 else SAME
+    return SAME if groups == 1 else Order("groups", groups, heads // groups) if groups > 1 else None
 
 
 def _assemble(base: Base, layers: str, lines: Mapping[str, str | Spot], outer: Mapping[str, str], orders: Mapping[str, Order]) -> LayoutMap:
