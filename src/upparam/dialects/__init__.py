@@ -25,6 +25,7 @@ DIALECTS: dict[str, str] = {
     "mlx": "upparam.dialects.mlx",
     "gguf-lora": "upparam.dialects.gguf_lora",
     "ggla": "upparam.dialects.ggla",
+    "torchtune": "upparam.dialects.torchtune",
     "loralib": "upparam.dialects.loralib",
     "sam-lora": "upparam.dialects.sam_lora",
     "triad": "upparam.dialects.triad",

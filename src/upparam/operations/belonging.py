@@ -38,7 +38,7 @@ def _several(path: Path, reports: Sequence[AdapterReport]) -> list[Finding]:
     kin: dict[Any, list[tuple[int | None, AdapterReport]]] = {}
     for report in alive:
         stem, number = _state(report.files[0].name)
-        kin.setdefault((stem, report.modules, tuple(report.ranks), tuple(report.algorithms)), []).append((number, report))
+        kin.setdefault((stem, report.dialect, report.modules, tuple(report.ranks), tuple(report.algorithms)), []).append((number, report))
     findings = [_one_of(path, members) for members in kin.values() if len(members) > 1]
     if len(kin) > 1:
         names = [members[0][1].files[0].name for members in kin.values()]

@@ -2,7 +2,7 @@
 
 A table of names as their libraries save them. Sources: huggingface/peft src/peft/utils/save_and_load.py and tuners/adaption_prompt;
 adapter-hub/adapters src/adapters/methods/*.py; ZrrSkywalker/LLaMA-Adapter; Lightning-AI/litgpt litgpt/{lora,adapter,adapter_v2}.py;
-meta-pytorch/torchtune torchtune/modules/peft/lora.py; NVIDIA/NeMo nemo/collections/nlp/modules/common/megatron/adapters;
+NVIDIA/NeMo nemo/collections/nlp/modules/common/megatron/adapters;
 NVIDIA/TensorRT-LLM examples/hf_lora_convert.py; lllyasviel/ControlNet cldm/cldm.py; Stability-AI's Control-LoRA files as
 comfyanonymous/ComfyUI comfy/controlnet.py reads them; kohya-ss/sd-scripts networks/control_net_lllite.py; TencentARC/T2I-Adapter;
 tencent-ailab/IP-Adapter ip_adapter/ip_adapter.py; AUTOMATIC1111/stable-diffusion-webui modules/hypernetworks/hypernetwork.py.
@@ -77,10 +77,6 @@ SIGNS = (
          r"\.adapter_layer\.lora_\w+_adapter\.linear_(in|out)\.weight$|\.(linear_\w+|in_proj|out_proj)\.adapter\.linear_(in|out)\.weight$",
          "a NeMo (Megatron) LoRA, which upparam does not read: its fused weights lie in Megatron's order",
          "merge it with NeMo (merge_lora), convert the model to Hugging Face and give 'upparam extract' the result", lora=True),
-    Sign("torchtune-lora", (".lora_a.", ".lora_b."),
-         r"(^|[./])layers\.\d+\.(attn|mlp)\.\w+\.lora_[ab]\.weight$",
-         "a torchtune LoRA under torchtune's own names, which upparam does not read",
-         "take the adapter_model file and adapter_config.json that torchtune saves for PEFT in the same folder", lora=True),
     Sign("litgpt-lora", ("transformer.h.",),
          r"(^|[./])transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_[12])?|proj))\.lora_[AB]$",
          "a LitGPT LoRA, which upparam does not read: q, k and v lie fused in LitGPT's order",

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, str] = {
     "onetrainer": "trainers:onetrainer",
     "omi": "trainers:omi",
     "gguf": "gguf:gguf",
+    "torchtune": "torchtune:torchtune",
     "bare": "plain:bare",
     "sam-hf": "vision:sam_hf",
     "timm": "vision:timm",
