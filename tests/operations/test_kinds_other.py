@@ -45,8 +45,6 @@ CASES: dict[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
                       f"{MEGATRON}.self_attention.adapter_layer.lora_kqv_adapter.linear_out.weight": (24, 4)},
     ),
     "NeMo 2 LoRA": ("nemo-lora", {"module.decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight": (4, 8)}),
-    "LitGPT LoRA": ("litgpt-lora", {"transformer.h.0.attn.qkv.lora_A": (8, 8), "transformer.h.0.attn.qkv.lora_B": (16, 4)}),
-    "lit-gpt LoRA": ("litgpt-lora", {"transformer.h.0.attn.attn.lora_A": (8, 8), "transformer.h.0.mlp.fc_1.lora_B": (16, 4)}),
     "minLoRA": ("minlora", {"0.parametrizations.weight.0.lora_A": (4, 8), "0.parametrizations.weight.0.lora_B": (8, 4)}),
     "Control-LoRA": (
         "control-lora", {"lora_controlnet": (0,), "input_blocks.1.1.transformer_blocks.0.attn1.to_q.up": (8, 4),

@@ -26,6 +26,7 @@ DIALECTS: dict[str, str] = {
     "gguf-lora": "upparam.dialects.gguf_lora",
     "ggla": "upparam.dialects.ggla",
     "torchtune": "upparam.dialects.torchtune",
+    "litgpt": "upparam.dialects.litgpt",
     "loralib": "upparam.dialects.loralib",
     "sam-lora": "upparam.dialects.sam_lora",
     "triad": "upparam.dialects.triad",

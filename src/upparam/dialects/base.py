@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from upparam.adapter import Adapter
 from upparam.bases.base import Base
 from upparam.containers.base import TensorFile
-from upparam.containers.side import read_json
+from upparam.containers.side import read_json, read_yaml
 from upparam.tensors import Tensor
 
 
@@ -32,6 +32,10 @@ class Bundle:
     def side_json(self, filename: str) -> dict[str, Any] | None:
         """A JSON object lying beside the tensors, or None. Raises MalformedError if it is there and is not a JSON object."""
         return read_json(self.folder / filename)
+
+    def side_yaml(self, filename: str) -> dict[str, Any] | None:
+        """The plain lines of a YAML file lying beside the tensors (see `read_yaml`), or None. Raises MalformedError if it is no text."""
+        return read_yaml(self.folder / filename)
 
 
 @dataclass(frozen=True)

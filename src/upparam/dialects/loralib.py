@@ -29,7 +29,7 @@ _NAME = regex(r"(?P<where>(?:[^/]+/)*)(?P<wrapper>(?:module\.)?)(?P<module>.+)\.
 _FUSED = regex(r"(^|\.)(c_attn|query_key_value|qkv|qkv_proj|Wqkv|in_proj)$")
 _EMBEDDING = regex(r"(^|\.)(wte|wpe|word_embeddings|position_embeddings|embed_tokens|embed_in|shared|token_embedding|position_embedding)$")
 _OTHERS = regex(
-    r"\.parametrizations\.|\.loras\.|(^|\.)(transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_1|_2)?|proj))|base_model\.model\..+)\.lora_[AB]$"
+    r"\.parametrizations\.|\.loras\.|(^|[./])(transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_1|_2)?|proj))|base_model\.model\..+)\.lora_[AB]$"
 )
 """Names of minLoRA, AdapterHub, LitGPT and PEFT that end alike."""
 _PARTS = ("q", "k", "v")

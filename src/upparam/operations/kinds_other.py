@@ -1,7 +1,7 @@
 """Adapters that are no change of weights, and those of libraries upparam does not convert: what they are, why, and what would help.
 
 A table of names as their libraries save them. Sources: huggingface/peft src/peft/utils/save_and_load.py and tuners/adaption_prompt;
-adapter-hub/adapters src/adapters/methods/*.py; ZrrSkywalker/LLaMA-Adapter; Lightning-AI/litgpt litgpt/{lora,adapter,adapter_v2}.py;
+adapter-hub/adapters src/adapters/methods/*.py; ZrrSkywalker/LLaMA-Adapter; Lightning-AI/litgpt litgpt/{adapter,adapter_v2}.py;
 NVIDIA/NeMo nemo/collections/nlp/modules/common/megatron/adapters;
 NVIDIA/TensorRT-LLM examples/hf_lora_convert.py; lllyasviel/ControlNet cldm/cldm.py; Stability-AI's Control-LoRA files as
 comfyanonymous/ComfyUI comfy/controlnet.py reads them; kohya-ss/sd-scripts networks/control_net_lllite.py; TencentARC/T2I-Adapter;
@@ -77,10 +77,6 @@ SIGNS = (
          r"\.adapter_layer\.lora_\w+_adapter\.linear_(in|out)\.weight$|\.(linear_\w+|in_proj|out_proj)\.adapter\.linear_(in|out)\.weight$",
          "a NeMo (Megatron) LoRA, which upparam does not read: its fused weights lie in Megatron's order",
          "merge it with NeMo (merge_lora), convert the model to Hugging Face and give 'upparam extract' the result", lora=True),
-    Sign("litgpt-lora", ("transformer.h.",),
-         r"(^|[./])transformer\.h\.\d+\.(attn\.(attn|qkv|proj)|mlp\.(fc(_[12])?|proj))\.lora_[AB]$",
-         "a LitGPT LoRA, which upparam does not read: q, k and v lie fused in LitGPT's order",
-         "run 'litgpt merge_lora' and 'litgpt convert_from_litgpt', and give 'upparam extract' the result", lora=True),
     Sign("minlora", (".parametrizations.",),
          r"\.parametrizations\.weight\.\d+\.lora_[AB]$", "a minLoRA adapter (torch parametrizations), which upparam does not read", _EXTRACT,
          lora=True),

@@ -31,6 +31,7 @@ LAYOUTS: dict[str, str] = {
     "omi": "trainers:omi",
     "gguf": "gguf:gguf",
     "torchtune": "torchtune:torchtune",
+    "litgpt": "litgpt:litgpt",
     "bare": "plain:bare",
     "sam-hf": "vision:sam_hf",
     "timm": "vision:timm",
