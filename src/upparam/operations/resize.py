@@ -29,7 +29,7 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.recast import stored
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
-from upparam.operations.threads import in_threads, pin_blas
+from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import JoinedSource, Tensor
 from upparam.wording import at_least, at_most
@@ -100,7 +100,6 @@ def resize(
     begun = time.monotonic()
     out = Path(out)
     refuse_existing(out, force)
-    pin_blas()
     source, given_up = without(adapter if isinstance(adapter, Adapter) else open_adapter(adapter, options=read), drop)
     with Spool(out.absolute().parent) as spool:
         result, cuts = resized(source, rule, alpha=alpha, keep=spool.keep, threads=threads, progress=progress)

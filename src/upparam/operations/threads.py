@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 from typing import TypeVar
 
 from upparam.progress import Progress
@@ -24,7 +25,7 @@ def in_threads(
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(threads or default_threads()) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads or default_threads()) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
             for future, size in zip(futures, sizes, strict=True):
@@ -42,8 +43,32 @@ def default_threads() -> int:
     return min(8, count)
 
 
+_limited = Lock()
+"""Held while BLAS has one thread: by whoever set that, or for good by a command."""
+
+
 def pin_blas() -> None:
-    """One BLAS thread for each of ours. Works only before numpy is first imported; later the caller's own setting stands."""
-    if "numpy" not in sys.modules:
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-            os.environ.setdefault(name, "1")
+    """One BLAS thread for each of ours, for the whole process: for commands, before numpy is first imported. The user's own setting stands."""
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    _limited.acquire(blocking=False)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One BLAS thread for each of ours while this lasts; then the caller's number is back.
+
+    Where a process has imported numpy on its own, BLAS has a thread a core. As many threads of ours, each waiting for all of those,
+    took a dozen times as long. The number is the process's, so of several that overlap the first sets it and puts it back.
+    """
+    if not _limited.acquire(blocking=False):
+        yield
+        return
+    try:
+        import numpy as np  # noqa: F401 - brings its BLAS, which must be there to be limited
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        _limited.release()

@@ -28,7 +28,7 @@ from upparam.operations.opening import open_adapter
 from upparam.operations.receipt import Receipt
 from upparam.operations.resize import cut_job, cuttable, nothing_left
 from upparam.operations.spool import Keep, Spool
-from upparam.operations.threads import in_threads, pin_blas
+from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
 from upparam.wording import at_least, at_most
@@ -107,7 +107,6 @@ def combine(
     begun = time.monotonic()
     out = Path(out)
     refuse_existing(out, force)
-    pin_blas()
     opened = [(_opened(given, read, drop), multiplier) for given, multiplier in items]
     with Spool(out.absolute().parent) as spool:
         result = combined(

@@ -14,7 +14,6 @@ from upparam.operations.compare.adapters import compare_adapters
 from upparam.operations.compare.models import ModelComparison, compare_models
 from upparam.operations.compare.verdict import ACCEPTED, Comparison, Verdict
 from upparam.operations.opening import candidates, open_adapter
-from upparam.operations.threads import pin_blas
 from upparam.progress import Progress, silent
 
 
@@ -38,7 +37,6 @@ def compare(
     opening raises.
     """
     accepted = _verdicts(accept)
-    pin_blas()
     one, other = _opened(first, read), _opened(second, read)
     names = tuple(_name(given) for given in (first, second))
     result: Comparison | ModelComparison

@@ -27,7 +27,7 @@ from upparam.operations.merge.misfits import ties_head
 from upparam.operations.merge.plan import wanted
 from upparam.operations.receipt import Receipt
 from upparam.operations.spool import Keep, Spool
-from upparam.operations.threads import in_threads, pin_blas
+from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
 from upparam.wording import at_most
@@ -70,7 +70,6 @@ def extract(
     begun = time.monotonic()
     out = Path(out)
     refuse_existing(out, force)
-    pin_blas()
     with Spool(out.absolute().parent) as spool:
         result = extracted(
             Checkpoint.open(tuned), Checkpoint.open(base), rule, auto=auto, only=only, skip=skip, dtype=dtype, seed=seed,

@@ -16,7 +16,7 @@ from upparam.errors import DeadAdapterError, RefusedError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.dtypes import named_dtype
 from upparam.operations.receipt import Receipt
-from upparam.operations.threads import default_threads, pin_blas
+from upparam.operations.threads import default_threads
 from upparam.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ def merge(
         raise UsageError("nowhere to write, or two places", remedy="give an output, or ask for in place")
     if out is not None:
         refuse_existing(Path(out), force)
-    pin_blas()
     where = None
     if device != "cpu":
         from upparam.operations.merge.on_device import open_device

@@ -19,6 +19,7 @@ from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.planned import Work
 from upparam.operations.merge.rounding import narrow, widen
+from upparam.operations.threads import one_blas_thread
 from upparam.progress import Progress
 from upparam.sources import FileSource
 from upparam.tensors import Tensor
@@ -230,6 +231,7 @@ class Lanes:
         return lane.popleft() if lane else None
 
 
+@one_blas_thread()
 def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Progress, device: Device | None = None) -> None:
     """Work tasks off on `threads` threads, tiles through `device` where one is given. The first exception stops all and is raised; so does a KeyboardInterrupt."""
     count = max(1, min(threads, len(tasks)))
