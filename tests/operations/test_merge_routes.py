@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tests.operations.merging import TileCase, round_once, tile_cases
+from tests.operations.merging import NUMPY, TileCase, round_once, tile_cases
 
 from upparam.dtypes import DTYPES
+from upparam.operations.merge import in_float32
 from upparam.operations.merge.factors import LowRank
+from upparam.operations.merge.in_float64 import add_in_float64
 from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, routes
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +39,27 @@ def test_all_routes_give_the_same_bytes(case: TileCase) -> None:
     finite = np.isfinite(true) & (np.abs(true) < 0.99 * float(np.finfo(np.float32).max if dtype != "float16" else 65504))
     got = np.frombuffer(results["numpy"][0], weight.dtype).reshape(weight.shape)
     assert np.array_equal(got[finite].astype(np.float32), round_once(true[finite], dtype).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("columns", [64, 63, 1])
+@pytest.mark.parametrize("rank", [0, 2, 16, 40])
+def test_numpy_in_every_cut(monkeypatch: pytest.MonkeyPatch, dtype: str, columns: int, rank: int) -> None:
+    """Blocks, products and widths smaller than the tile; sums at ties, a hair beside them and far below what is normal in float16."""
+    for name, value in (("BLOCK", 900), ("_PRODUCT", 1500), ("_WIDTH", 7)):
+        monkeypatch.setattr(in_float32, name, value)
+    rng = np.random.default_rng(rank)
+    half = 2.0 ** (-8 if dtype == "bfloat16" else -11)
+    for scale, hair in ((1.0, 2.0**-26), (1.0, 2.0**-45), (1.0, 0.0), (2.0**-14, 2.0**-40), (2.0**-20, 2.0**-30)):
+        weight = (rng.uniform(1, 2, (50, columns)) * rng.choice([-1, 1], (50, columns)) * scale).astype(NUMPY[dtype])
+        up, down = rng.standard_normal((50, rank)) * hair * scale, rng.standard_normal((rank, columns))
+        up[:, :1], down[:1] = half * scale, rng.choice([-1, 0.5, 1], (rank, columns))[:1]  # where the weight's exponent stays: a tie
+        expected, got = weight.copy(), weight.copy()
+        counts = add_in_float64(expected, DTYPES[dtype], LowRank(up, down), 0)
+        assert add_low_rank(got, DTYPES[dtype], LowRank(up, down), 0, Scratch(columns, routes()["numpy"])) == counts
+        assert got.tobytes() == expected.tobytes()
+        true = weight.astype(np.float64) + up @ down
+        assert np.array_equal(got.astype(np.float64), round_once(true, dtype).astype(np.float64))
 
 
 def test_the_route_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

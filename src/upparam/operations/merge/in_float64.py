@@ -15,21 +15,70 @@ _BLOCK = 1 << 16
 """Elements worked on in one go."""
 
 
-def settled(before: NDArray[Any], dtype: DType, factors: LowRank, start: int, flat: NDArray[np.intp], columns: int) -> NDArray[Any]:
-    """The doubtful elements `flat` of a tile, whose stored values are `before`, decided in float64."""
-    result = np.empty_like(before)
-    step = max(64, _BLOCK // factors.ups.shape[1])
+def settled(
+    before: NDArray[Any], dtype: DType, factors: LowRank, start: int, flat: NDArray[np.intp], columns: int, room: NDArray[Any] | None = None
+) -> NDArray[Any]:
+    """The doubtful elements `flat` of a tile, whose stored values are `before`, decided in float64. `room`: memory that may be spent."""
+    row, column = np.divmod(flat, columns)
+    row += start
+    ups, downs = factors.ups, factors.downs
+    rank = max(1, ups.shape[1])
+    room = np.empty(0) if room is None else room.view(np.float64)
+    if room.size < 2 * rank:
+        room = np.empty(max(2 * rank, min(_BLOCK, 2 * rank * len(flat))))
+    step = room.size // (2 * rank)
+    true = np.empty(len(flat))
     for at in range(0, len(flat), step):
         part = slice(at, at + step)
-        true = widen(before[part]) + factors.elements(flat[part], start, columns)
-        result[part] = _rounded(before[part], true, dtype)
-    return result
+        count, width = len(true[part]), ups.shape[1]
+        one, other = room[: 2 * count * width].reshape(2, count, width)
+        ups.take(row[part], axis=0, out=one, mode="clip")  # indices are in range: this mode works without a copy of its own
+        downs.take(column[part], axis=0, out=other, mode="clip")
+        np.einsum("ij,ij->i", one, other, out=true[part])
+    old = widen(before)
+    true += old
+    doubtful = _close(true, _slack(factors), dtype)
+    if doubtful.size:
+        true[doubtful] = old[doubtful] + factors.elements(flat[doubtful], start, columns)
+    return _rounded(before, true, dtype)
+
+
+def _slack(factors: LowRank) -> float:
+    """How far float64 sums may be off: R products in whatever order, each rounded at most R + 1 times, with a unit of 2^-53."""
+    norms = float(factors.row_norm.max(initial=0.0)) * factors.widest
+    return (factors.rank + 2) * 2.0**-52 * norms + 1e-300 * (factors.rank + 1)
+
+
+_SPARE = {"bfloat16": (45, 2.0**-126), "float16": (42, 2.0**-14), "float32": (29, 2.0**-126)}
+"""The bits of a float64 that rounding takes away, from the smallest normal number of the type on."""
+
+
+def _close(true: NDArray[np.float64], slack: float, dtype: DType) -> NDArray[np.intp]:
+    """Flat places with a tie within 2^-31 of the value, or where `slack` and the rounding of the last sum are not smaller than that."""
+    if dtype.name not in _SPARE:
+        return np.arange(true.size)
+    spare, smallest = _SPARE[dtype.name]
+    rest = true.view(np.int64) & np.int64((1 << spare) - 1)
+    rest -= np.int64((1 << (spare - 1)) - (1 << 22))
+    close = rest.view(np.uint64) <= np.uint64(1 << 23)
+    close |= np.abs(true) < max(smallest, slack * 2.0**32)
+    return np.flatnonzero(close)
+
+
+def _open(true: NDArray[np.float64], slack: float, dtype: DType) -> NDArray[np.intp]:
+    """Flat places where `slack` and the rounding of the last sum leave open how `true` is rounded: in its codes, since of a zero also the sign is open."""
+    places = _close(true, slack, dtype)
+    values = true.reshape(-1)[places]
+    bound = np.abs(values) * 2.0**-51 + slack
+    code = np.dtype(f"u{dtype.itemsize}")
+    doubtful: NDArray[np.intp] = places[narrow(values - bound, dtype).view(code) != narrow(values + bound, dtype).view(code)]
+    return doubtful
 
 
 def add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int) -> tuple[int, int]:
     """The same through float64 sums. What their own error leaves open is summed again in the fixed order, so that every route agrees."""
     changed = infinite = 0
-    code = np.dtype(f"u{dtype.itemsize}")
+    slack = _slack(factors)
     step = max(1, _BLOCK // max(1, stored.shape[1]))
     for at in range(0, len(stored), step):
         with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN of the base
@@ -37,11 +86,7 @@ def add_in_float64(stored: NDArray[Any], dtype: DType, factors: LowRank, start: 
             first = start + at
             true = factors.up64[first : first + len(part)] @ factors.down64
             true += widen(part)
-            # R products in whatever order, each rounded at most R + 1 times, with a unit of 2^-53; and the rounding of the last sum
-            bound = factors.row_norm[first : first + len(part), None] * ((factors.rank + 2) * 2.0**-52 * factors.widest)
-            bound = bound + np.abs(true) * 2.0**-51 + 1e-300 * (factors.rank + 1)
-            low, high = narrow(true - bound, dtype), narrow(true + bound, dtype)
-            doubtful = np.flatnonzero(low.view(code) != high.view(code))  # their codes: of a zero also the sign is open
+            doubtful = _open(true, slack, dtype)
             if doubtful.size:
                 sums = factors.elements(doubtful, first, stored.shape[1])
                 true.reshape(-1)[doubtful] = widen(part.reshape(-1)[doubtful]) + sums

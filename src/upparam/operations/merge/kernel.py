@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from upparam._native import compiled
 from upparam.dtypes import DType
 from upparam.operations.merge.factors import KINDS, LowRank
-from upparam.operations.merge.in_float32 import DROPPED, Buffers, add_in_float32
+from upparam.operations.merge.in_float32 import ROUNDINGS, Buffers, add_in_float32
 from upparam.operations.merge.in_float64 import add_in_float64
 
 TILE_ELEMENTS = 1 << 19
@@ -96,7 +96,7 @@ def add_low_rank(
         return scratch.lane.add_low_rank(stored, dtype, factors, start)
     if scratch.route.module is not None and dtype.name in KINDS:
         return _add_compiled(stored, dtype, factors, start, scratch, exact)
-    if scratch.buffers is not None and dtype.name in DROPPED and stored.size:
+    if scratch.buffers is not None and dtype.name in ROUNDINGS and stored.size:
         return add_in_float32(stored, dtype, factors, start, scratch.buffers, exact)
     return add_in_float64(stored, dtype, factors, start)
 
