@@ -62,6 +62,19 @@ def test_numpy_in_every_cut(monkeypatch: pytest.MonkeyPatch, dtype: str, columns
         assert np.array_equal(got.astype(np.float64), round_once(true, dtype).astype(np.float64))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rank", [16, 70])
+def test_numpy_where_changes_outweigh_weights(dtype: str, rank: int) -> None:
+    """What a float32 sum may be off is then many of its units: without the bound dozens of these elements would be wrong."""
+    rng = np.random.default_rng(rank)
+    expected = (rng.standard_normal((1000, 601)) * 0.01).astype(NUMPY[dtype])
+    got = expected.copy()
+    factors = LowRank(rng.standard_normal((1000, rank)), rng.standard_normal((rank, 601)))
+    counts = add_in_float64(expected, DTYPES[dtype], factors, 0)
+    assert add_low_rank(got, DTYPES[dtype], factors, 0, Scratch(601, routes()["numpy"])) == counts
+    assert np.array_equal(got.view(np.uint16), expected.view(np.uint16))
+
+
 def test_the_route_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPPARAM_KERNEL", "numpy")
     assert best_route().name == "numpy"
