@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from upparam import ways
-from upparam.arrays import doubles, gathered, held, same_words, scratch
+from upparam.arrays import doubles, gathered, held, same_words, scratch, singles
 from upparam.dtypes import STRUCT_CODES, DType, dtype_of
 from upparam.errors import MalformedError
 from upparam.sources import ComputedSource, MemorySource, Source, within
@@ -176,6 +176,12 @@ class Tensor:
     def doubles(self) -> NDArray[np.float64]:
         """The elements as a fresh, writable, C-contiguous float64 array: exact for every real dtype but 64-bit integers."""
         return doubles(self.read())
+
+    def floats(self) -> NDArray[Any]:
+        """The same in float32 where that holds every value of the dtype."""
+        if not self.dtype.is_float or self.dtype.itemsize > 4:
+            return self.doubles()
+        return self.read() if self.dtype.name == "float32" else singles(self.read())
 
     def scalar(self) -> float:
         """The only element, read without numpy (alphas are read while identifying). Raises MalformedError when there is not exactly one."""

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.operations.merging import NUMPY, TileCase, round_once, tile_cases
 
 from upparam.dtypes import DTYPES
 from upparam.operations.merge import in_float32
-from upparam.operations.merge.factors import LowRank
+from upparam.operations.merge.factors import LowRank, Part
 from upparam.operations.merge.in_float64 import add_in_float64
 from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, routes
 
@@ -95,25 +96,60 @@ def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
     if route.module is None:
         pytest.skip("the compiled kernel is not built here")
     stored, good, double = np.zeros(16, np.uint16), np.zeros(64, np.float32), np.zeros(64)
-    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, wide, exact, set
-    whole = (stored, 4, 4, good, double, good, good, 1, good, good, 0, False, True, route.number)
+    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs64, rank, row_bound, panel_norm, kind, exact, set
+    whole = (stored, 4, 4, good, double, good, double, 1, good, good, 0, True, route.number)
     assert route.module.merge_tile(*whole) == (0, 0)
+    assert route.module.merge_tile(*whole[:4], None, good, None, *whole[7:]) == (0, 0)
     for place in (0, 3, 4, 5, 6, 8, 9):
         short = [*whole]
         short[place] = short[place][:0]
         with pytest.raises(ValueError, match="too small"):
             route.module.merge_tile(*short)
-    down, weights = np.zeros((2, 40)), np.ones(2)
-    panels, downs, norms = np.zeros(2 * 64, np.float32), np.zeros((40, 8), np.float32), np.zeros(2, np.float32)
-    whole = (down, 2, 40, 32, True, weights, panels, False, downs, False, norms)
-    route.module.pack(*whole)
-    for place in (0, 5, 6, 8, 10):
-        short = [*whole]
-        short[place] = short[place][:0]
-        with pytest.raises(ValueError, match="too small"):
-            route.module.pack(*short)
-    with pytest.raises(ValueError, match="too small"):
-        route.module.pack(*whole[:3], 64, *whole[4:])
+    # matrices of 2 x 40 as ranks 1 to 2 of up, and 1 to 40 of down: matrix, rows, columns, factor, out, rank, at, kind, weights, squares, set
+    for lay, rank in ((route.module.lay_up, 41), (route.module.lay_down, 3)):
+        whole = (np.zeros((2, 40)), 2, 40, 1.0, np.zeros(4 * 64, np.float32), rank, 1, 0, np.ones(41), np.zeros((2, 40)), route.number)
+        assert lay(*whole) is True
+        for place in (0, 4, 8, 9):
+            short = [*whole]
+            short[place] = short[place][:0]
+            with pytest.raises(ValueError, match="too small"):
+                lay(*short)
+        for place, wrong in ((1, 400), (2, 400), (5, 1), (6, 2), (6, -1), (7, 3), (10, 9)):
+            with pytest.raises(ValueError, match="too small"):
+                lay(*whole[:place], wrong, *whole[place + 1 :])
+
+
+@settings(max_examples=60, deadline=None)
+@given(tile_cases(), st.sampled_from([1.0, 0.5, -2.0, 0.7, 1e-3]), st.integers(1, 40))
+def test_factors_laid_side_by_side_give_the_bytes_of_joined_ones(case: TileCase, factor: float, more: int) -> None:
+    """In float32 and in float64, with factors that float32 holds and that it does not."""
+    dtype, weight, up, down, start = case
+    rng = np.random.default_rng(more)
+    narrow = rng.standard_normal((len(up), more)).astype(np.float32), rng.standard_normal((more, down.shape[1])).astype(np.float32)
+    joined = LowRank(
+        np.concatenate([up * 0.3, narrow[0] * np.float64(factor)], axis=1), np.concatenate([down, narrow[1].astype(np.float64)])
+    )
+    parts = LowRank(up, down, 0.3, beside=[Part(*narrow, factor)])
+    assert parts.rank == joined.rank
+    results = set()
+    for route in routes().values():
+        for factors in (joined, parts):
+            tile = weight.copy()
+            counts = add_low_rank(tile, DTYPES[dtype], factors, start, Scratch(tile.size, route))
+            results.add((tile.tobytes(), counts))
+    assert len(results) == 1
+
+
+def test_what_float32_does_not_hold_is_said() -> None:
+    """Near-ties are settled from float32 panels where those hold every value, and from float64 where they do not."""
+    up, down = np.array([[1.0, 2.0]] * 3, np.float32), np.array([[1.0] * 5, [3.0] * 5], np.float32)
+    for route in routes().values():
+        if route.module is not None:
+            for factor, wide in ((2.0, False), (0.7, True), (2.0**-150, True)):
+                form = LowRank(up, down, factor).packed(route, 0)
+                assert (form.up64 is not None) is wide and form.downs64 is None
+            form = LowRank(up, down * np.float64(0.1)).packed(route, 1)
+            assert form.up64 is None and form.downs64 is not None
 
 
 def test_installing_without_a_compiler_succeeds(tmp_path: Path) -> None:

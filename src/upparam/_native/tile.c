@@ -10,9 +10,8 @@
 
 #define CHUNK 16
 #define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
-#define INTERFACE 2 /* counts changes of what Python passes: a module built from older source is not used */
+#define INTERFACE 3 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* columns of a panel */
-#define WAITING 8
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
 #define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
@@ -59,39 +58,37 @@ static double stored16(uint16_t code, int half)
     return (double)value;
 }
 
-/* One tile: `stored` (rows, columns) of 16-bit or float32 weights, `up` (rows, rank) and `panels` in float (float32 weights: double);
- * `up64` (rows, rank) in double and `downs`, down as (columns, rank padded to a multiple of 8 with zeros), in float or, where float does
- * not hold the values (`wide`), in double. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of the true one
- * (float32 weights: that times 2^-28). */
+/* One tile: `stored` (rows, columns) of 16-bit or float32 weights, `up` (rows, rank) and `panels` (see tile_layout.h) in float (float32
+ * weights: double). Where float does not hold the values, `up64` (rows, rank) and `downs64`, down as (columns, rank padded to a multiple of 8),
+ * have them in double; else they are NULL. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of the true one (float32
+ * weights: that times 2^-28). */
 typedef struct {
     void *stored;
     long rows, columns, rank;
-    const void *up, *panels, *downs;
-    const double *up64;
+    const void *up, *panels;
+    const double *up64, *downs64;
     const float *row_bound, *panel_norm;
-    int kind, wide;
+    int kind;
 } Tile;
 
 enum { BFLOAT, HALF, SINGLE };
 
-/* Elements that float sums could not decide, in a ring: their factors are fetched while others are worked on. */
-typedef struct {
-    long row, column;
-} Place;
+/* Eight numbers of a row, whatever the instruction set; and the order in which their sums are added up, which numpy's path uses too. */
+typedef double Eight __attribute__((vector_size(64)));
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef int64_t Mask __attribute__((vector_size(64)));
+#define SUM(s) ((((s)[0] + (s)[4]) + ((s)[2] + (s)[6])) + (((s)[1] + (s)[5]) + ((s)[3] + (s)[7])))
 
+/* One factor to be laid out: see tile_layout.h. */
 typedef struct {
-    const Tile *tile;
-    unsigned next;
-    Place place[WAITING];
-} Waiting;
-
-static Waiting nothing_waits(const Tile *tile)
-{
-    Waiting waiting = {.tile = tile};
-    for (int n = 0; n < WAITING; n++)
-        waiting.place[n].row = -1;
-    return waiting;
-}
+    const void *from;
+    void *to;
+    long rows, columns, rank, at;
+    int wide, wide_to, split;
+    double factor;
+    const double *weights;
+    double *squares;
+} Layout;
 
 /* Add `sum` to element `at`. NaN in the weight stays as it is. */
 static void add_and_round(const Tile *tile, long at, double sum, long *changed, long *infinite)
@@ -121,6 +118,7 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #define TARGET
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define FMAD(a, b, c) ((a) * (b) + (c))
+#include "tile_layout.h"
 #include "tile_kernels.h"
 #undef LANES
 #undef NAME
@@ -144,6 +142,7 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #define ANY(mask) (!_mm256_testz_si256((__m256i)(mask), (__m256i)(mask)))
 #define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
 #define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
+#include "tile_layout.h"
 #include "tile_kernels.h"
 #undef LANES
 #undef NAME
@@ -229,17 +228,20 @@ TARGET static inline __attribute__((always_inline)) uint32_t half_row_avx512(uin
 #define ANY(mask) _mm512_movepi16_mask((__m512i)(mask))
 #define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
 #define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
+#include "tile_layout.h"
 #include "tile_kernels.h"
 #undef HALF_UP
 #undef HALF_DOWN
 #endif
 
 typedef void (*tile_function)(const Tile *, int, long *, long *);
+typedef int (*layout_function)(const Layout *);
 
 typedef struct {
     const char *name;
     int lanes;
     tile_function tile16, tile32;
+    layout_function lay_up, lay_down;
 } InstructionSet;
 
 static InstructionSet sets[3];
@@ -251,26 +253,25 @@ static void find_sets(void)
 #ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        sets[set_count++] = (InstructionSet){"avx512", 16, tile16_avx512, tile32_avx512};
+        sets[set_count++] = (InstructionSet){"avx512", 16, tile16_avx512, tile32_avx512, lay_up_avx512, lay_down_avx512};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        sets[set_count++] = (InstructionSet){"avx2", 8, tile16_avx2, tile32_avx2};
+        sets[set_count++] = (InstructionSet){"avx2", 8, tile16_avx2, tile32_avx2, lay_up_avx2, lay_down_avx2};
 #endif
-    sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable};
+    sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable, lay_up_portable, lay_down_portable};
 }
 
-/* merge_tile(stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, wide, exact, set) -> (changed, infinite)
+/* merge_tile(stored, rows, columns, up, up64, panels, downs64, rank, row_bound, panel_norm, kind, exact, set) -> (changed, infinite)
  *
- * The fields of Tile; kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size. The answer is how many elements changed and
- * how many became infinite. */
+ * The fields of Tile, None for NULL; kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size. The answer is how many elements
+ * changed and how many became infinite. */
 static PyObject *merge_tile(PyObject *module, PyObject *args)
 {
     (void)module;
     Py_buffer stored, up, up64, panels, downs, bounds, norms;
     Py_ssize_t rows, columns, rank;
-    int kind, wide, exact, set;
+    int kind, exact, set;
     PyObject *answer = NULL;
-    if (!PyArg_ParseTuple(
-            args, "w*nny*y*y*y*ny*y*ippi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &wide, &exact, &set))
+    if (!PyArg_ParseTuple(args, "w*nny*z*y*z*ny*y*ipi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &exact, &set))
         return NULL;
     if (set < 0 || set >= set_count || kind < BFLOAT || kind > SINGLE || rows < 0 || columns < 0 || rank < 0) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
@@ -278,13 +279,13 @@ static PyObject *merge_tile(PyObject *module, PyObject *args)
     }
     Py_ssize_t element = kind == SINGLE ? 4 : 2, factor = kind == SINGLE ? 8 : 4, width = (kind == SINGLE ? 1 : 2) * sets[set].lanes;
     Py_ssize_t count = (columns + width - 1) / width;
-    if (stored.len < rows * columns * element || up.len < rows * rank * factor || up64.len < rows * rank * 8
-        || panels.len < count * width * rank * factor || downs.len < columns * EIGHTS(rank) * (wide ? 8 : 4) || bounds.len < rows * 4
+    if (stored.len < rows * columns * element || up.len < rows * rank * factor || (up64.buf && up64.len < rows * rank * 8)
+        || panels.len < count * width * rank * factor || (downs.buf && downs.len < columns * EIGHTS(rank) * 8) || bounds.len < rows * 4
         || norms.len < count * 4) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: a buffer is too small");
         goto done;
     }
-    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, downs.buf, up64.buf, bounds.buf, norms.buf, kind, wide};
+    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, up64.buf, downs.buf, bounds.buf, norms.buf, kind};
     long changed = 0, infinite = 0;
     Py_BEGIN_ALLOW_THREADS
     (kind == SINGLE ? sets[set].tile32 : sets[set].tile16)(&tile, exact, &changed, &infinite);
@@ -301,62 +302,53 @@ done:
     return answer;
 }
 
-/* pack(down, rank, columns, width, split, weights, panels, double_panels, downs, double_downs, panel_norm)
+/* lay_up(up, rows, columns, factor, out, rank, at, kind, weights, squares, set) -> bool
+ * lay_down(down, rows, columns, factor, panels, rank, at, kind, weights, squares, set) -> bool
  *
- * `down` (rank, columns) of doubles as `panels`, (panels, rank, width) of float or double, the last panel padded with zeros, with `split`
- * the even columns of a panel before the odd ones; and as `downs`, see Tile. panel_norm[p]: the largest sqrt(sum_k weights[k] *
- * down[k, j]^2) of its columns. */
-static PyObject *pack(PyObject *module, PyObject *args)
+ * The fields of Layout for the kernel of that kind; the factor of lay_down is 1. What they are given is of floats or doubles, as its items say. */
+static PyObject *lay(PyObject *args, int down)
+{
+    Py_buffer from, to, weights, squares;
+    Layout layout = {0};
+    Py_ssize_t rows, columns, rank, at;
+    int kind, set, held = 0;
+    if (!PyArg_ParseTuple(args, "y*nndw*nniy*w*i", &from, &rows, &columns, &layout.factor, &to, &rank, &at, &kind, &weights, &squares, &set))
+        return NULL;
+    int fits = set >= 0 && set < set_count && kind >= BFLOAT && kind <= SINGLE && rows >= 0 && columns >= 0 && at >= 0 && rank >= 0;
+    if (fits) {
+        Py_ssize_t width = (kind == SINGLE ? 1 : 2) * sets[set].lanes, ranks = down ? rows : columns, lines = down ? columns : rows;
+        Py_ssize_t padded = down ? (columns + width - 1) / width * width : rows;
+        layout.wide = from.itemsize == 8;
+        layout.wide_to = kind == SINGLE;
+        layout.split = kind == BFLOAT;
+        fits = at + ranks <= rank && from.len >= rows * columns * (layout.wide ? 8 : 4) && to.len >= padded * rank * (layout.wide_to ? 8 : 4)
+               && weights.len >= rank * 8 && squares.len >= 2 * lines * 8;
+    }
+    if (fits) {
+        layout.from = from.buf, layout.to = to.buf, layout.weights = weights.buf, layout.squares = squares.buf;
+        layout.rows = rows, layout.columns = columns, layout.rank = rank, layout.at = at;
+        Py_BEGIN_ALLOW_THREADS
+        held = (down ? sets[set].lay_down : sets[set].lay_up)(&layout);
+        Py_END_ALLOW_THREADS
+    } else
+        PyErr_SetString(PyExc_ValueError, "a buffer is too small, or there is no such kind or instruction set");
+    PyBuffer_Release(&from);
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&weights);
+    PyBuffer_Release(&squares);
+    return fits ? PyBool_FromLong(held) : NULL;
+}
+
+static PyObject *lay_up(PyObject *module, PyObject *args)
 {
     (void)module;
-    Py_buffer down, weights, panels, downs, norms;
-    Py_ssize_t rank, columns, width;
-    int split, double_panels, double_downs;
-    if (!PyArg_ParseTuple(
-            args, "y*nnnpy*w*pw*pw*", &down, &rank, &columns, &width, &split, &weights, &panels, &double_panels, &downs, &double_downs, &norms))
-        return NULL;
-    int fits = rank >= 0 && columns >= 0 && width > 0 && width <= WIDEST && down.len >= rank * columns * 8 && weights.len >= rank * 8;
-    Py_ssize_t count = fits ? (columns + width - 1) / width : 0, stride = EIGHTS(rank);
-    fits = fits && panels.len >= count * width * rank * (double_panels ? 8 : 4) && downs.len >= columns * stride * (double_downs ? 8 : 4)
-           && norms.len >= count * 4;
-    if (fits) {
-        Py_BEGIN_ALLOW_THREADS
-        memset(downs.buf, 0, (size_t)(columns * stride * (double_downs ? 8 : 4)));
-        for (Py_ssize_t p = 0; p < count; p++) {
-            Py_ssize_t first = p * width, wide = columns - first < width ? columns - first : width;
-            double square[WIDEST] = {0}, largest = 0;
-            for (Py_ssize_t k = 0; k < rank; k++) {
-                const double *from = (const double *)down.buf + k * columns + first;
-                double row[WIDEST] = {0}, weight = ((const double *)weights.buf)[k];
-                for (Py_ssize_t c = 0; c < wide; c++) {
-                    row[split ? c / 2 + c % 2 * (width / 2) : c] = from[c];
-                    square[c] += weight * from[c] * from[c];
-                }
-                for (Py_ssize_t c = 0; double_downs && c < wide; c++)
-                    ((double *)downs.buf)[(first + c) * stride + k] = from[c];
-                for (Py_ssize_t c = 0; !double_downs && c < wide; c++)
-                    ((float *)downs.buf)[(first + c) * stride + k] = (float)from[c];
-                if (double_panels)
-                    memcpy((double *)panels.buf + (p * rank + k) * width, row, (size_t)width * sizeof(double));
-                for (Py_ssize_t c = 0; !double_panels && c < width; c++)
-                    ((float *)panels.buf)[(p * rank + k) * width + c] = (float)row[c];
-            }
-            for (Py_ssize_t c = 0; c < wide; c++)
-                largest = square[c] > largest ? square[c] : largest;
-            ((float *)norms.buf)[p] = (float)(sqrt(largest) * (1 + 0x1p-16));
-        }
-        Py_END_ALLOW_THREADS
-    }
-    PyBuffer_Release(&down);
-    PyBuffer_Release(&weights);
-    PyBuffer_Release(&panels);
-    PyBuffer_Release(&downs);
-    PyBuffer_Release(&norms);
-    if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "pack: a buffer is too small");
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return lay(args, 0);
+}
+
+static PyObject *lay_down(PyObject *module, PyObject *args)
+{
+    (void)module;
+    return lay(args, 1);
 }
 
 /* instruction_sets() -> ((name, lanes), ...), the best first. */
@@ -372,7 +364,8 @@ static PyObject *instruction_sets(PyObject *module, PyObject *unused)
 
 static PyMethodDef methods[] = {
     {"merge_tile", merge_tile, METH_VARARGS, "Round W + up @ down into a tile in place; see tile.c."},
-    {"pack", pack, METH_VARARGS, "Lay `down` out in panels; see tile.c."},
+    {"lay_up", lay_up, METH_VARARGS, "Lay a part of `up` out for merge_tile; see tile.c."},
+    {"lay_down", lay_down, METH_VARARGS, "Lay a part of `down` out in panels; see tile.c."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets this processor has a kernel for, best first."},
     {NULL, NULL, 0, NULL},
 };

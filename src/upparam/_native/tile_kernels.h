@@ -298,58 +298,58 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
     return any != 0;
 }
 
-/* One element becomes round(W + sum_k up[row, k] * down[k, column]), summed in float64. The order is fixed, and the numpy path uses the
- * same: eight running sums over k = 0, 8, 16 ...; 1, 9, 17 ... and so on, then ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)). This file is
- * compiled without contraction, so no product is fused. */
+/* sum_k up[k] * down[k * stride] in float64. The order is fixed, and the numpy path uses the same: eight running sums over k = 0, 8, 16 ...;
+ * 1, 9, 17 ... and so on, then ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)). This file is compiled without contraction: no product is fused. */
+TARGET static inline __attribute__((always_inline)) double NAME(in_order)(
+    const void *up, int wide_up, const void *down, int wide_down, long stride, long rank)
+{
+    Eight s = {0};
+    const long whole = rank / 8 * 8;
+    for (long k = 0; k < whole; k += 8) {
+        Eight u, d;
+        if (wide_up)
+            memcpy(&u, (const double *)up + k, sizeof u);
+        else {
+            EightFloats narrow;
+            memcpy(&narrow, (const float *)up + k, sizeof narrow);
+            u = __builtin_convertvector(narrow, Eight);
+        }
+        if (wide_down) {
+            const double *from = (const double *)down + k * stride;
+            d = (Eight){from[0], from[stride], from[2 * stride], from[3 * stride], from[4 * stride], from[5 * stride], from[6 * stride], from[7 * stride]};
+        } else {
+            const float *from = (const float *)down + k * stride;
+            EightFloats narrow = {from[0], from[stride], from[2 * stride], from[3 * stride], from[4 * stride], from[5 * stride], from[6 * stride], from[7 * stride]};
+            d = __builtin_convertvector(narrow, Eight);
+        }
+        s += u * d;
+    }
+    for (long k = whole; k < rank; k++)
+        s[k - whole] += (wide_up ? ((const double *)up)[k] : (double)((const float *)up)[k])
+                        * (wide_down ? ((const double *)down)[k * stride] : (double)((const float *)down)[k * stride]);
+    return SUM(s);
+}
+
+/* One element becomes round(W + up @ down), summed in float64: from the panel, which is in the cache, where it holds the values. */
 TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, long row, long column, long *changed, long *infinite)
 {
-    const long rank = tile->rank, at = column * EIGHTS(rank), whole = rank / 8 * 8;
-    const double *u = tile->up64 + row * rank;
-    double s[8] = {0};
-    if (tile->wide) {
-        const double *d = (const double *)tile->downs + at;
-        for (long k = 0; k < whole; k += 8)
-            for (int lane = 0; lane < 8; lane++)
-                s[lane] += u[k + lane] * d[k + lane];
-        for (long k = whole; k < rank; k++)
-            s[k - whole] += u[k] * d[k];
-    } else {
-        const float *d = (const float *)tile->downs + at;
-        for (long k = 0; k < whole; k += 8)
-            for (int lane = 0; lane < 8; lane++)
-                s[lane] += u[k + lane] * (double)d[k + lane];
-        for (long k = whole; k < rank; k++)
-            s[k - whole] += u[k] * (double)d[k];
-    }
-    add_and_round(tile, row * tile->columns + column, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])), changed, infinite);
+    const long rank = tile->rank, width = tile->kind == SINGLE ? LANES : WIDE, lane = column % width;
+    const long place = (column - lane) * rank + (tile->kind == BFLOAT ? lane / 2 + lane % 2 * LANES : lane);
+    const float *up = (const float *)tile->up + row * rank, *down = (const float *)tile->panels + place;
+    double sum;
+    if (tile->kind == SINGLE)
+        sum = NAME(in_order)((const double *)tile->up + row * rank, 1, (const double *)tile->panels + place, 1, LANES, rank);
+    else if (tile->downs64) {
+        const double *down64 = tile->downs64 + column * EIGHTS(rank);
+        sum = tile->up64 ? NAME(in_order)(tile->up64 + row * rank, 1, down64, 1, 1, rank) : NAME(in_order)(up, 0, down64, 1, 1, rank);
+    } else
+        sum = tile->up64 ? NAME(in_order)(tile->up64 + row * rank, 1, down, 0, WIDE, rank) : NAME(in_order)(up, 0, down, 0, WIDE, rank);
+    add_and_round(tile, row * tile->columns + column, sum, changed, infinite);
 }
 
-/* Line one uncertain element up, its factors on their way to the cache, and settle the one that has waited longest. */
-TARGET static __attribute__((noinline)) void NAME(wait)(Waiting *waiting, long row, long column, long *changed, long *infinite)
-{
-    const Tile *tile = waiting->tile;
-    const long rank = EIGHTS(tile->rank), size = rank * (tile->wide ? 8 : 4);
-    const char *d = (const char *)tile->downs + column * size, *u = (const char *)(tile->up64 + row * tile->rank);
-    for (long at = 0; at < size; at += 64)
-        __builtin_prefetch(d + at);
-    for (long at = 0; at < tile->rank * 8; at += 64)
-        __builtin_prefetch(u + at);
-    Place *place = &waiting->place[waiting->next++ % WAITING], old = *place;
-    *place = (Place){row, column};
-    if (old.row >= 0)
-        NAME(settle)(tile, old.row, old.column, changed, infinite);
-}
-
-/* Settle what still waits. */
-TARGET static void NAME(settle_rest)(const Waiting *waiting, long *changed, long *infinite)
-{
-    for (int n = 0; n < WAITING && waiting->place[n].row >= 0; n++)
-        NAME(settle)(waiting->tile, waiting->place[n].row, waiting->place[n].column, changed, infinite);
-}
-
-/* The doubtful elements of a block's rows are lined up. */
+/* The doubtful elements of a block's rows are settled. */
 TARGET static inline void NAME(settle_marks)(
-    Waiting *waiting, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
+    const Tile *tile, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
 {
     uint32_t any = 0;
     for (long r = 0; r < rows; r++)
@@ -358,13 +358,13 @@ TARGET static inline void NAME(settle_marks)(
         for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {
             long c = __builtin_ctz(mark);
             if (c < wide)
-                NAME(wait)(waiting, row + r, column + c, changed, infinite);
+                NAME(settle)(tile, row + r, column + c, changed, infinite);
         }
 }
 
 /* Finish the block that is held, if one is. */
 TARGET static inline __attribute__((always_inline)) void NAME(finish)(
-    NAME(Held) *held, Waiting *waiting, int half, int exact, long *changed, long *infinite)
+    NAME(Held) *held, const Tile *tile, int half, int exact, long *changed, long *infinite)
 {
     uint32_t marks[ROWS];
     if (held->row < 0)
@@ -372,7 +372,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(finish)(
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
         marks[i] = NAME(finish_row)(held, i, half, exact, changed);
-    NAME(settle_marks)(waiting, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
+    NAME(settle_marks)(tile, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
     held->row = -1;
 }
 
@@ -387,7 +387,6 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
     uint32_t marks[ROWS];
     NAME(Held) held = {.row = -1}, partial;
     VF sum[ROWS][2];
-    Waiting waiting = nothing_waits(tile);
     for (long first = 0; first < columns; first += group) {
         long last = columns - first < group ? columns : first + group;
         for (long i = 0; i < rows; i += ROWS) {
@@ -401,7 +400,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
                 if (high == ROWS && wide == WIDE) {
                     if (held.row >= 0) {
                         NAME(block16)(sum, u, panel, rank, &held, half, exact, &changed, marks);
-                        NAME(settle_marks)(&waiting, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
+                        NAME(settle_marks)(tile, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
                     } else
                         NAME(block16)(sum, u, panel, rank, 0, half, exact, &changed, marks);
                     memcpy(held.sum, sum, sizeof sum);
@@ -429,12 +428,11 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
                         changed += *place != edge[r][c];
                         *place = edge[r][c];
                     }
-                NAME(settle_marks)(&waiting, marks, high, i, j, wide, &changed, infinite_out);
+                NAME(settle_marks)(tile, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
     }
-    NAME(finish)(&held, &waiting, half, exact, &changed, infinite_out);
-    NAME(settle_rest)(&waiting, &changed, infinite_out);
+    NAME(finish)(&held, tile, half, exact, &changed, infinite_out);
     *changed_out = changed;
 }
 
@@ -453,7 +451,6 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
     float *stored = tile->stored, edge[ROWS][LANES], *w[ROWS], reach[ROWS];
     long changed = 0;
     uint32_t marks[ROWS];
-    Waiting waiting = nothing_waits(tile);
     for (long first = 0; first < columns; first += group) {
         long last = columns - first < group ? columns : first + group;
         for (long i = 0; i < rows; i += ROWS) {
@@ -483,11 +480,10 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
                         }
                 }
                 if (some)
-                    NAME(settle_marks)(&waiting, marks, high, i, j, wide, &changed, infinite_out);
+                    NAME(settle_marks)(tile, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
     }
-    NAME(settle_rest)(&waiting, &changed, infinite_out);
     *changed_out = changed;
 }
 

@@ -84,6 +84,10 @@ class Update(ABC):
         """(up (out, r), down (r, prod(rest))) as float64 with up @ down = dW, without the scale; None when dW has no such form."""
         return None
 
+    def floats(self) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """The same in float32 where that holds every value and is at hand, else in float64."""
+        return self.low_rank()
+
     def merged(self, weight: RowReader, start: int, stop: int) -> NDArray[np.float64]:
         """Rows [start, stop) of the changed weight W' in float64. Additive algorithms give W + scale * dW."""
         result: NDArray[np.float64] = weight(start, stop) + self.rows(start, stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,20 +19,30 @@ if TYPE_CHECKING:
 
 
 class LowRankUpdate(Update):
-    """up (out, r) and down (r, prod(rest)) in memory as float64."""
+    """up (out, r) and down (r, prod(rest)) in memory, in float64 or as float32 that holds them; what is computed is computed in float64."""
 
-    def __init__(self, up: NDArray[np.float64], down: NDArray[np.float64], shape: tuple[int, ...], scale: float) -> None:
-        self.up, self.down, self.shape, self.scale = up, down, shape, scale
+    def __init__(self, up: NDArray[Any], down: NDArray[Any], shape: tuple[int, ...], scale: float) -> None:
+        self._given, self.shape, self.scale = (up, down), shape, scale
+
+    @cached_property
+    def _doubles(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        up, down = self._given
+        return up.astype("f8", copy=False), down.astype("f8", copy=False)
 
     def rows(self, start: int, stop: int) -> NDArray[np.float64]:
         """Rows [start, stop) of scale * up @ down."""
-        rows: NDArray[np.float64] = self.up[start:stop] @ self.down
+        up, down = self._doubles
+        rows: NDArray[np.float64] = up[start:stop] @ down
         rows *= self.scale
         return rows
 
-    def low_rank(self) -> tuple[NDArray[Any], NDArray[Any]]:
+    def low_rank(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(up, down)."""
-        return self.up, self.down
+        return self._doubles
+
+    def floats(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(up, down) as given."""
+        return self._given
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,11 @@ class LoRA(Delta):
         return up, down
 
     def load(self) -> LowRankUpdate:
-        """Factors in memory as float64."""
-        up, down = self.matrices()
+        """Factors in memory: as they are stored, or as the float32 or float64 that holds them."""
+        if self.mid is None:
+            up, down = self.up.floats().reshape(self.up.shape[0], self.rank), self.down.floats().reshape(self.rank, -1)
+        else:
+            up, down = self.matrices()
         return LowRankUpdate(up, down, self.shape, self.known_scale())
 
     def frobenius(self) -> float:

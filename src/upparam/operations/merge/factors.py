@@ -8,7 +8,7 @@ operations on its way into a sum is off by at most (about) n u of itself (Higham
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -43,23 +43,51 @@ class Packed(NamedTuple):
 
     up: NDArray[Any]
     panels: NDArray[Any]
-    downs: NDArray[Any]
-    """`down` as (columns, R padded to a multiple of 8), in float64 where float32 does not hold its values."""
+    up64: NDArray[np.float64] | None
+    """`up` in float64 where float32 does not hold its values."""
+    downs64: NDArray[np.float64] | None
+    """`down` as (columns, R padded to a multiple of 8) in float64 where float32 does not hold its values."""
     row_bound: NDArray[np.float32]
     panel_norm: NDArray[np.float32]
 
 
-class LowRank:
-    """up (rows, R) with every scale in it, down (R, columns), for a range of rows of one stored weight; all that a tile needs.
+class Part(NamedTuple):
+    """factor * up (rows, r) @ down (r, columns), the factors in float32 or float64."""
 
-    Whether the factors are finite is the caller's to check. Other forms of the factors are made when a route first asks for them.
+    up: NDArray[Any]
+    down: NDArray[Any]
+    factor: float = 1.0
+
+
+def _plain(matrix: NDArray[Any]) -> NDArray[Any]:
+    """The matrix in C order, in float64 where it is not in float32."""
+    return np.ascontiguousarray(matrix, matrix.dtype if matrix.dtype == np.float32 else np.float64)
+
+
+class LowRank:
+    """The sum of `parts`, all of one shape, for a range of rows of one stored weight: up (rows, R) with every factor in it, down (R, columns).
+
+    Whether all is finite is the caller's to check. Forms of the factors are made when a route first asks for them.
     """
 
-    def __init__(self, up: NDArray[np.float64], down: NDArray[np.float64]) -> None:
-        self.up64 = np.ascontiguousarray(up)
-        self.down64 = np.ascontiguousarray(down)
+    def __init__(self, up: NDArray[Any], down: NDArray[Any], factor: float = 1.0, beside: Sequence[Part] = ()) -> None:
+        self.parts = [Part(_plain(part.up), _plain(part.down), float(part.factor)) for part in (Part(up, down, factor), *beside)]
+        self.rank = sum(len(part.down) for part in self.parts)
+        """R."""
         self._kept: dict[str, Any] = {}
         self._lock = threading.RLock()  # some forms are made from others
+
+    @property
+    def up64(self) -> NDArray[np.float64]:
+        """up in float64."""
+        return self.kept(
+            "up64", lambda: np.concatenate([np.multiply(part.up, part.factor, dtype=np.float64) for part in self.parts], axis=1)
+        )
+
+    @property
+    def down64(self) -> NDArray[np.float64]:
+        """down in float64."""
+        return self.kept("down64", lambda: np.concatenate([part.down for part in self.parts], dtype=np.float64))
 
     @property
     def row_bound(self) -> NDArray[np.float64]:
@@ -76,14 +104,9 @@ class LowRank:
         return bound
 
     @property
-    def rank(self) -> int:
-        """R."""
-        return int(self.up64.shape[1])
-
-    @property
     def row_norm(self) -> NDArray[np.float64]:
         """The norm of each row of up, rounded upward."""
-        return self.kept("row", lambda: self._weighted(np.ones(self.rank)))
+        return self.kept("row", lambda: np.sqrt((self.up64 * self.up64) @ np.ones(self.rank)) * UP)
 
     @staticmethod
     def _single(narrow: NDArray[np.float32], wide: NDArray[np.float64]) -> bool:
@@ -110,11 +133,6 @@ class LowRank:
         """down in float32."""
         return self.kept("down", lambda: self.down64.astype(np.float32))
 
-    def _weighted(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """sqrt(sum_k weights[k] up[i, k]^2) of each row, rounded upward by a factor that also covers its own rounding."""
-        norm: NDArray[np.float64] = np.sqrt((self.up64 * self.up64) @ weights) * UP
-        return norm
-
     def packed(self, route: Route, kind: int) -> Packed:
         """The factors for the compiled kernel.
 
@@ -127,21 +145,32 @@ class LowRank:
 
     def _pack(self, route: Route, kind: int) -> Packed:
         tile, single = route.module, kind == KINDS["float32"]
-        rank, columns = self.down64.shape
-        same = self._single(self.down, self.down64)
-        rounded = 1.0 if single else float((not same) + (not self._single(self.up, self.up64)) + (route.name == "portable"))
-        ranks, chunk = np.arange(rank), tile.CHUNK
-        starts = ranks // chunk * chunk
-        weights = np.minimum(chunk, rank - starts) - (ranks - starts) + (-(-rank // chunk) - ranks // chunk) + rounded
+        ranks, rank, rows, columns = np.arange(self.rank), self.rank, len(self.parts[0].up), self.parts[0].down.shape[1]
+        starts = ranks // tile.CHUNK * tile.CHUNK
+        weights = (
+            np.minimum(tile.CHUNK, rank - starts) - (ranks - starts) + (-(-rank // tile.CHUNK) - ranks // tile.CHUNK).astype(np.float64)
+        )
         width = route.lanes if single else 2 * route.lanes
         count = -(-columns // width)
-        panels = aligned(count * rank * width, np.float64 if single else np.float32)
-        downs = np.empty((columns, rank + -rank % 8), np.float32 if same else np.float64)
-        norms = np.empty(count, np.float32)
-        split = kind == KINDS["bfloat16"]
-        tile.pack(self.down64, rank, columns, width, split, weights, panels, single, downs, not same, norms)
-        bound = self._weighted(weights) * (UNIT * (1 + 2 * UNIT * float(weights.max(initial=0.0)))) + TINY
-        return Packed(self.up64 if single else self.up, panels, downs, bound.astype(np.float32), norms)
+        up = aligned(rows * rank, np.float64 if single else np.float32).reshape(rows, rank)
+        panels = aligned(count * rank * width, up.dtype)
+        row_squares, column_squares = np.zeros((2, rows)), np.zeros((2, columns))
+        same_up, same_down, at = True, True, 0
+        for part in self.parts:
+            held = tile.lay_up(part.up, *part.up.shape, part.factor, up, rank, at, kind, weights, row_squares, route.number)
+            same_up = held and same_up
+            held = tile.lay_down(part.down, *part.down.shape, 1.0, panels, rank, at, kind, weights, column_squares, route.number)
+            same_down = held and same_down
+            at += len(part.down)
+        rounded = 1.0 if single else float((not same_up) + (not same_down) + (route.name == "portable"))
+        row_norm, column_norm = (np.sqrt(squares[0] + rounded * squares[1]) * UP for squares in (row_squares, column_squares))
+        bound = row_norm * (UNIT * (1 + 2 * UNIT * (float(weights.max(initial=0.0)) + rounded))) + TINY
+        norms = np.zeros(count * width, np.float32)
+        norms[:columns] = column_norm
+        return Packed(
+            up, panels, None if same_up else self.up64, None if same_down else self.downs, bound.astype(np.float32),
+            norms.reshape(count, width).max(axis=1, initial=0.0),
+        )  # fmt: skip
 
     @property
     def ups(self) -> NDArray[np.float64]:

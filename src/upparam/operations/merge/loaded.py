@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from upparam.algorithms.base import Update
 from upparam.errors import MalformedError
-from upparam.operations.merge.factors import LowRank
+from upparam.operations.merge.factors import LowRank, Part
 from upparam.operations.merge.in_float64 import store, too_large
 from upparam.operations.merge.kernel import Scratch, add_low_rank
 from upparam.operations.merge.packing import decode, encode
@@ -123,7 +123,7 @@ class Loaded:
         if work.replacement is not None and not work.pieces:
             self._chain = BaseRows(work.replacement)
             return
-        forms = [update.low_rank() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
+        forms = [update.floats() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
         if all(form is not None for form in forms) and work.scale is None and not work.packing:
             self.segments = self._cut([form for form in forms if form is not None])
         else:
@@ -132,32 +132,26 @@ class Loaded:
     def _cut(self, forms: list[tuple[NDArray[Any], NDArray[Any]]]) -> list[tuple[int, int, LowRank | None]]:
         """Row ranges of the stored weight with one pair of factors each: all deltas that reach them, side by side."""
         rows, columns = self.base.count, self.base.columns
-        laid: list[tuple[int, int, NDArray[np.float64], NDArray[np.float64]]] = []
+        laid: list[tuple[int, int, Part]] = []
         for piece, update, (up, down) in zip(self.work.pieces, self.updates, forms, strict=True):
-            down = down.astype(np.float64, copy=False).reshape(up.shape[1], -1)
-            up = up * np.float64(update.scale * piece.multiplier)
-            if not (_finite(up) and _finite(down)):
+            down = down.reshape(up.shape[1], -1)
+            factor = update.scale * piece.multiplier
+            if not (isfinite(_largest(up) * factor) and isfinite(_largest(down))):
                 raise _not_finite(piece, update)
             start, stop = piece.rows or (0, columns if piece.transposed else rows)
             if piece.transposed:
                 wide = np.zeros((up.shape[1], columns))
-                wide[:, start:stop] = up.T
-                laid.append((0, rows, np.ascontiguousarray(down.T), wide))
+                wide[:, start:stop] = np.multiply(up, factor, dtype=np.float64).T
+                laid.append((0, rows, Part(down.T, wide)))
             else:
-                laid.append((start, stop, up, down))
-        marks = sorted({0, rows, *(mark for start, stop, _, _ in laid for mark in (start, stop))})
+                laid.append((start, stop, Part(up, down, factor)))
+        marks = sorted({0, rows, *(mark for start, stop, _ in laid for mark in (start, stop))})
         segments: list[tuple[int, int, LowRank | None]] = []
         for first, last in pairwise(marks):
-            reach = [(up[first - start : last - start], down) for start, stop, up, down in laid if start <= first and last <= stop]
-            factors = None
-            if reach:
-                up, down = (
-                    reach[0]
-                    if len(reach) == 1
-                    else (np.concatenate([up for up, _ in reach], axis=1), np.concatenate([down for _, down in reach]))
-                )
-                factors = LowRank(up, down)
-            segments.append((first, last, factors))
+            reach = [
+                part._replace(up=part.up[first - start : last - start]) for start, stop, part in laid if start <= first and last <= stop
+            ]
+            segments.append((first, last, LowRank(*reach[0], beside=reach[1:]) if reach else None))
         return segments
 
     def _compose(self) -> Rows:
@@ -216,33 +210,40 @@ class Loaded:
             return (encode(only).astype(np.float64) if self.work.packing else only)[0, columns]
         result = self.base(row, row + 1)[0]
         for piece, update in zip(self.work.pieces, self.updates, strict=True):
-            form = update.low_rank()
+            form = update.floats()
             assert form is not None
             up, down = form
             down = down.reshape(up.shape[1], -1)
             factor = update.scale * piece.multiplier
             start, stop = piece.rows or (0, len(up))
             if piece.transposed:
-                result[start:stop] += factor * (up @ down[:, row])
+                result[start:stop] += factor * (up @ down[:, row].astype(np.float64))
             elif start <= row < stop:
-                result += factor * (up[row - start] @ down)
+                result[columns] += factor * _combined(up[row - start], down[:, columns])
         row_part: NDArray[np.float64] = result[columns]
         return row_part
 
 
+def _combined(weights: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float64]:
+    """weights (r,) @ rows (r, columns) in float64, some rows at a time: they need not all be widened at once."""
+    total = np.zeros(rows.shape[1])
+    for at in range(0, len(rows), 32):
+        total += weights[at : at + 32].astype(np.float64) @ rows[at : at + 32].astype(np.float64)
+    return total
+
+
 def _not_finite(piece: Piece, update: Update) -> MalformedError:
     """Whether the factors or the scale are to blame."""
-    form = update.low_rank()
-    if form is not None and all(_finite(factor) for factor in form):
+    form = update.floats()
+    if form is not None and all(isfinite(_largest(factor)) for factor in form):
         scale = f"scale {update.scale:g} x multiplier {piece.multiplier:g}"
         return MalformedError("the factors times the scale are no finite numbers", tensor=str(piece.target), found=scale)
     return MalformedError("the factors hold NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
 
 
-def _finite(values: NDArray[np.float64]) -> bool:
-    """True when no value is NaN or infinite: then their sum is not either, unless it overflows."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
+def _largest(values: NDArray[Any]) -> float:
+    """The largest magnitude; NaN or infinite where a value is."""
+    return max(float(values.max(initial=0.0)), -float(values.min(initial=0.0))) if values.size else 0.0
 
 
 def _changed(before: Rows, piece: Piece, update: Update, count: int) -> Rows:
