@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tests.operations.merging import adapter, lora, save
@@ -40,6 +40,7 @@ def checked(samples: Samples, stored: dict[str, np.ndarray], exact: bool = True)
     return check_samples(samples, {name: Tensor.of(array) for name, array in stored.items()}, exact)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.lists(st.sampled_from(NAMES), min_size=1, max_size=5),

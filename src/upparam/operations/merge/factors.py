@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from upparam.operations.merge.kernel import Route
 
-NUMPY_CHUNK = 32
-"""Ranks that numpy sums in one product: short sums have smaller errors, so that fewer elements are uncertain."""
 UNIT = 2.0**-24
 TINY = 1e-37
 """Absolute slack for products that underflow float32, and what makes every zero sum doubtful (its sign is decided in float64)."""
@@ -90,28 +88,9 @@ class LowRank:
         return self.kept("down64", lambda: np.concatenate([part.down for part in self.parts], dtype=np.float64))
 
     @property
-    def row_bound(self) -> NDArray[np.float64]:
-        """How far a float32 sum of R products may be from the true one, for each row per unit of column norm.
-
-        Sums of NUMPY_CHUNK products each, in whatever order, that are then added one to the other.
-        """
-        return self.kept("bound", self._row_bound)
-
-    def _row_bound(self) -> NDArray[np.float64]:
-        rounded = (not self._single(self.up, self.up64)) + (not self._single(self.down, self.down64))
-        depth = min(self.rank, NUMPY_CHUNK) + -(-self.rank // NUMPY_CHUNK) + rounded
-        bound: NDArray[np.float64] = self.row_norm * (depth * UNIT * UP) + TINY
-        return bound
-
-    @property
     def row_norm(self) -> NDArray[np.float64]:
         """The norm of each row of up, rounded upward."""
         return self.kept("row", lambda: np.sqrt((self.up64 * self.up64) @ np.ones(self.rank)) * UP)
-
-    @staticmethod
-    def _single(narrow: NDArray[np.float32], wide: NDArray[np.float64]) -> bool:
-        """True when float32 holds every value."""
-        return bool((narrow == wide).all())
 
     @property
     def column_norm(self) -> NDArray[np.float64]:
@@ -122,16 +101,6 @@ class LowRank:
     def widest(self) -> float:
         """The largest of the column norms."""
         return self.kept("widest", lambda: float(self.column_norm.max(initial=0.0)))
-
-    @property
-    def up(self) -> NDArray[np.float32]:
-        """up in float32."""
-        return self.kept("up", lambda: self.up64.astype(np.float32))
-
-    @property
-    def down(self) -> NDArray[np.float32]:
-        """down in float32."""
-        return self.kept("down", lambda: self.down64.astype(np.float32))
 
     def packed(self, route: Route, kind: int) -> Packed:
         """The factors for the compiled kernel.
