@@ -313,11 +313,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     weights = None if content is None else content.get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
         raise MalformedError("the index has no weight_map from names to files", file=index)
-    for shard in set(weights.values()):
-        path = Path(shard)
+    shards = {shard: Path(shard) for shard in set(weights.values())}
+    for shard, path in shards.items():
         if "\0" in shard or path.is_absolute() or ".." in path.parts or not _inside(index.parent, path):
             raise MalformedError("the index points outside its folder", file=index, found=shard)
-    return {name: Path(shard).as_posix() for name, shard in weights.items()}
+    spelled = {shard: path.as_posix() for shard, path in shards.items()}
+    return {name: spelled[shard] for name, shard in weights.items()}
 
 
 def _inside(folder: Path, path: Path) -> bool:
@@ -327,9 +328,10 @@ def _inside(folder: Path, path: Path) -> bool:
 
 def _check_index(index: Path, files: list[CheckpointFile]) -> None:
     """Raise MalformedError unless every tensor the index names is in the shard it names."""
-    held = {file.path: file.tensors for file in files}
-    for name, shard in _weight_map(index).items():
-        if name not in held[index.parent / shard]:
+    named, held = _weight_map(index), {file.path: file.tensors for file in files}
+    shards = {shard: held[index.parent / shard] for shard in set(named.values())}
+    for name, shard in named.items():
+        if name not in shards[shard]:
             raise MalformedError(
                 "the index names a tensor that its shard does not hold", file=index, tensor=name, expected=f"in {shard}",
                 remedy="the index belongs to other shards; fetch the model again",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from functools import cache
@@ -28,17 +29,18 @@ def _may_be_named(group: str) -> bool:
 
     if any(finder is not PathFinder and hasattr(finder, "find_distributions") for finder in sys.meta_path):
         return True
-    for folder in map(Path, sys.path):
+    for folder in sys.path:
         try:
-            told = [place for place in folder.iterdir() if place.suffix.lower() in (".dist-info", ".egg-info")]
+            with os.scandir(folder or os.curdir) as entries:
+                told = [entry.path for entry in entries if entry.name.lower().endswith((".dist-info", ".egg-info"))]
         except NotADirectoryError:
             return True
         except OSError:
             continue
-        if folder.suffix.lower() == ".egg":
+        if folder.lower().endswith(".egg"):
             return True
         for place in told:
             with suppress(OSError):
-                if group.encode() in (place / "entry_points.txt").read_bytes():
+                if group.encode() in Path(place, "entry_points.txt").read_bytes():
                     return True
     return False

@@ -84,21 +84,19 @@ class Kohya:
 
     def match(self, file: TensorFile) -> Match | None:
         """The share of names that are a known prefix, underscores, and one of the words."""
-        hits = sum(1 for name in file.tensors if (part := words.split(name, self.vocabulary())) and MODULE.fullmatch(part[0]))
+        vocabulary = self.vocabulary()
+        parts = [part for name in file.tensors if (part := words.split(name, vocabulary))]
+        hits = sum(MODULE.fullmatch(module) is not None for module, _ in parts)
         if not hits or not any(name.endswith(words.LORA[:2]) for name in file.tensors):
             return None
-        evidence = [f"{hits} of {len(file.tensors)} names are lora_<component>_<module>.<{'|'.join(self.own_words(file))}>"]
+        own = sorted({word.removesuffix(".weight") for _, word in parts})
+        evidence = [f"{hits} of {len(file.tensors)} names are lora_<component>_<module>.<{'|'.join(own)}>"]
         if "ss_network_module" in file.metadata:
             evidence.append(f"metadata ss_network_module = {file.metadata['ss_network_module']}")
         # One half alone may be a triad's file, and what a GGUF says of itself goes first.
         halves = all(any(name.endswith(word) for name in file.tensors) for word in words.LORA[:2])
         alone = hits == len(file.tensors) and halves and file.container != "gguf"
         return Match(self.name, round(0.97 * hits / len(file.tensors), 3), tuple(evidence), alone)
-
-    def own_words(self, file: TensorFile) -> list[str]:
-        """The words that occur, shortest spelling."""
-        found = {part[1].removesuffix(".weight") for name in file.tensors if (part := words.split(name, self.vocabulary()))}
-        return sorted(found)
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
         """One file is one adapter."""

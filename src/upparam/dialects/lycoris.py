@@ -53,7 +53,8 @@ class LyCORIS(Kohya):
 
         A file of LoRAs alone under sd-scripts' prefixes is kohya's unless its metadata names `lycoris.kohya` as what trained it.
         """
-        found = [part for name in file.tensors if (part := words.split(name, self.vocabulary())) and MODULE.fullmatch(part[0])]
+        vocabulary = self.vocabulary()
+        found = [part for name in file.tensors if (part := words.split(name, vocabulary)) and MODULE.fullmatch(part[0])]
         # `weight` alone is any model's; of IA3 it has `on_input` beside it.
         hits = sum(word != "weight" or f"{module}.on_input" in file.tensors for module, word in found)
         own = sorted({word for _, word in found if word in lycoris_words.OWN})
