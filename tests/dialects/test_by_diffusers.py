@@ -127,6 +127,104 @@ def test_modules_outside_the_blocks_that_it_passes_over(
     assert len([name for name in state if name.endswith("lora_A.weight")]) == len(adapter.deltas)
 
 
+def everywhere(path: str) -> bool:
+    return True
+
+
+def attention(path: str) -> bool:
+    return inner(path) and "attn" in path
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "dialect", "alpha", "wanted", "begins"),
+    [
+        ("sd1.5", "StableDiffusionPipeline", "comfyui", 2.0, inner, "changes nothing"),
+        ("sd1.5", "StableDiffusionPipeline", "comfyui", 1.0, inner, "fails"),
+        ("sd3-medium", "StableDiffusion3Pipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("sd3-medium", "StableDiffusion3Pipeline", "comfyui", 1.0, inner, "fails"),
+        ("lumina2", "Lumina2Pipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("lumina2", "Lumina2Pipeline", "comfyui", 2.0, inner, "fails"), ("lumina2", "Lumina2Pipeline", "comfyui", 2.0, everywhere, "fails"),
+        ("ltx-video", "LTXPipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("krea-2", "Krea2Pipeline", "kohya", 1.0, inner, "changes nothing"), ("krea-2", "Krea2Pipeline", "comfyui", 1.0, inner, "fails"),
+        ("auraflow", "AuraFlowPipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("cogvideox-2b", "CogVideoXPipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("sana-1.6b", "SanaPipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("mochi-1", "MochiPipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("hidream-i1", "HiDreamImagePipeline", "kohya", 1.0, inner, "changes nothing"),
+        ("hunyuan-video", "HunyuanVideoPipeline", "kohya", 1.0, inner, "fails"),
+        ("hunyuan-video", "HunyuanVideoPipeline", "comfyui", 1.0, inner, "fails"),
+        ("hunyuan-video", "HunyuanVideoPipeline", "comfyui", 2.0, lambda path: "ff" in path, "changes nothing"),
+        ("flux.2-dev", "Flux2Pipeline", "comfyui", 1.0, inner, "fails"), ("chroma", "ChromaPipeline", "kohya", 1.0, everywhere, "fails"),
+        ("wan2.1-t2v-1.3b", "WanPipeline", "kohya", None, inner, "fails"), ("wan2.1-t2v-1.3b", "WanPipeline", "kohya", 1.0, attention, "fails"),
+        ("wan2.1-t2v-1.3b", "WanPipeline", "kohya", 1.0, everywhere, "fails"),
+        ("wan2.1-t2v-1.3b", "WanPipeline", "comfyui", 1.0, everywhere, "fails"),
+    ],
+)  # fmt: skip
+def test_files_that_it_does_not_read(
+    base: str, pipeline: str, dialect: str, alpha: float | None, wanted: Callable[[str], bool], begins: str, tmp_path: Path
+) -> None:
+    """Where a whole file changes nothing or is refused, the receipt says which, and what it names instead is read whole."""
+    known = inventory.load(base)
+    adapter = whole(known, wanted, alpha)
+    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", dialect, read=ReadOptions(base=known), verify=False))
+    assert message.startswith(f"diffusers {begins} ") and message.endswith("; for diffusers convert --to diffusers")
+    try:
+        made, others = products(pipeline, tmp_path / "a.safetensors")
+        assert all("lora" in name for name in others), "Invalid LoRA checkpoint"
+        assert not made.keys() & {target.module for target in adapter.deltas}
+    except (ValueError, KeyError, IndexError, RuntimeError, AssertionError):
+        assert begins == "fails"
+    else:
+        assert begins == "changes nothing"
+    assert foreseen(convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", read=ReadOptions(base=known), verify=False)) == []
+    state = getattr(diffusers, pipeline).lora_state_dict(str(tmp_path / "b"), use_safetensors=True)
+    names = state[0] if isinstance(state, tuple) else state
+    assert len([name for name in names if name.endswith(("lora_A.weight", "lora.down.weight"))]) == len(adapter.deltas)
+
+
+@pytest.mark.parametrize(("base", "pipeline"), [("flux.2-dev", "Flux2Pipeline"), ("hunyuan-video", "HunyuanVideoPipeline")])
+def test_halves_of_a_down_that_it_swaps(base: str, pipeline: str, tmp_path: Path) -> None:
+    known = inventory.load(base)
+    adapter = whole(
+        known, lambda path: path == "transformer.norm_out.linear" or path.startswith("transformer.transformer_blocks.0.attn.to_"), 2.0
+    )
+    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", "comfyui", read=ReadOptions(base=known), verify=False))
+    assert message.startswith("diffusers makes another change of this module")
+    made, _ = products(pipeline, tmp_path / "a.safetensors")
+    ours = adapter.deltas.pop(Target("transformer.norm_out.linear"))
+    assert isinstance(ours, LoRA)
+    up, down = made.pop("transformer.norm_out.linear")
+    assert not np.allclose(up[:3] @ down, ours.up.read()[:3] @ ours.down.read())
+    same(adapter, made)
+
+
+def test_a_token_refiner_that_it_takes_apart(tmp_path: Path) -> None:
+    known = inventory.load("hunyuan-video")
+    adapter = whole(known, lambda path: "refiner_blocks.0.attn.to_" in path or path.endswith("blocks.0.attn.to_k"), 2.0)
+    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", "comfyui", read=ReadOptions(base=known), verify=False))
+    assert message.startswith("diffusers fails to load this file: it cuts the down of the token refiner's fused projection in three")
+    made, _ = products("HunyuanVideoPipeline", tmp_path / "a.safetensors")
+    up, down = made["transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q"]
+    assert up.shape[1] != down.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline"), [("flux.2-dev", "Flux2Pipeline"), ("krea-2", "Krea2Pipeline"), ("hunyuan-video", "HunyuanVideoPipeline")]
+)
+def test_kohyas_alphas_that_equal_the_rank_are_left_out_where_it_fails_over_any(base: str, pipeline: str, tmp_path: Path) -> None:
+    """From kohya, where every module has an alpha; the file is read whole, and kohya's is the same again."""
+    known, read = inventory.load(base), ReadOptions(base=inventory.load(base))
+    adapter = whole(known, inner, 2.0)
+    write_adapter(adapter, tmp_path / "k.safetensors", "kohya", read=read, verify=False)
+    assert foreseen(convert(tmp_path / "k.safetensors", tmp_path / "c.safetensors", "comfyui", read=read)) == []
+    made, others = products(pipeline, tmp_path / "c.safetensors")
+    assert others == []
+    same(adapter, made)
+    convert(tmp_path / "c.safetensors", tmp_path / "k2.safetensors", "kohya", read=read)
+    first, again = (open_adapter(tmp_path / name, options=read).deltas for name in ("k.safetensors", "k2.safetensors"))
+    assert {target: delta.scale for target, delta in first.items()} == {target: delta.scale for target, delta in again.items()}
+
+
 def test_alphas_that_ltx_ignores(tmp_path: Path) -> None:
     known = inventory.load("ltx-video")
     adapter = whole(known, inner, 1.0)

@@ -7,7 +7,8 @@ src/diffusers/utils/peft_utils.py (get_peft_kwargs), src/diffusers/loaders/lora_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from upparam.bases.base import Base
 from upparam.containers.safetensors import layout_order
@@ -15,6 +16,9 @@ from upparam.findings import Finding, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 from upparam.wording import counted
+
+if TYPE_CHECKING:
+    from re import Pattern
 
 _KOHYA = ("kohya", "lycoris")
 JUDGED = (*_KOHYA, "comfyui")
@@ -25,37 +29,126 @@ _TEXT = ("lora_te_", "lora_te1_", "lora_te2_")
 _SECOND = "lora_te2_"
 _UNREAD = {
     "flux": (regex(r"(lora_unet_|diffusion_model\.)((time|vector|guidance|img|txt)_in|final_layer).*"), JUDGED),
+    "chroma": (regex(r"(lora_unet_|diffusion_model\.)((img|txt)_in|final_layer).*"), JUDGED),
     "flux.2": (regex(r"lora_unet_(guidance_in|(double|single)_stream_modulation|final_layer_adaLN).*"), _KOHYA),
     "z-image": (regex(r"(lora_unet_|diffusion_model\.)(final_layer|x_embedder).*"), JUDGED),
     "ltx": (regex(r"diffusion_model\.(patchify_proj|adaln_single).*"), ("comfyui",)),
 }
 """Kind of base -> modules whose names diffusers' converter leaves as no module of its own is called, and the dialects that name them so."""
+_UNKNOWN = {
+    "sd": ("comfyui",), "sd3": JUDGED, "lumina2": _KOHYA, "ltx": _KOHYA, "krea": _KOHYA, "auraflow": _KOHYA, "cogvideox": _KOHYA,
+    "sana": _KOHYA, "mochi": _KOHYA, "hidream": _KOHYA,
+}  # fmt: skip
+"""Kind of base -> dialects in whose names diffusers finds no module of it: nothing is changed, or the file refused."""
+_WITHOUT_ALPHA = ("flux.2", "krea", "lumina2", "hunyuan-video")
+"""Kinds of base whose converters from ComfyUI's names fail over any stored alpha."""
+_BLOCKS = {
+    ("lumina2", "comfyui"): (
+        regex(r"diffusion_model\.(?P<kind>noise_refiner|context_refiner|layers)\.(?P<at>\d+)\.(?P<part>.+)"),
+        frozenset(("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.1")),
+    ),
+    ("wan", "kohya"): (
+        regex(r"lora_unet_(?P<kind>blocks)_(?P<at>\d+)_(?P<part>.+)"),
+        frozenset((*(f"{which}_attn_{part}" for which in ("self", "cross") for part in "qkvo"), "ffn_0", "ffn_2")),
+    ),
+}  # fmt: skip
+"""(kind of base, dialect) -> a module's name and the parts that every block must have, and nothing else may be there."""
+_IMAGE = frozenset(("cross_attn_k_img", "cross_attn_v_img"))
+"""What Wan's blocks have besides in models that start from an image."""
+_OUTSIDE = regex(r"diffusion_model\.(?!blocks\.).*\.alpha")
+_COMPONENTS = ("transformer.", "unet.")
+"""How names of diffusers' own begin, which ComfyUI reads as well."""
+_SWAPPED = "diffusion_model.final_layer.adaLN_modulation.1"
 _INSTEAD = "for diffusers convert --to diffusers"
 
 
 def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> list[Finding]:
-    """What diffusers would make otherwise of these tensors, as they are named in a file of `dialect`; [] where no base is known.
-
-    Only what it does without an error counts: a file it refuses tells its user so itself.
-    """
-    if base is None:
+    """What diffusers would make otherwise of these tensors, as they are named in a file of `dialect`; [] where no base is known."""
+    if base is None or not (downs := _downs(tensors)):
         return []
+    kind = kind_of(base)
+    unmarked = kind == "hunyuan-video" and dialect == "comfyui" and not any("img_attn_qkv" in module for module in downs)
+    if unmarked or dialect in _UNKNOWN.get(kind, ()):
+        if any(module.startswith(_COMPONENTS) for module in downs):
+            return []
+        does = "changes nothing with this file" if all("lora" in name for name in tensors) else "fails to load this file"
+        only = (
+            "it takes these names for ComfyUI's only where an img_attn_qkv is"
+            if unmarked
+            else f"of {base.name} it knows its own names only"
+        )
+        return [warning("diffusers-differs", next(iter(downs)), f"diffusers {does}: {only}; {_INSTEAD}")]
+    if (why := _failing(base, dialect, tensors, downs)) is not None:
+        return [warning("diffusers-differs", next(iter(downs)), f"diffusers fails to load this file: {why}; {_INSTEAD}")]
     found: list[Finding] = []
     if base.family == "sd" and dialect in _KOHYA:
         found += _scales(rescaled(tensors))
     if base.family == "ltx" and dialect == "comfyui":
         found += _scales(_ignored(tensors))
-    kind = "flux.2" if base.name.startswith("flux.2") else base.family
+    if kind in ("flux.2", "hunyuan-video") and dialect == "comfyui" and _SWAPPED in downs:
+        message = (
+            f"diffusers makes another change of this module: it swaps the halves of its down as well, whose rows are ranks; {_INSTEAD}"
+        )
+        found.append(warning("diffusers-differs", _SWAPPED, message))
     pattern, dialects = _UNREAD.get(kind, (None, ()))
     # Of FLUX.1 it reads one spelling, and of a file in another nothing at all, which it says.
-    known = {name: tensor for name, tensor in tensors.items() if kind != "flux" or name.endswith(_DOWN[0])}
-    unread = [module for module in _downs(known) if pattern is not None and dialect in dialects and pattern.fullmatch(module)]
+    spelled = {name: tensor for name, tensor in tensors.items() if kind not in ("flux", "chroma") or name.endswith(_DOWN[0])}
+    unread = [module for module in _downs(spelled) if pattern is not None and dialect in dialects and pattern.fullmatch(module)]
     if unread:
         message = (
             f"diffusers passes over {counted(len(unread), 'module')} outside the blocks, whose names it does not translate; {_INSTEAD}"
         )
         found.append(warning("diffusers-differs", unread[0], message, *unread[1:4]))
     return found
+
+
+def kind_of(base: Base) -> str:
+    """The family whose converter diffusers takes: FLUX.2 and Chroma have one of their own."""
+    return next((name for name in ("flux.2", "chroma") if base.name.startswith(name)), base.family)
+
+
+def takes_alpha(base: Base | None) -> bool:
+    """False of a base whose files in ComfyUI's names diffusers loads only where no alpha is stored."""
+    return base is None or kind_of(base) not in _WITHOUT_ALPHA
+
+
+def _failing(base: Base, dialect: str, tensors: Mapping[str, Tensor], downs: Mapping[str, Tensor]) -> str | None:
+    """Why diffusers raises an error over this file; None where it does not."""
+    kind = kind_of(base)
+    if kind == "hunyuan-video" and dialect in _KOHYA:
+        return f"of {base.name} it does not know kohya's names"
+    if kind == "chroma" and any(module.split(".", 1)[-1].removeprefix("lora_unet_").startswith("distilled_") for module in downs):
+        return "it has no name for distilled_guidance_layer"
+    if dialect == "comfyui" and kind in _WITHOUT_ALPHA and any(f"{module}.alpha" in tensors for module in downs):
+        return f"of {base.name} it takes no stored alpha"
+    if kind == "hunyuan-video" and any(module.endswith(("self_attn_qkv", "self_attn.qkv")) for module in downs):
+        return "it cuts the down of the token refiner's fused projection in three"
+    if dialect == "comfyui" and kind == "wan" and any(_OUTSIDE.fullmatch(name) for name in tensors):
+        return "it takes no stored alpha of a module outside the blocks"
+    needed = _BLOCKS.get((kind, "kohya" if dialect in _KOHYA else dialect))
+    if needed is None:
+        return None
+    if not _whole(downs, *needed):
+        return "it takes whole blocks from the first on, every Linear of them, and nothing outside the blocks"
+    if kind == "wan" and any(f"{module}.alpha" not in tensors for module in downs):
+        return "it wants an alpha of each module"
+    return None
+
+
+def _whole(downs: Collection[str], pattern: Pattern[str], wanted: frozenset[str]) -> bool:
+    """Whether the modules are blocks numbered from 0 with all that is wanted, and nothing else."""
+    blocks: dict[str, dict[int, set[str]]] = {}
+    for module in downs:
+        match = pattern.fullmatch(module)
+        if match is None:
+            return False
+        blocks.setdefault(match["kind"], {}).setdefault(int(match["at"]), set()).add(match["part"])
+    found = {part for numbered in blocks.values() for parts in numbered.values() for part in parts}
+    for kind, numbered in blocks.items():
+        parts = wanted - {"adaLN_modulation.1"} if kind == "context_refiner" else wanted | (found & _IMAGE)
+        if set(numbered) != set(range(len(numbered))) or any(have != parts for have in numbered.values()):
+            return False
+    return True
 
 
 def rescaled(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:

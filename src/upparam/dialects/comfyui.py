@@ -18,6 +18,7 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, find
 from upparam.containers.base import TensorFile
+from upparam.dialects import by_diffusers
 from upparam.dialects import comfyui_words as words
 from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOptions
 from upparam.dialects.carried import carried
@@ -94,8 +95,11 @@ class ComfyUI:
         bare = _control(adapter, named, saved) and not problems
         spelling = {} if bare else adapter.spelling if adapter.dialect == self.name else {}
         tensors: dict[str, Tensor] = {}
-        stored = any(key.split(" ", 1)[0] == "alpha" for key in adapter.spelling)
-        pair = _pair_for(None if bare or adapter.layout != "reference" else base_of(adapter, options))
+        base = None if bare or adapter.layout != "reference" else base_of(adapter, options)
+        pair = _pair_for(base)
+        # An alpha equal to the rank changes nothing here; where diffusers fails over any, only a file that was for ComfyUI keeps it.
+        kept = adapter.dialect == self.name or by_diffusers.takes_alpha(base)
+        stored = kept and any(key.split(" ", 1)[0] == "alpha" for key in adapter.spelling)
         for (module, parameter), delta in named.items():
             try:
                 spelled = words.spell(delta, chosen(spelling, "pair", module) or pair, parameter)
@@ -106,7 +110,6 @@ class ComfyUI:
             if "diff_b" in spelled and (bare or f"bias {module}" in spelling):
                 spelled["lora_B.bias"] = spelled.pop("diff_b")
             tensors |= {f"{module}.{word}": tensor for word, tensor in spelled.items()}
-            # An alpha equal to the rank changes nothing here, and several of diffusers' converters refuse any.
             said = not words.is_plain(delta) or delta.scale != 1.0 or stored
             if alpha is not None and said and not bare:
                 tensors[f"{module}.alpha"] = alpha_of(
