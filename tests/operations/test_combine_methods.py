@@ -20,6 +20,7 @@ from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.full import Full, Norm
+from upparam.algorithms.ia3 import IA3
 from upparam.algorithms.loha import LoHa
 from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
@@ -267,11 +268,23 @@ def test_what_depends_on_the_weight_stands_alone() -> None:
     dora = DoRA(Tensor.of(up), Tensor.of(down), Tensor.of(np.ones(12, np.float32)), Scaling(alpha=6.0))
     other = adapter({"m": lora(*factors(2))})
     assert combined([(adapter({"m": dora}), 1.0), (adapter({"n": lora(up, down)}), 0.5)]).adapter.deltas[Target("m")] is dora
-    with pytest.raises(RefusedError, match="cannot be weakened"):
+    with pytest.raises(RefusedError, match="cannot be weakened") as caught:
         combined([(adapter({"m": dora}), 0.5)])
+    assert "upparam extract" in str(caught.value)
     for method in ("concat", "svd", "orthogonal", "linear"):
         with pytest.raises(RefusedError, match="a DoRA delta"):
             combined([(adapter({"m": dora}), 1.0), (other, 1.0)], method=method)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("method", ["concat", "svd", "linear"])
+def test_an_ia3_is_refused_for_what_it_is_and_not_for_the_size_it_does_not_tell(on_input: bool, method: str) -> None:
+    up, down = factors(1)
+    ia3 = IA3(Tensor.of(np.ones((1, down.shape[1]) if on_input else (up.shape[0], 1), np.float32)), on_input)
+    pair = [(adapter({"m": lora(up, down)}), 1.0), (adapter({"m": ia3}), 1.0)]
+    for items in (pair, pair[::-1]):
+        with pytest.raises(RefusedError, match="an IA3 delta"):
+            combined(items, method=method)
 
 
 def test_parts_of_a_fused_weight_go_on_sharing_their_factors() -> None:

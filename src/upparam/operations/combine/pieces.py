@@ -14,7 +14,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.dtypes import DTYPES
 from upparam.errors import MismatchError, RefusedError
 from upparam.operations.recast import multiplied
-from upparam.operations.resize import Job, jobs_of
+from upparam.operations.resize import OF_THE_DIFFERENCE, Job, jobs_of
 from upparam.tensors import same_bits
 
 if TYPE_CHECKING:
@@ -111,11 +111,18 @@ def _refuse_overlaps(found: Mapping[tuple[Target, ...], list[Piece]]) -> None:
 def _check_shapes(place: Place) -> None:
     first = place.pieces[0]
     for piece in place.pieces[1:]:
-        if piece.delta.shape != first.delta.shape:
+        if _apart(piece.delta.shape, first.delta.shape):
             raise MismatchError(
                 "the adapters change weights of different shapes", tensor=place.name, expected=f"{first.delta.shape} in {first.file}",
                 found=f"{piece.delta.shape} in {piece.file}",
             )  # fmt: skip
+
+
+def _apart(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether these are shapes of different weights; 0 is a size that the delta does not know (the other side of an IA3)."""
+    if all(one) and all(other):
+        return one != other
+    return any(size and its and size != its for size, its in zip(one, other, strict=False))
 
 
 def scaled(piece: Piece) -> Delta:
@@ -127,7 +134,9 @@ def scaled(piece: Piece) -> Delta:
     if weight == 1.0:
         return delta
     if not delta.additive:
-        raise RefusedError(f"{called(delta.algorithm)} delta cannot be weakened by a multiplier", file=piece.file)
+        raise RefusedError(
+            f"{called(delta.algorithm)} delta cannot be weakened by a multiplier", file=piece.file, remedy=OF_THE_DIFFERENCE
+        )  # fmt: skip
     if not isfinite(piece.strength() * (delta.rank or 1)):
         raise RefusedError("a multiplier makes the scale too large", found=f"{delta.known_scale():g} times {weight:g}", file=piece.file)
     scaling = delta.scaling
