@@ -15,6 +15,8 @@ from upparam.algorithms.lowrank import RankRule
 from upparam.bases.header import base_from_path
 from upparam.bases.layouts import layout
 from upparam.checkpoint import Checkpoint
+from upparam.cli import main
+from upparam.errors import RefusedError
 from upparam.operations.compare import compare
 from upparam.operations.extract import extract, extracted
 
@@ -119,3 +121,15 @@ def test_the_bias_of_a_saved_norm_is_saved_with_it(tmp_path: Path) -> None:
     kinds = {extra.name: extra.kind for extra in extras}
     assert kinds["transformer.h.0.ln_1.bias"] is kinds["transformer.h.0.ln_1.weight"] is ExtraKind.SAVED_MODULE
     assert set(kinds.values()) == {ExtraKind.SAVED_MODULE}
+
+
+def test_a_dialect_without_embeddings_says_what_to_leave_out(tmp_path: Path) -> None:
+    """The advice, taken literally, leads to a file."""
+    base, tuned = gpt2(tmp_path / "base", 0), gpt2(tmp_path / "tuned", 1)
+    out = tmp_path / "lora.safetensors"
+    with pytest.raises(RefusedError) as caught:
+        extract(tuned, base, out, "kohya", RankRule(4))
+    assert caught.value.remedy is not None
+    advice = caught.value.remedy.partition(", or ")[0].removeprefix("leave out what it cannot hold with ")
+    assert main(["extract", str(tuned), str(base), "-o", str(out), "--to", "kohya", "--rank", "4", *advice.split()]) == 0
+    assert out.exists()

@@ -9,13 +9,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind
+from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, without
 from upparam.algorithms.lowrank import RankRule
 from upparam.atomic import refuse_existing
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint
+from upparam.dialects import get
 from upparam.dialects.base import ReadOptions
-from upparam.errors import RefusedError, UsageError
+from upparam.errors import RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.convert import write_adapter
 from upparam.operations.dtypes import FACTORS, named_dtype
@@ -75,22 +76,45 @@ def extract(
             Checkpoint.open(tuned), Checkpoint.open(base), rule, auto=auto, only=only, skip=skip, dtype=dtype, seed=seed,
             keep=spool.keep, threads=threads, progress=progress,
         )  # fmt: skip
-        receipt = write_adapter(
-            result.adapter,
-            out,
-            to,
-            read=ReadOptions(base=result.base),
-            force=force,
-            verify=verify,
-            drop=drop,
-            arithmetic=Arithmetic(offered=()),
-        )
+        try:
+            receipt = write_adapter(
+                result.adapter, out, to, read=ReadOptions(base=result.base), force=force, verify=verify, drop=drop, arithmetic=Arithmetic(offered=())
+            )  # fmt: skip
+        except RefusedError as problem:
+            raise _less_would_do(problem, result, to, drop) from None
     receipt.operation = "extract"
     receipt.inputs = [str(tuned), str(base)]
     receipt.counts = {**_summary(result), **receipt.counts}
     receipt.modules = [module.facts() for module in result.modules]
     receipt.seconds = time.monotonic() - begun
     return receipt
+
+
+def _less_would_do(problem: RefusedError, result: Extraction, to: str, drop: Collection[str]) -> RefusedError:
+    """The refusal, with the modules to leave out where a rehearsal shows that the dialect holds the rest, at most less its extras."""
+    targets = {target for one in problem.problems for target in one.targets}
+    rest = {target: delta for target, delta in result.adapter.deltas.items() if target not in targets}
+    if not targets or not rest:
+        return problem
+    kinds = [kind.value for kind in ExtraKind if any(one.subject.startswith(f"{kind.value} ") for one in problem.problems)]
+    less, _ = without(replace(result.adapter, deltas=rest), [*drop, *kinds])
+    try:
+        get(to).write(less, {"base": result.base, "drop": frozenset([*drop, *kinds])})
+    except UpparamError:
+        return problem
+    modules = list(dict.fromkeys(str(target.module) for target in result.adapter.deltas if target in targets))
+    words = (
+        [f"--skip {module}" for module in modules[:_SKIPPED]] + ["..."] * (len(modules) > _SKIPPED) + [f"--drop {kind}" for kind in kinds]
+    )
+    remedy = f"leave out what it cannot hold with {' '.join(words)}"
+    return RefusedError(
+        problem.message, file=problem.file, tensor=problem.tensor, expected=problem.expected, found=problem.found,
+        remedy=f"{remedy}, or {problem.remedy}" if problem.remedy else remedy, problems=problem.problems,
+    )  # fmt: skip
+
+
+_SKIPPED = 3
+"""How many modules a refusal names for --skip."""
 
 
 def extracted(
