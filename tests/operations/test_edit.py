@@ -383,6 +383,55 @@ def test_metadata_a_dialect_does_not_hold_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == ["k.safetensors", "one", "two"]
 
 
+def with_conv(path: Path) -> Path:
+    """A LoCon: the rank and alpha that the metadata states are those of the linear modules."""
+    rng = np.random.default_rng(1)
+    conv = "lora_unet_down_blocks_0_resnets_0_conv1"
+    tensors = {name: tensor.read() for name, tensor in open_file(kohya_file(path)).tensors.items()}
+    tensors |= {
+        f"{conv}.lora_up.weight": rng.standard_normal((320, 2, 1, 1)).astype(np.float16),
+        f"{conv}.lora_down.weight": rng.standard_normal((2, 320, 3, 3)).astype(np.float16),
+        f"{conv}.alpha": np.array(1.0, np.float16),
+    }
+    return save(path, tensors, {"ss_network_dim": "4", "ss_network_alpha": "3", "ss_network_args": '{"conv_dim": "2", "conv_alpha": "1"}'})
+
+
+@pytest.mark.parametrize(
+    ("changes", "dim", "alpha"),
+    [
+        ({"dtype": "fp32"}, "4", "3"),
+        ({"remove": ["*to_q"]}, "4", "3"),
+        ({"remove": ["*conv1"]}, "4", "3"),
+        ({"remove": ["*attn1*"]}, "2", "1.0"),
+        ({"alpha": 1.0}, "4", "1.0"),
+        ({"scale": 1.0}, "4", "Dynamic"),
+        ({"scale": 1.0, "keep_scale": True}, "4", "Dynamic"),
+    ],
+)
+def test_what_a_locon_states_of_its_linear_modules_stays_while_it_is_so(
+    tmp_path: Path, changes: dict[str, Any], dim: str, alpha: str
+) -> None:
+    edit(with_conv(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", **changes)
+    metadata = open_file(tmp_path / "b.safetensors").metadata
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (dim, alpha)
+
+
+@pytest.mark.parametrize("listed", [None, ["classifier", "score"]])
+def test_the_words_for_saved_modules_stay_where_they_still_name_them(tmp_path: Path, listed: list[str] | None) -> None:
+    """PEFT's own words: `pre_classifier` ends in one of them, and heads are saved for this task without being listed."""
+    folder = peft_folder(tmp_path / "one", 1, 4, 8)
+    path, where = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    head = "classifier" if listed is None else "pre_classifier"
+    tensors = {name: tensor.read() for name, tensor in open_file(path).tensors.items()}
+    save(path, tensors | {f"base_model.model.{head}.weight": np.ones((2, 3), np.float32)})
+    config = json.loads(where.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": listed}
+    where.write_text(json.dumps(config))
+    edit(folder, tmp_path / "two", remove=["*layers.0*"])
+    now = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    assert now["modules_to_save"] == listed
+    assert {key for key in config if config[key] != now.get(key)} == {"target_modules"}
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"dtype": "bf16"}, {"scale": 1.0, "keep_scale": True}, {"alpha": 32.0}, {"remove": ["*layers.0*"]}, {"metadata": {"a": "b"}}],

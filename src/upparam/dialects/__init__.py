@@ -69,11 +69,11 @@ def matches(file: TensorFile) -> list[Match]:
     return sorted(found, key=lambda match: -match.confidence)
 
 
-def restated(adapter: Adapter) -> Adapter:
+def restated(adapter: Adapter, before: Adapter | None = None) -> Adapter:
     """The adapter with what its metadata says about ranks and alphas made true again, after an operation that changed them.
 
-    Only a dialect that has such statements has a `restated` of its own; elsewhere nothing is said and nothing changes.
+    What was said of `before`, the adapter that was changed, stays where the change leaves it as true as it was. Only a dialect that has such statements has a `restated` of its own; elsewhere nothing is said and nothing changes.
     """
     own = getattr(get(adapter.dialect), "restated", None) if adapter.dialect in DIALECTS else None
-    changed: Adapter = adapter if own is None else own(adapter)
+    changed: Adapter = adapter if own is None else own(adapter, before)
     return changed

@@ -169,7 +169,7 @@ class Diffusers:
         header.hold_against(config, adapter, deltas, file.name)
         return adapter
 
-    def restated(self, adapter: Adapter) -> Adapter:
+    def restated(self, adapter: Adapter, before: Adapter | None) -> Adapter:
         """The adapter without the config its header brought, which would give layers their old ranks; a new one is written."""
         return replace(adapter, metadata={key: value for key, value in adapter.metadata.items() if key != ADAPTER_CONFIG})
 

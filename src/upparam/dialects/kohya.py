@@ -161,9 +161,9 @@ class Kohya:
             metadata[PARTS_KEY] = json.dumps(told, separators=(",", ":"))
         return Package({"lora.safetensors": NamedTensors(tensors, metadata, late=late)}, folder=False)
 
-    def restated(self, adapter: Adapter) -> Adapter:
+    def restated(self, adapter: Adapter, before: Adapter | None) -> Adapter:
         """The adapter with `ss_network_dim` and `ss_network_alpha`, where its metadata has them, as its deltas are."""
-        return replace(adapter, metadata=kohya_metadata.restated(adapter))
+        return replace(adapter, metadata=kohya_metadata.restated(adapter, before))
 
     def names(self, adapter: Adapter, options: Mapping[str, Any], told: Parts) -> dict[tuple[str, str], Delta]:
         """(module as this dialect names it, parameter) -> delta."""

@@ -6,7 +6,7 @@ library/sai_model_spec.py (determine_architecture, determine_implementation, det
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from upparam.adapter import Adapter
@@ -89,12 +89,20 @@ def stamped_later(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     return noughts, lambda: dict(zip(HASHES, hashes(tensors, metadata), strict=True))
 
 
-def restated(adapter: Adapter) -> dict[str, str]:
+def restated(adapter: Adapter, before: Adapter | None = None) -> dict[str, str]:
     """The adapter's metadata with the rank and alpha it states as the deltas now have them; what it does not state is not added.
 
-    'Dynamic' where they differ, as kohya-ss/sd-scripts networks/resize_lora.py writes. A hash of tensors that are others now is left out.
+    'Dynamic' where they differ, as kohya-ss/sd-scripts networks/resize_lora.py writes. But a network with ranks of their own for
+    convolutions states that of the rest: what was so in `before`, the adapter before it was changed, and still is so of some module, stays
+    where no module has another number than before. A hash of tensors that are others now is left out.
     """
     now = {key: value for key, value in _dimensions(adapter).items() if key in adapter.metadata}
+    if before is not None:
+        now = {
+            key: value
+            for key, value in now.items()
+            if not _still_stated(adapter.metadata[key], _NUMBERS[key](before), _NUMBERS[key](adapter))
+        }
     return {key: value for key, value in adapter.metadata.items() if key != MODEL_HASH} | now
 
 
@@ -128,13 +136,21 @@ def _same_number(one: str, other: str) -> bool:
         return one == other
 
 
+def _alphas(adapter: Adapter) -> set[float | None]:
+    return {delta.alpha for delta in adapter.deltas.values()}
+
+
+_NUMBERS: Mapping[str, Callable[[Adapter], Collection[float | None]]] = {"ss_network_dim": Adapter.ranks, "ss_network_alpha": _alphas}
+"""What each of the keys is of: a number of every module."""
+
+
 def _dimensions(adapter: Adapter) -> dict[str, str]:
-    ranks = adapter.ranks()
-    alphas = {delta.alpha for delta in adapter.deltas.values()}
-    return {
-        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(next(iter(alphas))) if len(alphas) == 1 and None not in alphas else "Dynamic",
-    }
+    found = {key: of(adapter) for key, of in _NUMBERS.items()}
+    return {key: str(next(iter(one))) if len(one) == 1 and None not in one else "Dynamic" for key, one in found.items()}
+
+
+def _still_stated(text: str, before: Collection[float | None], now: Collection[float | None]) -> bool:
+    return set(now) <= set(before) and any(one is not None and _same_number(text, str(one)) for one in now)
 
 
 def _filled(adapter: Adapter, base: Base | None, module: str) -> dict[str, str]:

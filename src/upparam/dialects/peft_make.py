@@ -185,7 +185,7 @@ def _made(adapter: Adapter, old: Mapping[str, Any], model: Model) -> dict[str, A
     saved = model.names(ExtraKind.SAVED_MODULE)
     made: dict[str, Any] = {
         "auto_mapping": None, "base_model_name_or_path": None, "inference_mode": True, "layers_pattern": None, "layers_to_transform": None,
-        "modules_to_save": sorted({path.rsplit(".", 1)[0] for path in saved} - set(names)) or None, "peft_type": kind, "revision": None,
+        "modules_to_save": _whole(sorted({path.rsplit(".", 1)[0] for path in saved} - set(names)), old), "peft_type": kind, "revision": None,
         "target_modules": target_modules([name for name in names if name not in parameters], model.base), "task_type": _task(saved),
     }  # fmt: skip
     method = model.method
@@ -319,6 +319,15 @@ def _conv1d(adapter: Adapter, names: Mapping[str, Delta], base: Base | None) -> 
     """Whether the base stores these weights as (in, out): its module classes say, else what the adapter said itself."""
     kinds = {found.kind for module in names if base is not None and (found := base.by_path.get(module)) is not None}
     return _CONV1D in kinds if kinds - {""} else adapter.transposed_base is True
+
+
+def _whole(modules: list[str], old: Mapping[str, Any]) -> list[str] | None:
+    """What modules_to_save says of these: the old words where they, or the old task, name each of them."""
+    listed = words(old, "modules_to_save")
+    heads = _HEADS if old.get("task_type") in _TASKS_WITH_HEAD else ()
+    if modules and all(any(module.endswith(word) for word in listed) or module.rsplit(".", 1)[-1] in heads for module in modules):
+        return list(listed) or None
+    return modules or None
 
 
 def _task(saved: Sequence[str]) -> str | None:

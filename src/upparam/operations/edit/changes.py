@@ -108,6 +108,7 @@ def changed(adapter: Adapter, changes: Changes) -> Changed:
     multiplier is unknown, and where no delta has one.
     """
     counts: dict[str, Any] = {}
+    source = adapter
     adapter = _without(adapter, changes, counts)
     adapter = before = _renamed(adapter, changes.rename, counts)
     if changes.restates:
@@ -115,7 +116,7 @@ def changed(adapter: Adapter, changes: Changes) -> Changed:
     if changes.stored is not None:
         adapter = _recast(adapter, changes.stored, counts)
     if counts:
-        adapter = restated(adapter)
+        adapter = restated(adapter, source)
     return Changed(_noted(adapter, changes.metadata, counts), before, counts)
 
 
