@@ -7,6 +7,7 @@ from typing import NamedTuple
 from upparam.adapter import REPEATED, Adapter, Target
 from upparam.bases.base import Base
 from upparam.bases.header import VOCABULARY
+from upparam.bases.versions import Older
 from upparam.dialects.diffusers import COMPONENTS
 from upparam.dialects.placing import alike
 from upparam.errors import MismatchError
@@ -39,9 +40,12 @@ def misfits(adapter: Adapter, base: Base) -> list[Misfit]:
         return []
     repeated = any(REPEATED in reason for reason in adapter.conditions)
     inside = {module.path.partition(".")[0] for module in base.modules}
+    older = Older([f"{module.path}.weight" for module in base.modules])
     found = []
     for target, delta in adapter.deltas.items():
         known, component = base.by_path.get(target.module), target.module.partition(".")[0]
+        if known is None and (name := older(f"{target.module}.{target.parameter}")) is not None:
+            known = base.by_path[name.rpartition(".")[0]]
         vocabulary = VOCABULARY.search(target.module) is not None
         if known is None:
             if target.parameter == "weight" and not vocabulary and not repeated and (component not in COMPONENTS or component in inside):

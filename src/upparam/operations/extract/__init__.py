@@ -12,6 +12,7 @@ from typing import Any
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, without
 from upparam.algorithms.lowrank import RankRule
 from upparam.atomic import refuse_existing
+from upparam.bases import versions
 from upparam.bases.base import Base
 from upparam.checkpoint import Checkpoint
 from upparam.dialects import get
@@ -31,7 +32,7 @@ from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
-from upparam.wording import at_most
+from upparam.wording import at_most, counted
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,23 @@ def extract(
     begun = time.monotonic()
     out = Path(out)
     refuse_existing(out, force)
+    before = Checkpoint.open(base)
     with Spool(out.absolute().parent) as spool:
         result = extracted(
-            Checkpoint.open(tuned), Checkpoint.open(base), rule, auto=auto, only=only, skip=skip, dtype=dtype, seed=seed,
+            Checkpoint.open(tuned), before, rule, auto=auto, only=only, skip=skip, dtype=dtype, seed=seed,
             keep=spool.keep, threads=threads, progress=progress,
         )  # fmt: skip
+        # The base's own names would not be found again in those that its modules have in memory.
+        moved = _name_as_in_memory(result.adapter, before) if to == "peft" else []
+        read = None if moved else ReadOptions(base=result.base)
         try:
             receipt = write_adapter(
-                result.adapter, out, to, read=ReadOptions(base=result.base), force=force, verify=verify, drop=drop, arithmetic=Arithmetic(offered=())
+                result.adapter, out, to, read=read, force=force, verify=verify, drop=drop, arithmetic=Arithmetic(offered=())
             )  # fmt: skip
         except RefusedError as problem:
             raise _less_would_do(problem, result, to, drop) from None
     receipt.operation = "extract"
+    receipt.findings += moved
     receipt.inputs = [str(tuned), str(base)]
     receipt.counts = {**_summary(result), **receipt.counts}
     receipt.modules = [module.facts() for module in result.modules]
@@ -188,6 +194,25 @@ def extracted(
             remedy="see what the models are with 'upparam identify'",
         )  # fmt: skip
     return Extraction(adapter, pairing.base, result.modules, result.below, unchanged)
+
+
+def _name_as_in_memory(adapter: Adapter, base: Checkpoint) -> list[Finding]:
+    """Take the names that PEFT meets in the model, where transformers loads the base's tensors under others, and say so.
+
+    PEFT leaves out in silence what it does not find.
+    """
+    rules = versions.rules_of((base.config or {}).get("model_type"))
+    named = {
+        target: target._replace(module=versions.newer(f"{target.module}.{target.parameter}", rules).rpartition(".")[0])
+        for target in adapter.deltas
+    }
+    moved = [(old.module, new.module) for old, new in named.items() if old != new]
+    adapter.deltas = {named[target]: delta for target, delta in adapter.deltas.items()}
+    adapter.extras = [replace(extra, name=versions.newer(extra.name, rules)) for extra in adapter.extras]
+    if not moved:
+        return []
+    said = f"{counted(len(moved), 'module')} named as PEFT finds them in a model that transformers 5 has loaded, not as the base's files do"
+    return [info("names-in-memory", moved[0][1], said, " is ".join(reversed(moved[0])))]
 
 
 def _whole_modules(adapter: Adapter) -> None:

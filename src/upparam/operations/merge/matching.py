@@ -10,6 +10,7 @@ from typing import NamedTuple
 from upparam.adapter import Target
 from upparam.algorithms.base import Delta
 from upparam.algorithms.slicing import RowSlice, join, reorder
+from upparam.bases import versions
 from upparam.bases.base import Base
 from upparam.bases.layouts import LayoutMap, available, layout
 from upparam.errors import AmbiguousError
@@ -110,11 +111,11 @@ class Spot(NamedTuple):
     @property
     def name(self) -> str:
         """The base tensor's name."""
-        return f"{self.place.module}.{self.place.parameter}" if self.place.module else self.place.parameter
+        return _name(self.place)
 
 
 def place(deltas: Mapping[Target, Delta], shapes: Mapping[str, tuple[int, ...]], base: Base | None) -> tuple[list[Spot], list[Target]]:
-    """Where each delta goes, and the targets that have no place: by the adapter's own names, else by the layout that finds most.
+    """Where each delta goes, and the targets that have no place: by the adapter's own names, else by the layout or the renames that find most.
 
     `shapes` are the base's tensors; `base` what it was recognised as, under reference names (None: only prefixes are tried).
     """
@@ -127,7 +128,22 @@ def place(deltas: Mapping[Target, Delta], shapes: Mapping[str, tuple[int, ...]],
                 lost = [*unnamed, *lost]
                 if len(lost) < len(missing):
                     found, missing = spots, lost
+    if missing:
+        for rules, older in versions.renamed(shapes):
+            spots = [Spot(_named(versions.newer(_name(target), rules), target), delta, (target,)) for target, delta in deltas.items()]
+            spots, lost = _placed(spots, {name: shapes[old] for name, old in older.items()})
+            if len(lost) < len(missing):
+                found, missing = [spot._replace(place=_named(older[spot.name], spot.place)) for spot in spots], lost
     return found, missing
+
+
+def _name(target: Target) -> str:
+    return f"{target.module}.{target.parameter}" if target.module else target.parameter
+
+
+def _named(name: str, like: Target) -> Target:
+    module, _, parameter = name.rpartition(".")
+    return like._replace(module=module, parameter=parameter)
 
 
 def _placed(spots: Sequence[Spot], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Spot], list[Target]]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import Delta, fits_weight
 from upparam.algorithms.experts import ExpertLoRA
+from upparam.bases.versions import Older
 from upparam.checkpoint import Checkpoint
 from upparam.dtypes import DType
 from upparam.errors import AmbiguousError, MalformedError, RefusedError
@@ -294,6 +295,7 @@ def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip:
         )  # fmt: skip
     parts = {extra: Target(*_split(extra.name)) for extra in chosen}
     anchors = [*ingredient.adapter.deltas, *parts.values()]
+    older = Older(plan.checkpoint.tensors)
     for component, targets in matching.by_component(parts.values()).items():
         known = [target for target in anchors if target in targets or target.module.partition(".")[0] == component or not component]
         change = matching.renaming(known, plan.checkpoint.shapes, component)
@@ -302,10 +304,11 @@ def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip:
                 continue
             path = change(target.module)
             name = f"{path}.{target.parameter}"
-            if path is None or name not in plan.checkpoint.tensors:
+            found = name if path is not None and name in plan.checkpoint.tensors else older(extra.name)
+            if found is None:
                 _add(plan, target, extra, problems)
             else:
-                _replace(plan, name, extra, problems)
+                _replace(plan, found, extra, problems)
 
 
 def _split(name: str) -> tuple[str, None, str]:
