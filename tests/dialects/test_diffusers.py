@@ -15,8 +15,9 @@ from upparam.adapter import Adapter, Extra, ExtraKind, Target
 from upparam.algorithms.base import ScaleRule, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
+from upparam.containers.safetensors import write
 from upparam.dialects.carried import ADAPTER_CONFIG
-from upparam.dialects.diffusers import FORMS
+from upparam.dialects.diffusers import _LANGUAGE, FORMS
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.operations.convert import convert
 from upparam.operations.opening import open_adapter
@@ -341,3 +342,34 @@ def test_a_magnitude_under_two_names_is_no_one_magnitude() -> None:
     shapes = {f"{module}.lora_A.weight": [4, 320], f"{module}.lora_B.weight": [320, 4], f"{module}.lora_magnitude_vector": [320]}
     adapter = read("diffusers", filled(shapes | {f"{module}.lora_magnitude_vector.weight": [320]}))
     assert list(adapter.leftovers) == [f"{module}.lora_magnitude_vector.weight"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "transformer.h.0.attn.c_attn", "transformer.h.1.self_attention.query_key_value", "transformer.h.0.attn.q_proj", "transformer.wte",
+        "transformer.encoder.layers.0.self_attention.query_key_value", "transformer.layer.0.attention.q_lin", "transformer.blocks.0.attn.Wqkv",
+    ],
+)  # fmt: skip
+def test_language_models_whose_body_is_called_transformer_are_no_pipeline(module: str, tmp_path: Path) -> None:
+    """Such names without `base_model.model.` are PEFT's, whose scale is unknown without its config; diffusers cannot hold them."""
+    file = filled({f"{module}.lora_A.weight": [4, 8], f"{module}.lora_B.weight": [12, 4]})
+    with (tmp_path / "a.safetensors").open("wb") as stream:
+        write(stream, file)
+    adapter = open_adapter(tmp_path / "a.safetensors")
+    assert adapter.dialect == "peft" and next(iter(adapter.deltas.values())).scale is None
+    pair = filled({"up": [12, 4], "down": [4, 8]})
+    named = Adapter({Target(module): LoRA(pair["up"], pair["down"], Scaling(ScaleRule.ALPHA_OVER_RANK, 4.0))}, "test")
+    with pytest.raises(RefusedError, match="not a module of a pipeline's component"):
+        dialects.get("diffusers").write(named, {})
+
+
+def test_no_module_of_a_pipeline_is_taken_for_a_language_models() -> None:
+    pipelines = [inventory.load(name) for name in inventory.known()]
+    paths = [
+        path
+        for base in pipelines
+        for path in base.by_path
+        if any(one.startswith(("unet.", "transformer.norm_out", "transformer.proj_out")) for one in base.by_path)
+    ]
+    assert len(paths) > 20_000 and not [path for path in paths if _LANGUAGE.fullmatch(path)]

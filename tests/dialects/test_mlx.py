@@ -358,3 +358,15 @@ def test_the_corpus_there_and_back(corpus: Path, tmp_path: Path, base: str) -> N
         back = open_adapter(tmp_path / f"{dialect}-back", options=ReadOptions(base=inventory.load(base)))
         same(dict(back.tensors()), dict(first.tensors()))
         assert {delta.scale for delta in back.deltas.values()} == {10.0}
+
+
+@pytest.mark.parametrize(
+    "module", ["transformer.h.0.self_attention.query_key_value", "transformer.h.0.attn.q_proj", "transformer.h.0.mlp.dense_h_to_4h"]
+)
+def test_bodies_called_transformer_that_mlx_lm_does_not_run_are_refused(module: str) -> None:
+    """BLOOM, Falcon and GPT-J: named `model.h.0...` they would be read as GPT-NeoX, which they are not."""
+    pair = filled({"up": [12, 4], "down": [4, 8]})
+    with pytest.raises(RefusedError, match="not a module of a language model that mlx-lm runs"):
+        dialects.get("mlx").write(
+            Adapter({Target(module): LoRA(pair["up"], pair["down"], Scaling(ScaleRule.ALPHA_OVER_RANK, 4.0))}, "test"), {}
+        )

@@ -37,6 +37,11 @@ from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
+_LANGUAGE = regex(
+    r"transformer\.(h|wte|wpe|ln_f|word_embeddings\w*|layer|encoder\.layers|embedding|output_layer|"
+    r"blocks\.\d+\.(attn|norm_attn_norm|ffn\.(up|down|gate)_proj|ffn\.experts))(\..*)?"
+)
+"""Modules of language models whose body is called `transformer` as well: GPT-2, GPT-J, BLOOM, Falcon, ChatGLM, XLNet, MPT, DBRX."""
 _BARE = regex(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
 
 
@@ -126,6 +131,8 @@ class Diffusers:
             if found is None:
                 continue
             if found.group(1).split(".", 1)[0] in COMPONENTS:
+                if _LANGUAGE.fullmatch(found.group(1)):
+                    continue
                 named += 1
                 hits += 1
             elif _BARE.match(name):
@@ -383,7 +390,8 @@ def unloadable(target: Target, delta: Delta) -> str | None:
         return "a T5 encoder, which diffusers loads no LoRA into"
     if re.match(r"text_encoder(_\d)?\.layers\.", target.module):
         return "a language model as text encoder, which diffusers loads no LoRA into"
-    return None if target.module.split(".", 1)[0] in COMPONENTS else "not a module of a pipeline's component"
+    own = target.module.split(".", 1)[0] in COMPONENTS and not _LANGUAGE.fullmatch(target.module)
+    return None if own else "not a module of a pipeline's component"
 
 
 dialect = Diffusers()

@@ -43,7 +43,7 @@ _TO_HF = (
     (r"model\.(embed_in|final_layer_norm)$", r"gpt_neox.\1"),
 )  # fmt: skip
 _FROM_HF = (
-    (r"model\.language_model\.", "language_model.model."), (r"transformer\.(?=h\.|wte$|wpe$|ln_f$)", "model."), (r"gpt_neox\.layers\.", "model.h."),
+    (r"model\.language_model\.", "language_model.model."), (r"transformer\.(?=h\.\d+\.(attn\.c_|ln_|mlp\.c_)|wte$|wpe$|ln_f$)", "model."), (r"gpt_neox\.layers\.", "model.h."),
     (r"gpt_neox\.", "model."), (r"embed_out$", "model.embed_out"),
 )  # fmt: skip
 """Where mlx-lm's models name their modules otherwise than transformers': GPT-2, GPT-NeoX, models with a vision tower."""
