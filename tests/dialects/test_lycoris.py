@@ -170,6 +170,20 @@ def test_what_is_written_does_the_same_in_lycoris(case: str, tmp_path: Path, inp
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_dylora_of_blocks_was_trained_with_more_than_its_file_says(block: int, tmp_path: Path) -> None:
+    """All of its blocks: alpha / their number; of the file LyCORIS and other readers take alpha / rank."""
+    layer = nn.Linear(16, 24)
+    made = network("dylora", nn.Sequential(layer), seed=4, block_size=block)
+    saved(made, tmp_path / "a.safetensors")
+    (delta,) = open_adapter(tmp_path / "a.safetensors").deltas.values()
+    (module,) = made.loras
+    down, up, scale = module.get_weight(4 - block)
+    whole = (scale * up @ down).detach().numpy()
+    assert isinstance(delta, LoRA)
+    np.testing.assert_allclose(whole, block * delta.scale * (delta.up.read() @ delta.down.read()), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_is_what_lycoris_applies(case: str, tmp_path: Path, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.manual_seed(3)
