@@ -45,6 +45,8 @@ class ExtraKind(str, Enum):
     """A base bias trained in place; replaces the base's."""
     TEXTUAL_INVERSION = "textual-inversion"
     """A learned token embedding of shape (vectors, dim); `name` is the token, with `.clip_l` and the like where it has one per encoder."""
+    TRAINING_AID = "training-aid"
+    """What only training uses; nothing that is computed or merged depends on it."""
     OTHER = "other"
 
 

@@ -67,13 +67,13 @@ def test_what_training_uses_is_carried_and_changes_nothing(more: dict[str, Any],
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(model(base), tmp_path / "b")), expected)
 
-    with pytest.raises(RefusedError, match="--drop other"):
-        merge(base, tmp_path / "a", tmp_path / "merged")
-    merge(base, tmp_path / "a", tmp_path / "merged", drop=["other"])
+    receipt = merge(base, tmp_path / "a", tmp_path / "merged")
+    (said,) = [finding for finding in receipt.findings if finding.code == "training-aids"]
+    assert said.message.endswith("that only training uses: the merge does not depend on them")
     assert torch.allclose(logits(model(tmp_path / "merged")), expected, atol=1e-5)
 
     if "monteclora_config" in more:
         with pytest.raises(RefusedError, match="made for rank 4, where the factors have 2"):
             resize(tmp_path / "a", tmp_path / "c", RankRule(2))
-    resize(tmp_path / "a", tmp_path / "c", RankRule(2), drop=["other"])
+    resize(tmp_path / "a", tmp_path / "c", RankRule(2), drop=["training-aid"])
     peft.PeftModel.from_pretrained(model(base), tmp_path / "c")

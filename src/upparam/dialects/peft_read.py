@@ -27,6 +27,7 @@ from upparam.dialects.prefixes import Naming, change, contested
 from upparam.errors import MalformedError
 from upparam.findings import Finding, error, info, warning
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 SLICES_KEY = "upparam.slices"
 """Metadata that says which rows and ranks of a module's factors were deltas of their own: {module: [[row, row, rank, rank, alpha], ...]}."""
@@ -180,7 +181,7 @@ def take_extras(adapter: Adapter, member: Member) -> None:
     naming = naming_of(adapter, member.component) or Naming(add=f"{member.component}." if member.component else "")
     for kind, tensors in (
         (ExtraKind.SAVED_MODULE, member.names.saved), (ExtraKind.BIAS, member.names.biases_saved), (ExtraKind.OTHER, member.names.tokens),
-        (ExtraKind.OTHER, member.names.aids),
+        (ExtraKind.TRAINING_AID, member.names.aids),
     ):  # fmt: skip
         adapter.extras += [Extra(kind, naming(path), tensor) for path, tensor in tensors.items()]
 
@@ -232,7 +233,7 @@ def explain(adapter: Adapter, member: Member) -> None:
         )  # fmt: skip
     if names.aids:
         adapter.findings.append(
-            info("training-aids", subject, f"{len(names.aids)} tensors with which PEFT trains on (VeLoRA, MonteCLoRA); they change nothing that it computes or merges", next(iter(names.aids)))
+            info("training-aids", subject, f"{counted(len(names.aids), 'tensor')} with which PEFT trains on (VeLoRA, MonteCLoRA): nothing that it computes or merges depends on them", next(iter(names.aids)))
         )  # fmt: skip
     if config is None:
         return

@@ -18,7 +18,7 @@ from upparam.dialects.base import NamedTensors
 from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import PEFT_TYPES, method_of, spelled
 from upparam.dialects.peft_make import Model, for_saving
-from upparam.dialects.peft_names import COMPONENTS, TOKENS, WRAPPER, is_aid
+from upparam.dialects.peft_names import COMPONENTS, TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Slices, naming_of
 from upparam.dialects.placing import to_foreign
 from upparam.dialects.prefixes import Naming
@@ -123,11 +123,11 @@ def saved(adapter: Adapter, deltas: Mapping[Target, Delta], component: str, base
         names[f"{module}.{target.parameter}" if target in bare else module] = delta
     extras = [replace(extra, name=naming.back(extra.name)) for extra in adapter.extras if alone or extra.name.startswith(f"{component}.")]
     for extra in extras:
-        if extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS) and not (extra.name.endswith(TOKENS) or is_aid(extra.name)):
+        if extra.kind not in (ExtraKind.SAVED_MODULE, ExtraKind.BIAS, ExtraKind.TRAINING_AID) and not extra.name.endswith(TOKENS):
             problems.append(f"{extra.kind.value} {extra.name}")
             continue
         module, _, leaf = extra.name.rpartition(".")
-        if is_aid(extra.name):
+        if extra.kind is ExtraKind.TRAINING_AID:
             rank = next((delta.rank for name, delta in names.items() if extra.name.startswith(f"{name}.lora_")), None)
             if extra.name.endswith(("std_prior", "gaussian_var_prior")) and rank not in (None, extra.tensor.shape[0]):
                 problems.append(f"{extra.kind.value} {extra.name}: made for rank {extra.tensor.shape[0]}, where the factors have {rank}")

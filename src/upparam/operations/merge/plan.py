@@ -12,7 +12,7 @@ from upparam.bases.versions import Older
 from upparam.checkpoint import Checkpoint
 from upparam.dtypes import DType
 from upparam.errors import AmbiguousError, MalformedError, RefusedError
-from upparam.findings import warning
+from upparam.findings import Finding, info, warning
 from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
@@ -20,6 +20,7 @@ from upparam.operations.merge.planned import Ingredient, Piece, Plan, Work
 from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 
 def make_plan(
@@ -41,6 +42,7 @@ def make_plan(
     problems: list[Misfit] = []
     for index, ingredient in enumerate(plan.ingredients):
         _refuse_unplaceable(ingredient.adapter)
+        plan.findings += _idle_aids(ingredient)
         _place_deltas(plan, index, ingredient, only, skip, problems)
         _place_extras(plan, ingredient, only, skip, problems)
     misfits.refuse(problems, checkpoint)
@@ -57,7 +59,7 @@ def make_plan(
 
 
 def _refuse_unplaceable(adapter: Adapter) -> None:
-    extras = [extra for extra in adapter.extras if not _placeable(extra)]
+    extras = [extra for extra in adapter.extras if not _placeable(extra) and extra.kind is not ExtraKind.TRAINING_AID]
     lost = [f"{extra.kind.value} {extra.name}" for extra in extras]
     lost += [f"leftover {name}" for name in adapter.leftovers]
     lost += adapter.conditions
@@ -70,6 +72,12 @@ def _refuse_unplaceable(adapter: Adapter) -> None:
             found=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
             remedy=f"give them up with --drop {' --drop '.join(kinds)}",
         )
+
+
+def _idle_aids(ingredient: Ingredient) -> list[Finding]:
+    aids = [extra.name for extra in ingredient.adapter.extras if extra.kind is ExtraKind.TRAINING_AID]
+    said = f"{counted(len(aids), 'tensor')} that only training uses: the merge does not depend on them"
+    return [info("training-aids", str(ingredient.path), said, aids[0])] if aids else []
 
 
 def _placeable(extra: Extra) -> bool:
