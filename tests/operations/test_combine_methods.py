@@ -318,7 +318,7 @@ def test_block_weights_multiply_and_leave_out() -> None:
     found = combined([(one, 1.0), (other, 0.5)], block_weight=parse(["IN01=0.3", "OUT03=0"])).adapter
     assert [target.module for target in found.deltas] == [inside]
     assert close(dense(found, inside), 0.3 * dense(one, inside) + 0.15 * dense(other, inside), 1e-6)
-    assert "1 targets with a block weight of their own, 1 left out" in {finding.message for finding in found.findings}
+    assert "1 target with a block weight of their own, 1 left out" in {finding.message for finding in found.findings}
     with pytest.raises(RefusedError, match="nothing is left"):
         combined([(one, 1.0)], block_weight=parse(["*=0"]))
     warned = combined([(one, 1.0)], block_weight=parse(["IN09=0"])).adapter.findings

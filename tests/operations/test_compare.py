@@ -338,7 +338,7 @@ def test_what_only_one_has() -> None:
     assert kind is Verdict.BITS and found.alone[0].norm == 0.0
     more = adapter({**{target.module: delta for target, delta in one.deltas.items()}, "z": lora(*pair(9))})
     kind, found = verdict(one, more)
-    assert kind is Verdict.PARTLY and "1 modules only in the second" in found.summary
+    assert kind is Verdict.PARTLY and "1 module only in the second" in found.summary
 
 
 def test_saved_tensors_count() -> None:

@@ -94,7 +94,7 @@ def test_other_shapes_and_names_are_said(tmp_path: Path) -> None:
     grown = arrays | {"layers.0.q_proj.weight": np.zeros((300, 256), np.float32), "new.weight": np.ones((3, 3), np.float32)}
     found = models(save(tmp_path / "grown.safetensors", grown), base)
     assert found.verdict is Verdict.UNDECIDED
-    assert "1 cannot be subtracted" in found.summary and "1 tensors only in the first" in found.summary
+    assert "1 cannot be subtracted" in found.summary and "1 tensor only in the first" in found.summary
     with pytest.raises(MismatchError):
         compare(save(tmp_path / "other.safetensors", {"a.weight": np.ones((2, 2), np.float32)}), base)
 

@@ -33,8 +33,8 @@ def test_what_another_dtype_cannot_hold_is_a_finding(tmp_path: Path, wide: str, 
         item.subject: item for item in merge(base, given, tmp_path / "out.safetensors", dtype=dtype).findings if item.code == "overflow"
     }
     assert set(found) == {"m.weight", "norm"}
-    assert found["m.weight"].message == f"1 elements are too large for {dtype} and became {became}"
-    assert found["norm"].message == f"1 elements of 1 tensors that are only converted are too large for {dtype} and became {became}"
+    assert found["m.weight"].message == f"1 element too large for {dtype} and became {became}"
+    assert found["norm"].message == f"1 element of 1 tensor only converted, too large for {dtype} and became {became}"
     assert not [item for item in merge(base, given, tmp_path / "same.safetensors").findings if item.code == "overflow"]
 
 

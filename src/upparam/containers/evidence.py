@@ -12,6 +12,7 @@ from upparam.containers.symbols import Broken, Trust, clean
 from upparam.errors import LimitError, UpparamError
 from upparam.findings import Finding, error, info, warning
 from upparam.limits import MAX_TENSORS
+from upparam.wording import counted
 
 MAX_FINDINGS = 64
 """Findings about globals in one file; further ones are counted in the last."""
@@ -50,7 +51,12 @@ def about_unread(structure: Any, subject: str) -> list[Finding]:
     path, leaf = unread[0]
     reason = leaf.qualname.removeprefix("torch.Tensor").strip(" ()") or ", ".join(str(arg) for arg in leaf.args)
     return [
-        warning("unread-tensors", subject, f"{len(unread)} tensors are of a form upparam does not read: {reason}", f"such as {clean(path)}")
+        warning(
+            "unread-tensors",
+            subject,
+            f"{counted(len(unread), 'tensor')} of a form upparam does not read: {reason}",
+            f"such as {clean(path)}",
+        )
     ]
 
 

@@ -23,6 +23,7 @@ from upparam.findings import Finding, info, warning
 from upparam.limits import MAX_DIMS, MAX_GGUF_ARRAY_SHOWN, MAX_GGUF_HEADER, MAX_GGUF_KEYS, MAX_GGUF_NESTING, MAX_TENSORS
 from upparam.sources import Source
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -279,7 +280,12 @@ class _Reader:
             kinds[tensor.type] = kinds.get(tensor.type, 0) + 1
         listed = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
         self.findings.append(
-            warning("gguf-quantised", self.path.name, f"{len(quantised)} tensors are quantised and cannot be read as plain numbers", listed)
+            warning(
+                "gguf-quantised",
+                self.path.name,
+                f"{counted(len(quantised), 'tensor')} quantised, which cannot be read as plain numbers",
+                listed,
+            )
         )
 
 

@@ -77,9 +77,9 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
             if unmarked
             else f"of {base.name} it knows its own names only"
         )
-        return [warning("diffusers-differs", next(iter(downs)), f"diffusers {does}: {only}; {_INSTEAD}")]
+        return [warning("diffusers-differs", dialect, f"diffusers {does}: {only}; {_INSTEAD}")]
     if (why := _failing(base, dialect, tensors, downs)) is not None:
-        return [warning("diffusers-differs", next(iter(downs)), f"diffusers fails to load this file: {why}; {_INSTEAD}")]
+        return [warning("diffusers-differs", dialect, f"diffusers fails to load this file: {why}; {_INSTEAD}")]
     found: list[Finding] = []
     if base.family == "sd" and dialect in _KOHYA:
         found += _scales(rescaled(tensors))

@@ -29,6 +29,7 @@ from upparam.errors import DeadAdapterError, MalformedError, RefusedError, Uppar
 from upparam.findings import error, info, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 PARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
 _NAME = regex(
@@ -124,7 +125,7 @@ def _pairs(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     weights = [name for name in rest if name.endswith((".linear.weight", ".linear.bias"))]
     if weights and pairs:
         own = {name for name in rest if name.rpartition("/")[2].startswith(("transformer.", "lm_head."))}
-        message = f"{len(own)} tensors are the base's own weights, as a training checkpoint holds them, and are left out"
+        message = f"the base's own weights, as a training checkpoint holds them, are left out: {counted(len(own), 'tensor')}"
         adapter.findings.append(info("base-weights-beside", file.name, message, f"such as {weights[0]}"))
         rest = {name: tensor for name, tensor in rest.items() if name not in own}
     adapter.leftovers |= rest

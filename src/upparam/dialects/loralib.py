@@ -24,6 +24,7 @@ from upparam.errors import DeadAdapterError, MalformedError, UsageError
 from upparam.findings import error, info, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 _NAME = regex(r"(?P<where>(?:[^/]+/)*)(?P<wrapper>(?:module\.)?)(?P<module>.+)\.lora_(?P<role>[AB])")
 _FUSED = regex(r"(^|\.)(c_attn|query_key_value|qkv|qkv_proj|Wqkv|in_proj)$")
@@ -131,7 +132,7 @@ def _pairs(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
             adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied"))
     rest = {name: tensor for name, tensor in file.tensors.items() if name not in hits}
     if _is_checkpoint(file, list(hits)):
-        said = f"{len(rest)} tensors are the base's own weights, as a training checkpoint holds them, and are left out"
+        said = f"the base's own weights, as a training checkpoint holds them, are left out: {counted(len(rest), 'tensor')}"
         adapter.findings.append(info("base-weights-beside", file.name, said, "such as " + ", ".join(list(rest)[:3])))
         return pairs
     for name, tensor in rest.items():

@@ -218,7 +218,7 @@ def explain(adapter: Adapter, member: Member) -> None:
     if names.base:
         adapter.findings.append(
             info(
-                "base-weights-beside", subject, f"{len(names.base)} tensors are the base's own weights, as a training checkpoint holds them, and are left out",
+                "base-weights-beside", subject, f"the base's own weights, as a training checkpoint holds them, are left out: {counted(len(names.base), 'tensor')}",
                 "such as " + ", ".join(names.base[:3]),
             )
         )  # fmt: skip

@@ -29,6 +29,7 @@ from upparam.errors import DeadAdapterError, MalformedError, RefusedError, Usage
 from upparam.findings import error, info, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 SCALE_KEY = "upparam.scale"
 """Metadata in which upparam notes the multiplier of a LoRA-ViT adapter, which the format itself leaves to the reader's arguments."""
@@ -66,7 +67,7 @@ class SamLora:
         beside = [name for name in file.tensors if _FINAL.fullmatch(name) or _HEAD.fullmatch(name) or _SAVED.match(name)]
         evidence = [f"{len(hits)} of {len(file.tensors)} names are w_a_<number> and w_b_<number>"]
         if beside:
-            evidence.append(f"{len(beside)} tensors saved beside them, such as {beside[0]}")
+            evidence.append(f"{counted(len(beside), 'tensor')} saved beside them, such as {beside[0]}")
         return Match(self.name, round(0.97 * (len(hits) + len(beside)) / len(file.tensors), 3), tuple(evidence))
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:
@@ -309,7 +310,7 @@ def _placed(adapter: Adapter, base: Base | None) -> dict[str, tuple[Slot, Delta]
             missing.setdefault("w" if slot.down.startswith("w_") else "decoder", []).append(slot)
     if left:
         raise RefusedError(
-            f"{len(left)} targets have no number in this dialect: it holds q and v of every block", tensor=str(next(iter(left))),
+            f"{counted(len(left), 'target')} without a number in this dialect: it holds q and v of every block", tensor=str(next(iter(left))),
             found=", ".join(str(target) for target in list(left)[:5]) + (" ..." if len(left) > 5 else ""),
         )  # fmt: skip
     decoder = any(not name.startswith("w_") for name in found)

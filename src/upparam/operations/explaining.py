@@ -12,6 +12,7 @@ from upparam.errors import NotAnAdapterError, UnreadableError, UpparamError
 from upparam.operations.kinds import classify
 from upparam.operations.kinds_other import other
 from upparam.patterns import regex
+from upparam.wording import counted
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".gguf")
 """How files are named in which people look for weights."""
@@ -37,7 +38,7 @@ def explain_nothing(path: Path, dialect: str | None, files: Sequence[TensorFile]
     raise NotAnAdapterError(
         f"no low-rank adapter{wanted} here",
         file=path,
-        found=f"{len(files[0].tensors)} tensors such as {shown}",
+        found=f"{counted(len(files[0].tensors), 'tensor')} such as {shown}",
         remedy="see 'upparam identify'",
     )
 

@@ -22,6 +22,7 @@ from upparam.errors import MismatchError, RefusedError
 from upparam.findings import info
 from upparam.operations.opening import open_adapter
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +56,9 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     }
     kept = [reason for reason in adapter.conditions if FROM_BASE not in reason]
     findings = [finding for finding in adapter.findings if finding.code != "condition" or finding.message in kept]
-    said = info("initial-subtracted", where, f"{len(deltas)} modules hold the difference to the initial adapter, of the ranks of both")
+    said = info(
+        "initial-subtracted", where, f"the difference to the initial adapter, of the ranks of both, in {counted(len(deltas), 'module')}"
+    )
     return replace(adapter, deltas=deltas, conditions=kept, findings=[*findings, said])
 
 

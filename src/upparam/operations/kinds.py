@@ -9,6 +9,7 @@ from typing import Any
 from upparam.containers.base import Opaque, TensorFile
 from upparam.operations.kinds_other import Kind, other
 from upparam.patterns import regex
+from upparam.wording import counted
 
 
 def classify(file: TensorFile) -> Kind:
@@ -28,7 +29,7 @@ def _keys(file: TensorFile) -> set[str]:
 
 def _names(file: TensorFile, count: int = 3) -> str:
     shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in list(file.tensors.items())[:count])
-    return f"{len(file.tensors)} tensors such as {shown}"
+    return f"{counted(len(file.tensors), 'tensor')} such as {shown}"
 
 
 def _optimizer(file: TensorFile) -> Kind | None:
@@ -112,7 +113,7 @@ def _factors(file: TensorFile) -> Kind | None:
     if not hits:
         return None
     beside = "" if len(hits) == len(file.tensors) else f" beside {len(file.tensors) - len(hits)} other tensors"
-    what = f"{len(hits)} tensors named like an adapter's factors{beside}, in no arrangement upparam knows"
+    what = f"{counted(len(hits), 'tensor')} named like an adapter's factors{beside}, in no arrangement upparam knows"
     return Kind("tensors", what, (f"such as {hits[0]} {list(file.tensors[hits[0]].shape)}",), 0.5)
 
 
@@ -123,7 +124,7 @@ def _full_model(file: TensorFile) -> Kind | None:
     for mark, message in _MODELS:
         hits = [name for name in everything if mark in name]
         if hits:
-            evidence = (f"{len(everything)} tensors, among them {hits[0]}",) + (
+            evidence = (f"{counted(len(everything), 'tensor')}, among them {hits[0]}",) + (
                 (f"{len(quantised)} of them quantised",) if quantised else ()
             )
             return Kind("full-model", message + "; it holds whole weights, not an adapter", evidence, 0.95)

@@ -64,7 +64,10 @@ def proved(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list
     if set(ours) != set(theirs):
         missing = sorted(set(ours) ^ set(theirs))
         raise VerificationError(
-            "the targets read back differ", expected=f"{len(ours)} modules", found=f"{len(theirs)}", tensor=".".join(missing[0])
+            "the targets read back differ",
+            expected=counted(len(ours), "module"),
+            found=f"{len(theirs)}, other ones" if len(theirs) == len(ours) else f"{len(theirs)}",
+            tensor=".".join(missing[0]),
         )
 
     def gaps_of(batch: list[tuple[str, str]]) -> list[float | None]:

@@ -19,6 +19,7 @@ from upparam.findings import Finding, warning
 from upparam.operations.receipt import Receipt
 from upparam.sources import Source
 from upparam.tensors import Tensor, same_bits
+from upparam.wording import counted
 
 
 @dataclass
@@ -72,11 +73,11 @@ def write_salvage(found: Salvage, out: Path | str, *, force: bool = False, verif
             for name, tensor in found.tensors.items():
                 if name not in written or not same_bits(tensor, written[name]):
                     raise VerificationError("a salvaged tensor reads back differently", tensor=name)
-            proofs.append(f"re-opened: {len(written)} tensors bit-identical")
+            proofs.append(f"re-opened: {counted(len(written), 'tensor')} bit-identical")
     findings = list(found.findings)
     if found.lost:
         shown = [f"{name}: {reason}" for name, reason in list(found.lost.items())[:5]]
-        findings.append(warning("tensors-lost", found.path.name, f"{len(found.lost)} tensors could not be recovered", *shown))
+        findings.append(warning("tensors-lost", found.path.name, f"{counted(len(found.lost), 'tensor')} could not be recovered", *shown))
     return Receipt(
         "salvage", [str(found.path)], [str(out)], {"tensors": len(found.tensors), "lost": len(found.lost)}, proofs, findings, time.monotonic() - begun
     )  # fmt: skip

@@ -55,7 +55,7 @@ def _modules(modules: Sequence[ModuleComparison]) -> list[str]:
 
 
 def _models(result: ModelComparison, everything: bool) -> list[str]:
-    told = [f"base {result.base}", *(f"{count} weights {kind}" for kind, count in result.counts().items())]
+    told = [f"base {result.base}", *(f"{counted(count, 'weight')} {kind}" for kind, count in result.counts().items())]
     lines = ["  " + " · ".join(told)]
     for word, names in (("first", result.only_first), ("second", result.only_second)):
         if names:

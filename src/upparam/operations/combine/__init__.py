@@ -31,7 +31,7 @@ from upparam.operations.spool import Keep, Spool
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
-from upparam.wording import at_least, at_most
+from upparam.wording import at_least, at_most, counted
 
 if TYPE_CHECKING:
     from upparam.algorithms.lowrank import RankRule
@@ -177,7 +177,9 @@ def combined(
     alone = sum(len(place.pieces) == 1 for place in found)
     weights = [f"{file_of(adapter)} x {multiplier:g}" for adapter, multiplier in items]
     findings.append(
-        info("combined", file_of(first), f"{method}: {len(found)} modules, {alone} of them changed by one adapter alone", *weights)
+        info(
+            "combined", file_of(first), f"{method}: {counted(len(found), 'module')}, {alone} of them changed by one adapter alone", *weights
+        )
     )
     if rule is not None:
         cancelled = "the adapters cancel each other there, or change nothing by themselves"
@@ -334,7 +336,7 @@ def _weighted(items: Sequence[Weighted], block_weight: BlockWeight) -> list[Find
         return [warning("block-weights", file_of(items[0][0]), f"the block weights leave every module as it is{unresolved}")]
     gone = sum(weight == 0.0 for weight in weights.values())
     changed = sum(weight not in (0.0, 1.0) for weight in weights.values())
-    return [info("block-weights", file_of(items[0][0]), f"{changed} targets with a block weight of their own, {gone} left out")]
+    return [info("block-weights", file_of(items[0][0]), f"{counted(changed, 'target')} with a block weight of their own, {gone} left out")]
 
 
 def _parameters(chosen: Method, density: float | None, seed: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from upparam.operations.extract.difference import same_weights
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import same_bits
+from upparam.wording import counted
 
 Job = tuple[Target, Delta, Delta]
 SHARED = 0.95
@@ -196,7 +197,7 @@ def _findings(one: Adapter, other: Adapter, names: tuple[str, str], result: Comp
     for adapter, name in zip((one, other), names, strict=True):
         if adapter.leftovers:
             found.append(
-                warning("leftovers", name, f"{len(adapter.leftovers)} tensors that no rule explains were not compared", *list(adapter.leftovers)[:3])
+                warning("leftovers", name, f"not compared, as no rule explains them: {counted(len(adapter.leftovers), 'tensor')}", *list(adapter.leftovers)[:3])
             )  # fmt: skip
         if adapter.conditions:
             found.append(warning("conditions", name, "the deltas are not the whole change", *adapter.conditions))

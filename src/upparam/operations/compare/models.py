@@ -19,6 +19,7 @@ from upparam.operations.extract.pairing import pair
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +251,7 @@ def _low(shape: Sequence[int]) -> int:
 
 def _alone(result: ModelComparison) -> list[str]:
     return [
-        f"{len(names)} tensors only in the {word}"
+        f"{counted(len(names), 'tensor')} only in the {word}"
         for names, word in ((result.only_first, "first"), (result.only_second, "second"))
         if names
     ]

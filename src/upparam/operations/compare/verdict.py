@@ -12,6 +12,7 @@ from typing import Any
 from upparam.errors import EXIT_FINDINGS, EXIT_OK
 from upparam.findings import Finding
 from upparam.operations.compare.module import NEAR, SAME, Alike, ModuleComparison
+from upparam.wording import counted
 
 CHANCE = 6.0
 """Standard deviations of the cosine of independent deltas above which a cosine is not chance."""
@@ -175,19 +176,24 @@ def _verdict(result: Comparison) -> tuple[Verdict, str]:
     return Verdict.UNRELATED, f"the same modules, unrelated deltas: {figures}" + _tail(beside)
 
 
+def _all(count: int) -> str:
+    """All modules there are, in words."""
+    return f"all {count} modules" if count > 1 else "its one module"
+
+
 def _whole(result: Comparison, kinds: set[Alike]) -> tuple[Verdict, str] | None:
     """The verdict where every module is the same, scaled or resized."""
     modules, count = result.modules, len(result.modules)
     if kinds == {Alike.BITS}:
         if all(extra.alike is Alike.BITS for extra in result.extras):
             scales = "neither file says the scale" if any(None in module.scales for module in modules) else "the same scales"
-            return Verdict.BITS, f"the same factors bit for bit in all {count} modules, {scales}{_with(result)}"
+            return Verdict.BITS, f"the same factors bit for bit in {_all(count)}, {scales}{_with(result)}"
         return (
             Verdict.EQUAL,
-            f"the same factors bit for bit in all {count} modules; saved tensors equal after rounding to the narrower dtype",
+            f"the same factors bit for bit in {_all(count)}; saved tensors equal after rounding to the narrower dtype",
         )
     if kinds <= {Alike.BITS, Alike.ROUNDED}:
-        return Verdict.EQUAL, f"the same factors, rounded to the narrower dtype, in all {count} modules{_with(result)}"
+        return Verdict.EQUAL, f"the same factors, rounded to the narrower dtype, in {_all(count)}{_with(result)}"
     if kinds <= SAME:
         others = [module for module in modules if module.alike is Alike.EQUAL]
         off = max(module.distance or 0.0 for module in others)
@@ -224,7 +230,7 @@ def _scaled(result: Comparison) -> tuple[Verdict, str]:
         result.multiplier = shared
         off = max(abs(number / shared - 1.0) for number, _ in known)
         return Verdict.SCALED, (
-            f"the second is the first times {told}, the same in all {count} modules within {off:.1g}, "
+            f"the second is the first times {told}, the same in {_all(count)} within {off:.1g}, "
             f"where rounding explains {max(certainty for _, certainty in known):.1g}"
         )  # fmt: skip
     others = [number for (number, _), same in zip(known, agree, strict=True) if not same]
@@ -297,7 +303,7 @@ def _beside(result: Comparison) -> list[str]:
     for side, word in ((0, "first"), (1, "second")):
         count = sum(one.only == side and one.norm != 0.0 for one in result.alone)
         if count:
-            found.append(f"{count} modules only in the {word}")
+            found.append(f"{counted(count, 'module')} only in the {word}")
     changed = [extra for extra in result.extras if extra.only is None and extra.alike is Alike.DIFFERENT]
     if changed:
         found.append(f"{len(changed)} saved tensors differ")

@@ -31,6 +31,7 @@ from upparam.operations.proof import ModuleProof, proved, statements
 from upparam.operations.receipt import Receipt
 from upparam.progress import Progress, silent
 from upparam.tensors import same_bits
+from upparam.wording import counted
 
 
 def edit(
@@ -288,7 +289,7 @@ def _expected(changes: Changes, compared: Compared) -> None:
     wrong = wrong + (compared.reshaped if changes.dtype is not None or changes.restates else compared.changed)
     if wrong:
         raise RefusedError(
-            "writing this adapter again changes tensors that were to stay", tensor=wrong[0], found=f"{len(wrong)} tensors",
+            "writing this adapter again changes tensors that were to stay", tensor=wrong[0], found=counted(len(wrong), "tensor"),
             remedy="modules that share a tensor, such as q, k and v of a fused weight, go and stay together" if changes.remove or changes.keep
             else "bring it into its dialect's present form with 'upparam convert' first",
         )  # fmt: skip

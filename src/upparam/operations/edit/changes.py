@@ -18,6 +18,7 @@ from upparam.errors import RefusedError, UsageError
 from upparam.operations.dtypes import named_dtype
 from upparam.operations.recast import multiplied, recast
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 CONFIG = "config."
 """Before a metadata key: the adapter's own config file (PEFT's adapter_config.json), its value as JSON."""
@@ -135,7 +136,7 @@ def _without(adapter: Adapter, changes: Changes, counts: dict[str, Any]) -> Adap
     deltas = {target: delta for target, delta in adapter.deltas.items() if stays(str(target))}
     extras = [extra for extra in adapter.extras if stays(extra.name)]
     if not deltas:
-        raise RefusedError("no module would be left", file=_file(adapter), found=f"{len(adapter.deltas)} modules, all of them taken out")
+        raise RefusedError("no module would be left", file=_file(adapter), found=f"{counted(len(adapter.deltas), 'module')}, all taken out")
     leftovers = {name: tensor for name, tensor in adapter.leftovers.items() if not any(fnmatchcase(name, glob) for glob in changes.remove)}
     counts["removed"] = len(names) - len(deltas) - len(extras) - len(leftovers)
     return replace(adapter, deltas=deltas, extras=extras, leftovers=leftovers)

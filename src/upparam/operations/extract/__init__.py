@@ -266,7 +266,7 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
         )  # fmt: skip
     for names, checkpoint in ((pairing.only_tuned, tuned), (pairing.only_base, base)):
         if names:
-            found.append(info("only-in-one", str(checkpoint.path), f"{len(names)} tensors are in this model alone", _listed(names)))
+            found.append(info("only-in-one", str(checkpoint.path), f"{counted(len(names), 'tensor')} in this model alone", _listed(names)))
     return found
 
 

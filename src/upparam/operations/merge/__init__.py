@@ -18,6 +18,7 @@ from upparam.operations.dtypes import named_dtype
 from upparam.operations.receipt import Receipt
 from upparam.operations.threads import default_threads
 from upparam.progress import Progress, silent
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -199,7 +200,7 @@ def _refuse_zero(ingredient: Ingredient) -> None:
         raise RefusedError(
             "this adapter would change nothing",
             file=where,
-            found=f"all {len(ingredient.adapter.deltas)} deltas are zero (an all-zero factor: never trained, or saved before training)",
+            found=f"{counted(len(ingredient.adapter.deltas), 'delta')}, all zero (an all-zero factor: never trained, or saved before training)",
             remedy="see 'upparam verify'",
         )
 

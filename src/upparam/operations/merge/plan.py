@@ -50,7 +50,9 @@ def make_plan(
         raise RefusedError(
             "the merge would change nothing",
             file=checkpoint.path,
-            found=f"all {len(plan.skipped)} targets left out (scale 0, block weight 0, --only or --skip)" if plan.skipped else "no deltas",
+            found=f"{counted(len(plan.skipped), 'target')}, all left out (scale 0, block weight 0, --only or --skip)"
+            if plan.skipped
+            else "no deltas",
         )
     plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
@@ -70,7 +72,7 @@ def _refuse_unplaceable(adapter: Adapter) -> None:
             f"{len(lost)} part{'s' if len(lost) > 1 else ''} of the adapter cannot be merged into weights",
             file=adapter.files[0] if adapter.files else None,
             found=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
-            remedy=f"give them up with --drop {' --drop '.join(kinds)}",
+            remedy=f"give {'them' if len(lost) > 1 else 'it'} up with --drop {' --drop '.join(kinds)}",
         )
 
 

@@ -11,6 +11,7 @@ from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.ia3 import IA3
 from upparam.findings import Finding, info, warning
 from upparam.operations.merge.blocks import Weights
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     from upparam.operations.merge.planned import Piece, Plan
@@ -21,7 +22,7 @@ def other_weights(plan: Plan) -> list[Finding]:
     unread = plan.checkpoint.unread
     if not unread:
         return []
-    said = f"{len(unread)} files of weights or adapters are no part of the model as loaders choose it: they are neither changed nor carried along"
+    said = f"no part of the model as loaders choose it, neither changed nor carried along: {counted(len(unread), 'file')} of weights or adapters"
     return [info("other-weights", unread[0], said, *unread[:5])]
 
 
@@ -53,14 +54,14 @@ def order_matters(plan: Plan) -> list[Finding]:
         return []
     first = next(iter(met))
     said = (
-        f"{len(met)} tensors get a change that depends on the weight itself (DoRA, IA3, OFT ...) beside another adapter's: the order given "
+        f"a change that depends on the weight itself (DoRA, IA3, OFT ...) beside another adapter's, in {counted(len(met), 'tensor')}: the order given "
         "matters, each changes what those before it left"
     )
     found = [warning("order-matters", first, said, *list(met)[:5])]
     later = [name for name, pairs in met.items() if any(isinstance(after.delta, Decomposed) for _, after in pairs)]
     if later:
         said = (
-            f"{len(later)} tensors get a DoRA after another adapter's change, which its norm includes; PEFT takes the norm without that, "
+            f"a DoRA after another adapter's change, which its norm includes, in {counted(len(later), 'tensor')}; PEFT takes the norm without that, "
             "so its merge of the same adapters differs, unless the DoRA comes first"
         )
         found.append(warning("norm-of-changed", later[0], said, *later[:5]))

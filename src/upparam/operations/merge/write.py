@@ -37,6 +37,7 @@ from upparam.operations.merge.stream import (
 from upparam.progress import Progress
 from upparam.sources import FileSource
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 NOTE_KEY = "upparam.merge"
 """The metadata key under which a merged file says what was merged."""
@@ -336,7 +337,7 @@ def summary(plan: Plan, shares: list[Shared]) -> Outcome:
     for shared in shares:
         if shared.infinite:
             outcome.findings.append(
-                warning("overflow", shared.work.name, f"{shared.infinite:,} elements are too large for {_became(shared.work.dtype)}")
+                warning("overflow", shared.work.name, f"{counted(shared.infinite, 'element')} too large for {_became(shared.work.dtype)}")
             )
     return outcome
 
@@ -350,7 +351,7 @@ def _converted_overflows(tasks: list[Convert]) -> list[Finding]:
     if not tasks:
         return []
     elements = sum(task.overflow for task in tasks)
-    said = f"{elements:,} elements of {len(tasks)} tensors that are only converted are too large for {_became(tasks[0].dtype)}"
+    said = f"{counted(elements, 'element')} of {counted(len(tasks), 'tensor')} only converted, too large for {_became(tasks[0].dtype)}"
     return [warning("overflow", tasks[0].name, said, *(task.name for task in tasks[:5]))]
 
 
