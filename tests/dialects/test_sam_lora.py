@@ -193,7 +193,7 @@ def test_what_has_no_number_is_refused() -> None:
     other = Target("image_encoder.blocks.0.attn.proj")
     adapter = whole("sam-vit-b")
     adapter.deltas[other] = LoRA(factors["up"], factors["down"], BAKED)
-    with pytest.raises(RefusedError, match="have no number"):
+    with pytest.raises(RefusedError, match="without a number"):
         written("sam-lora", adapter)
     scaled = whole("sam-vit-b")
     scaled.deltas = {
