@@ -287,6 +287,20 @@ def test_an_ia3_is_refused_for_what_it_is_and_not_for_the_size_it_does_not_tell(
             combined(items, method=method)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("concat", "linear")])
+def test_values_that_are_not_finite_are_told_with_the_file_that_holds_them(method: str, value: float) -> None:
+    up, down = factors(1)
+    broken = up.copy()
+    broken[0, 0] = value
+    items = [
+        (replace(adapter({"m": lora(one, down)}), files=(name,)), 1.0) for one, name in ((up, "sound"), (broken, "broken"), (up, "third"))
+    ]
+    with pytest.raises(MalformedError, match="not finite") as caught:
+        combined(items, method=method, density=None if METHODS[method].prune is None else 0.5)
+    assert (caught.value.file, caught.value.tensor) == ("broken", "m")
+
+
 def test_parts_of_a_fused_weight_go_on_sharing_their_factors() -> None:
     """q, k and v of one fused LoRA in each adapter: joined again they are one LoRA of the summed rank, not a block-diagonal of three."""
 

@@ -21,7 +21,7 @@ from upparam.errors import MismatchError, RefusedError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations import fitting
 from upparam.operations.combine.exact import Sum, concatenated, orthogonal, to_cut, wide_enough
-from upparam.operations.combine.pieces import Place, Weighted, extras, file_of, places, scaled
+from upparam.operations.combine.pieces import Piece, Place, Weighted, extras, file_of, places, scaled
 from upparam.operations.combine.sparse import Arithmetic, on_factors, on_weights
 from upparam.operations.convert import write_adapter
 from upparam.operations.opening import open_adapter
@@ -301,10 +301,18 @@ def _worker(chosen: Method, method: str, how: Arithmetic, rule: RankRule | None,
             delta, cut = cut_job(place.job._replace(delta=delta, dtype=dtype), rule, "scale", keep)
             return delta, facts | cut.facts()
         except UpparamError as problem:
-            problem.locate(file=place.pieces[0].file, tensor=place.name)
+            problem.locate(file=problem.file or _at_fault(place).file, tensor=place.name)
             raise
 
     return work
+
+
+def _at_fault(place: Place) -> Piece:
+    """Whose delta stands in the way where nothing says so: the first with values that are not finite, else the first."""
+    import numpy as np
+
+    broken = (piece for piece in place.pieces if not all(np.isfinite(factor.doubles()).all() for factor in piece.delta.factors().values()))
+    return next(broken, place.pieces[0])
 
 
 def _join(place: Place, chosen: Method, method: str, how: Arithmetic, rule: RankRule | None, keep: Keep) -> Made:

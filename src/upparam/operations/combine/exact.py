@@ -12,7 +12,7 @@ from upparam.algorithms.base import BAKED, Delta, Scaling, Update
 from upparam.algorithms.full import Full
 from upparam.algorithms.lora import LoRA
 from upparam.dtypes import DTYPES, DType
-from upparam.errors import RefusedError
+from upparam.errors import MalformedError, RefusedError
 from upparam.operations.combine.beside import beside, widened
 from upparam.operations.combine.pieces import Piece, Place
 from upparam.operations.recast import stored
@@ -252,6 +252,8 @@ def orthogonal(place: Place) -> tuple[LoRA, list[float]]:
                 remedy="make a LoRA of it with 'upparam resize'" if piece.delta.additive else OF_THE_DIFFERENCE,
             )  # fmt: skip
         up, down = form
+        if not np.isfinite(up).all() or not np.isfinite(down).all():
+            raise MalformedError("a factor holds values that are not finite", file=piece.file, tensor=place.name)
         before = _size(up, down)
         new_up, new_columns = _off(up, columns)
         new_down, new_rows = _off(down.T, rows)
