@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from upparam.algorithms.lowrank import RankRule
 from upparam.bases import inventory
 from upparam.cli import main
 from upparam.dialects.base import ReadOptions
-from upparam.errors import RefusedError
+from upparam.errors import MalformedError, RefusedError
 from upparam.operations.convert import convert, write_adapter
 from upparam.operations.fitting import Arithmetic
 from upparam.operations.lowering import AUTO
@@ -228,3 +229,14 @@ def test_allowing_arithmetic_changes_nothing_that_fits(tmp_path: Path) -> None:
         assert not changes(receipt)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (tmp_path / feature / name).read_bytes() == (tmp_path / f"{feature} again" / name).read_bytes()
+
+
+def test_which_file_and_tensor_holds_what_is_not_finite_is_told(tmp_path: Path) -> None:
+    one = specimen("LoHa", "sd1.5")
+    target, delta = next(iter(one.deltas.items()))
+    nan = delta.on_factor(lambda factor: Tensor.of(np.full(factor.shape, np.nan, np.float32)))
+    write_adapter(replace(one, deltas={**one.deltas, target: nan}), tmp_path / "hada", "peft", read=stated("sd1.5"))
+    with pytest.raises(MalformedError, match="not finite") as caught:
+        convert(tmp_path / "hada", tmp_path / "low", "diffusers", arithmetic=Arithmetic(lowrank=RankRule(2)))
+    assert (Path(str(caught.value.file)).name, caught.value.tensor) == ("adapter_model.safetensors", str(target))
+    assert not (tmp_path / "low").exists()

@@ -18,6 +18,7 @@ from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import BAKED, Delta, ScaleRule, Scaling, Update
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.loha import LoHa
+from upparam.algorithms.lokr import LoKr
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.lowrank import RankRule
 from upparam.bases.inventory import load
@@ -444,3 +445,25 @@ def test_a_split_adapter_stays_one(tmp_path: Path, form: str) -> None:
     for out in ("two", "three"):
         assert sorted(path.name for path in (tmp_path / out).iterdir()) == files
         assert open_adapter(tmp_path / out).dialect == "kohya"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("algorithm", ["lora", "tucker", "loha", "lokr"])
+def test_values_that_are_not_finite_are_told_and_numpy_says_nothing(algorithm: str, value: float) -> None:
+    random = np.random.default_rng(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return Tensor.of(random.standard_normal(shape).astype(np.float32))
+
+    broken = drawn(4, 10).read().copy()
+    broken[0, 0] = value
+    down, scaling = Tensor.of(broken), Scaling(alpha=2.0)
+    delta: Delta = {
+        "lora": lambda: LoRA(drawn(12, 4), down, scaling),
+        "tucker": lambda: LoRA(drawn(12, 4), down, scaling, mid=drawn(4, 4, 3, 3)),
+        "loha": lambda: LoHa(drawn(12, 4), drawn(4, 10), drawn(12, 4), down, scaling=scaling),
+        "lokr": lambda: LoKr(scaling=scaling, w1=drawn(2, 2), w2_a=drawn(6, 4), w2_b=down),
+    }[algorithm]()
+    with pytest.raises(MalformedError, match="not finite"):
+        resized(adapter({"m": delta}), RankRule(2))

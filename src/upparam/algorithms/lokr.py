@@ -45,7 +45,8 @@ class KroneckerUpdate(Update):
         (a, b), (c, d) = (_product(half) for half in self._halves)
         if a.shape[1] * c.shape[1] > min(_WIDEST, len(self.w1) * len(self.w2), self.w1.shape[1] * self.w2.shape[1]):
             return None
-        return np.kron(a, c), np.kron(b, d)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told by who uses it, by name
+            return np.kron(a, c), np.kron(b, d)
 
 
 @dataclass(frozen=True)

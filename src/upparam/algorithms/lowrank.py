@@ -265,8 +265,9 @@ def tucker_truncate(up: Matrix, mid: Matrix, down: Matrix, rule: RankRule) -> tu
 
     left, turn = np.linalg.qr(up)
     right, turned = np.linalg.qr(down.T)
-    core = np.einsum("ap,pqx,bq->abx", turn, mid, turned, optimize=True)
-    total = float(np.vdot(core, core))
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        core = np.einsum("ap,pqx,bq->abx", turn, mid, turned, optimize=True)
+        total = float(np.vdot(core, core))
     if not isfinite(total):
         raise MalformedError("a factor holds values that are not finite, or too large to square")
     first, values, _ = np.linalg.svd(core.reshape(core.shape[0], -1), full_matrices=False)

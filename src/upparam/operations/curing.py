@@ -12,7 +12,7 @@ from upparam.algorithms.lora import LoRA
 from upparam.dialects import restated
 from upparam.dialects.base import Dialect, Package
 from upparam.dialects.refusing import BAKE, LOWER
-from upparam.errors import Problem, RefusedError
+from upparam.errors import Problem, RefusedError, UpparamError
 from upparam.operations.advising import ROUNDS, advised, explained
 from upparam.operations.baking import bake
 from upparam.operations.fitting import Arithmetic
@@ -70,7 +70,11 @@ def _lowered(adapter: Adapter, deltas: Mapping[Target, Delta], how: Arithmetic) 
     weights = weights_of(adapter, dependent, how.weights) if dependent and how.weights is not None else {}
 
     def work(target: Target) -> tuple[LoRA, Lowered]:
-        return lower(target, deltas[target], rule, weights.pop(target, None), how.keep)
+        try:
+            return lower(target, deltas[target], rule, weights.pop(target, None), how.keep)
+        except UpparamError as problem:
+            problem.locate(file=adapter.files[0] if adapter.files else None, tensor=str(target))
+            raise
 
     order = list(deltas)
     sizes = [max(1, deltas[target].shape[0]) for target in order]
