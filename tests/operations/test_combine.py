@@ -130,6 +130,15 @@ def test_the_real_library_agrees(tmp_path: Path, method: str) -> None:
     assert torch.isfinite(model(torch.arange(6)[None]).logits).all()
 
 
+def test_the_receipt_says_what_block_weights_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = peft_folder(tmp_path / "one", 1, 4, 8)
+    asked = ["combine", str(folder), "-o", str(tmp_path / "two"), "--force", "--block-weights"]
+    assert main([*asked, "*layers.0*=0", "--block-weights", "*layers.1*=0.5"]) == 0
+    assert "1 target with a block weight of their own, 1 left out" in capsys.readouterr().out
+    assert main([*asked, "*nothing*=0.5"]) == 0
+    assert capsys.readouterr().out.count("the block weights leave every module as it is") == 1
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = peft_folder(tmp_path / "one", 1, 4, 8), peft_folder(tmp_path / "other", 2, 3, 3)
     assert main(["combine", f"{one}@0.8", str(other), "-o", str(tmp_path / "out"), "--json"]) == 0

@@ -117,7 +117,8 @@ def combine(
         receipt = write_adapter(
             result.adapter, out, to or opened[0][0].written_as, read=read, force=force, verify=verify, drop=drop, arithmetic=baked
         )  # fmt: skip
-    receipt.findings += [finding for finding in result.adapter.findings if finding.code == "metadata"]
+    told = ("metadata", "block-weights")  # of what is no warning, and so in no receipt yet
+    receipt.findings += [finding for finding in result.adapter.findings if finding.code in told and not finding.severity]
     receipt.operation = f"combine ({result.method}) to {to or opened[0][0].written_as}"
     receipt.inputs = [f"{given if not isinstance(given, Adapter) else file_of(given)}@{multiplier:g}" for given, multiplier in items]
     chosen = METHODS[result.method]
