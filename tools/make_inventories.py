@@ -186,7 +186,7 @@ def document(chosen: Sequence[Entry], bases: dict[str, list[Module]], size: int)
         "Names are the *reference layout*: those of the public checkpoint files under the head class people fine-tune, which is what PEFT",
         "shows below `base_model.model.`. So GPT-2 and BLOOM have `transformer.` in front although their files leave it out, Mixtral has",
         "`block_sparse_moe.experts.0.w1`, ViT has `vit.encoder.layer.0.attention.attention.query`: transformers 5 renames or fuses some of",
-        "these when it loads them, the files keep these names. Pipelines put the component first: `unet.`, `transformer.`, `text_encoder.`,",
+        "these when it loads them, the files keep these names (and where it renames, an adapter's newer names are found in them, `bases/versions.py`). Pipelines put the component first: `unet.`, `transformer.`, `text_encoder.`,",
         "`text_encoder_2.`, `text_encoder_3.`. The text and vision bases are, module for module, those of transformers 4.57.",
         "",
     ]

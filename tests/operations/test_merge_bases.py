@@ -273,7 +273,7 @@ def test_fp16_overflow_is_a_finding(tmp_path: Path) -> None:
     base = save(tmp_path / "b.safetensors", {"m.weight": np.array([[60000.0, 1.0]], np.float16)})
     receipt = merge(base, adapter({"m": lora(np.array([[1.0]]), np.array([[9000.0, 0.5]]))}), tmp_path / "o.safetensors")
     assert np.isinf(load(tmp_path / "o.safetensors")["m.weight"][0, 0])
-    assert [finding.code for finding in receipt.findings] == ["overflow"] and "1 elements" in receipt.findings[0].message
+    assert [finding.code for finding in receipt.findings] == ["overflow"] and "1 element " in receipt.findings[0].message
 
 
 def test_q8_0_is_requantised_as_the_gguf_library_does(tmp_path: Path) -> None:
