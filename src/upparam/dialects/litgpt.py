@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Target
-from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
+from upparam.algorithms.base import Delta, Scaling
 from upparam.algorithms.lora import LoRA
 from upparam.algorithms.slicing import reorder
 from upparam.bases import inventory
@@ -25,8 +25,9 @@ from upparam.dialects.agreeing import agreed, named
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.litgpt_qkv import PARTS, Heads
 from upparam.dialects.placing import Resolved, to_targets
+from upparam.dialects.scale_beside import scale_beside
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UpparamError, UsageError
-from upparam.findings import error, info, warning
+from upparam.findings import error, info
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 from upparam.wording import counted
@@ -77,7 +78,8 @@ class LitGPT:
         pairs = _pairs(file, adapter)
         if not pairs:
             raise DeadAdapterError("no module has both its lora_A and its lora_B", file=file.path, found=", ".join(list(file.tensors)[:3]))
-        scaling = _scaling(adapter, file, said, pairs, options)
+        ranks = {pair["B"].shape[-1] for pair in pairs.values() if pair["B"].shape}
+        scaling = scale_beside(adapter, file, PARAMETERS, said.get("lora_alpha"), said.get("lora_r"), ranks, options)
         model = bundle.side_yaml(MODEL) or {}
         told = litgpt_qkv.heads_of(model)
         found = _resolved(adapter, pairs, told, _stated(said, model), options)
@@ -130,31 +132,6 @@ def _pairs(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]:
         rest = {name: tensor for name, tensor in rest.items() if name not in own}
     adapter.leftovers |= rest
     return pairs
-
-
-def _scaling(
-    adapter: Adapter, file: TensorFile, said: Mapping[str, Any], pairs: Mapping[str, Mapping[str, Tensor]], options: ReadOptions
-) -> Scaling:
-    """alpha / r, one alpha for all modules; UNKNOWN, with a finding, where nothing says it."""
-    alpha, rank = said.get("lora_alpha"), said.get("lora_r")
-    ranks = {pair["B"].shape[-1] for pair in pairs.values() if pair["B"].shape}
-    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and (rank is None or {rank} == ranks):
-        if options.alpha not in (None, alpha):
-            raise UsageError(
-                "the alpha given contradicts the adapter's own", file=file.path, expected=f"{alpha:g} ({PARAMETERS})", found=options.alpha
-            )
-        return Scaling(alpha=float(alpha))
-    if options.scale is not None:
-        return Scaling(ScaleRule.EXPLICIT, multiplier=options.scale)
-    if options.alpha is not None:
-        return Scaling(alpha=options.alpha)
-    why = f"no {PARAMETERS} with lora_alpha beside it"
-    if alpha is not None and rank is not None:
-        why = (
-            f"the {PARAMETERS} beside it is of rank {rank} and the factors of {', '.join(map(str, sorted(ranks)))}: it is another adapter's"
-        )
-    adapter.findings.append(warning("scale-missing", file.name, f"alpha is not known: {why}", "give it with --alpha"))
-    return UNKNOWN
 
 
 def _stated(said: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Target
 from upparam.algorithms import called
-from upparam.algorithms.base import UNKNOWN, Delta, ScaleRule, Scaling
+from upparam.algorithms.base import Delta, Scaling
 from upparam.algorithms.dora import DoRA
 from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
@@ -27,6 +27,7 @@ from upparam.containers.base import TensorFile
 from upparam.dialects.agreeing import agreed, named
 from upparam.dialects.base import Bundle, Match, Package, ReadOptions
 from upparam.dialects.placing import Resolved, to_targets
+from upparam.dialects.scale_beside import scale_beside
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError, UsageError
 from upparam.findings import error, warning
 from upparam.patterns import regex
@@ -76,7 +77,9 @@ class Torchtune:
         modules = _modules(file, adapter)
         if not modules:
             raise DeadAdapterError("no module has both its lora_a and its lora_b", file=file.path, found=", ".join(list(file.tensors)[:3]))
-        scaling = _scaling(adapter, file, modules, options)
+        # torchtune saves no config beside adapters of Phi and Llama 3.2 Vision, and none beside checkpoints in Meta's format.
+        ranks = {factors["lora_a"].shape[0] for factors in modules.values() if factors["lora_a"].shape}
+        scaling = scale_beside(adapter, file, CONFIG, adapter.config.get("lora_alpha"), adapter.config.get("r"), ranks, options)
         deltas: dict[str, Delta] = {}
         for module, factors in modules.items():
             try:
@@ -122,30 +125,6 @@ def _modules(file: TensorFile, adapter: Adapter) -> dict[str, dict[str, Tensor]]
         adapter.leftovers |= {name: file.tensors[name] for name in names[module]}
         adapter.findings.append(error("orphan", module, "factors that make no delta", ", ".join(factors)))
     return found
-
-
-def _scaling(adapter: Adapter, file: TensorFile, modules: Mapping[str, Mapping[str, Tensor]], options: ReadOptions) -> Scaling:
-    """alpha / rank, one alpha for all modules; UNKNOWN, with a finding, where nothing says it.
-
-    torchtune saves no config beside adapters of Phi and Llama 3.2 Vision, and none beside checkpoints in Meta's format.
-    """
-    alpha, rank = adapter.config.get("lora_alpha"), adapter.config.get("r")
-    ranks = {factors["lora_a"].shape[0] for factors in modules.values() if factors["lora_a"].shape}
-    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and (rank is None or {rank} == ranks):
-        if options.alpha not in (None, alpha):
-            raise UsageError(
-                "the alpha given contradicts the adapter's own", file=file.path, expected=f"{alpha:g} ({CONFIG})", found=options.alpha
-            )
-        return Scaling(alpha=float(alpha))
-    if options.scale is not None:
-        return Scaling(ScaleRule.EXPLICIT, multiplier=options.scale)
-    if options.alpha is not None:
-        return Scaling(alpha=options.alpha)
-    why = f"no {CONFIG} with lora_alpha beside it"
-    if alpha is not None and rank is not None:
-        why = f"the {CONFIG} beside it is of rank {rank} and the factors of {', '.join(map(str, sorted(ranks)))}: it is another adapter's"
-    adapter.findings.append(warning("scale-missing", file.name, f"alpha is not known: {why}", "give it with --alpha"))
-    return UNKNOWN
 
 
 def _spoilt(one: LayoutMap, deltas: Mapping[str, Delta]) -> bool:
