@@ -41,7 +41,7 @@ def dense(one: Adapter, name: str = "m") -> NDArray[np.float64]:
         st.tuples(st.integers(1, 5), st.floats(-2, 2).map(lambda weight: round(weight, 6)), st.sampled_from([np.float16, np.float32])),
         min_size=1,
         max_size=4,
-    ),
+    ).filter(lambda members: any(weight for _, weight, _ in members)),
     st.integers(0, 99),
 )
 def test_the_sum_is_the_sum(members: list[tuple[int, float, Any]], seed: int) -> None:
@@ -83,6 +83,14 @@ def test_what_cannot_be_combined_is_said() -> None:
         combined([(one, 1.0), (adapter({"m": lora(*factors(2))}, layout="kohya"), 1.0)])
     with pytest.raises(RefusedError, match="rows of this weight"):
         combined([(one, 1.0), (adapter({Target("m", (0, 12)): lora(*factors(2))}), 1.0)])
+
+
+def test_multipliers_that_are_all_zero_are_refused() -> None:
+    """They gave an adapter that changes nothing, without a word; one of two may well be 0."""
+    one, other = (adapter({"m": lora(*factors(seed))}) for seed in (1, 2))
+    with pytest.raises(RefusedError, match="every multiplier is 0"):
+        combined([(one, 0.0), (other, 0.0)])
+    assert np.allclose(dense(combined([(one, 0.0), (other, 1.0)]).adapter), dense(other))
 
 
 def test_extras_of_one_name_must_agree() -> None:

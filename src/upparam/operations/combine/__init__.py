@@ -159,8 +159,9 @@ def combined(
     items, told = _whole(items)
     findings += told
     found = places(items, block_weight)
-    if not found:
-        raise RefusedError("nothing is left to combine: every module's block weight is 0", file=file_of(items[0][0]))
+    if not found or not any(multiplier for _, multiplier in items):
+        said = "every multiplier is 0" if found else "every module's block weight is 0"
+        raise RefusedError(f"nothing is left to combine: {said}", file=file_of(items[0][0]))
     if chosen.cut and rule is None:
         rule = _largest_rank(found)
     how = Arithmetic(chosen.prune, chosen.elect, 1.0 if density is None else density, seed)
