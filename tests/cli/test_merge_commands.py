@@ -132,10 +132,11 @@ import os, signal, sys
 from upparam.cli import main
 from upparam.operations.merge import stream
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-real, number = stream.Change.run, signal.Signals[sys.argv.pop(1)]
+real, numbers = stream.Change.run, [signal.Signals[sys.argv.pop(1)]]
 def run(self, buffers):
     real(self, buffers)
-    os.kill(os.getpid(), number)
+    if numbers:  # once: another one would stop the cleaning up, as a second Ctrl-C does
+        os.kill(os.getpid(), numbers.pop())
 stream.Change.run = run
 sys.exit(main())
 """
