@@ -31,6 +31,16 @@ class Target(NamedTuple):
     rows: tuple[int, int] | None = None
     parameter: str = "weight"
 
+    @property
+    def name(self) -> str:
+        """The name of the parameter, as tensors of a base bear it."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    def renamed(self, name: str) -> Target:
+        """The same rows of the parameter of this name."""
+        module, _, parameter = name.rpartition(".")
+        return self._replace(module=module, parameter=parameter)
+
     def __str__(self) -> str:
         name = self.module if self.parameter == "weight" else f"{self.module}.{self.parameter}"
         return name if self.rows is None else f"{name}[{self.rows[0]}:{self.rows[1]}]"

@@ -68,8 +68,7 @@ def _way(tensor: Tensor) -> ways.Way | None:
         return None
     with suppress(UpparamError):
         if tensor.is_contiguous:
-            told = getattr(tensor.source, "way", None)
-            way = None if told is None else told(tensor.offset, tensor.nbytes)
+            way = tensor.way()
         elif type(tensor.source) is FileSource and len(tensor.shape) == 2 and tensor.T.is_contiguous and tensor.dtype.itemsize <= 8:
             columns, rows = tensor.shape
             way = ways.turned(*tensor.source.place(tensor.offset, tensor.nbytes), rows, columns, tensor.dtype.itemsize)

@@ -71,8 +71,7 @@ class LyingSource(JoinedSource):
             return None
         spans: list[ways.Span] = []
         for part in self.parts:
-            told = getattr(part.source, "way", None)
-            own = ways.spans_of(None if told is None else told(part.offset, part.nbytes))
+            own = ways.spans_of(part.way())
             if own is None:
                 return None
             spans += own
@@ -131,6 +130,11 @@ class Tensor:
             return self.nbytes
         assert self.strides is not None
         return (sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True)) + 1) * self.dtype.itemsize
+
+    def way(self) -> ways.Way | None:
+        """The way to the bytes of a contiguous tensor, where its source knows one."""
+        told = getattr(self.source, "way", None)
+        return None if told is None else told(self.offset, self.nbytes)
 
     def check(self, name: str | None = None) -> None:
         """Raise MalformedError unless the source can back every element (negative strides and sizes are refused too)."""

@@ -231,10 +231,10 @@ class _Picked(ComputedSource):
 
     def way(self, offset: int, size: int) -> ways.Way | None:
         """The way to all rows, where the tensor lies in a file; none to some of them."""
-        told, tensor = getattr(self._tensor.source, "way", None), self._tensor
-        if (offset, size) != (0, self.size) or told is None or not lies_as_wanted(tensor) or self._order.itemsize != ways.NUMBER:
+        tensor = self._tensor
+        if (offset, size) != (0, self.size) or not lies_as_wanted(tensor) or self._order.itemsize != ways.NUMBER:
             return None
-        own = ways.spans_of(told(tensor.offset, tensor.nbytes))
+        own = ways.spans_of(tensor.way())
         if own is None or len(own) != 1 or not tensor.nbytes:
             return None
         descriptor, at, _ = own[0]

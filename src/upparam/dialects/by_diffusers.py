@@ -84,7 +84,7 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
     if base.family == "sd" and dialect in _KOHYA:
         found += _scales(rescaled(tensors))
     if base.family == "ltx" and dialect == "comfyui":
-        found += _scales(_ignored(tensors))
+        found += _scales(_ignored(tensors, downs))
     if kind in ("flux.2", "hunyuan-video") and dialect == "comfyui" and _SWAPPED in downs:
         message = (
             f"diffusers makes another change of this module: it swaps the halves of its down as well, whose rows are ranks; {_INSTEAD}"
@@ -92,8 +92,11 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
         found.append(warning("diffusers-differs", _SWAPPED, message))
     pattern, dialects = _UNREAD.get(kind, (None, ()))
     # Of FLUX.1 it reads one spelling, and of a file in another nothing at all, which it says.
-    spelled = {name: tensor for name, tensor in tensors.items() if kind not in ("flux", "chroma") or name.endswith(_DOWN[0])}
-    unread = [module for module in _downs(spelled) if pattern is not None and dialect in dialects and pattern.fullmatch(module)]
+    unread = [
+        module for module in downs
+        if pattern is not None and dialect in dialects and pattern.fullmatch(module)
+        and (kind not in ("flux", "chroma") or f"{module}{_DOWN[0]}" in tensors)
+    ]  # fmt: skip
     if unread:
         message = (
             f"diffusers passes over {counted(len(unread), 'module')} outside the blocks, whose names it does not translate; {_INSTEAD}"
@@ -173,10 +176,10 @@ def rescaled(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _ignored(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+def _ignored(tensors: Mapping[str, Tensor], downs: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
     """Module -> (alpha, rank) where an alpha that is not the rank is stored and nobody asks for it."""
     found: dict[str, tuple[float, float]] = {}
-    for module, down in _downs(tensors).items():
+    for module, down in downs.items():
         alpha = tensors.get(f"{module}.alpha")
         if alpha is not None and (value := alpha.scalar()) != down.shape[0]:
             found[module] = (value, float(down.shape[0]))

@@ -87,9 +87,8 @@ class DiffusersOld:
             try:
                 deltas[module] = LoRA(roles["up"][1], roles["down"][1])
             except MalformedError as problem:
-                raise MalformedError(
-                    problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found
-                ) from None
+                problem.locate(file=file.path, tensor=module)
+                raise
         settle(adapter, deltas, file, options)
         return adapter
 

@@ -94,11 +94,9 @@ class LitGPT:
                 else:
                     made = _plain(module, pair, scaling, found)
             except UpparamError as problem:
-                if problem.file is not None:
-                    raise
-                raise type(problem)(
-                    problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found, remedy=problem.remedy
-                ) from None
+                if problem.file is None:
+                    problem.locate(file=file.path, tensor=module)
+                raise
             adapter.deltas |= made
         return adapter
 

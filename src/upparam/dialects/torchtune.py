@@ -85,9 +85,8 @@ class Torchtune:
             try:
                 deltas[module] = _delta(factors, scaling)
             except MalformedError as problem:
-                raise MalformedError(
-                    problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found
-                ) from None
+                problem.locate(file=file.path, tensor=module)
+                raise
         found = _resolved(adapter, {name: delta.shape for name, delta in deltas.items()}, bundle, options)
         adapter.layout = self.name if found is None else "reference"
         for name, delta in deltas.items():

@@ -130,9 +130,8 @@ def _deltas(file: TensorFile, adapter: Adapter) -> dict[str, LoRA]:
             try:
                 deltas[module] = LoRA(pair["up"], pair["down"])
             except MalformedError as problem:
-                raise MalformedError(
-                    problem.message, file=file.path, tensor=module, expected=problem.expected, found=problem.found
-                ) from problem
+                problem.locate(file=file.path, tensor=module)
+                raise
         else:
             adapter.leftovers |= {f"{adapter.spelling['prefix']}{module}.{role}.weight": tensor for role, tensor in pair.items()}
             adapter.findings.append(error("orphan", module, "a factor without its partner: the module cannot be applied", *pair))

@@ -44,8 +44,8 @@ def misfits(adapter: Adapter, base: Base) -> list[Misfit]:
     found = []
     for target, delta in adapter.deltas.items():
         known, component = base.by_path.get(target.module), target.module.partition(".")[0]
-        if known is None and (name := older(f"{target.module}.{target.parameter}")) is not None:
-            known = base.by_path[name.rpartition(".")[0]]
+        if known is None and (name := older(target.name)) is not None:
+            known = base.by_path[target.renamed(name).module]
         vocabulary = VOCABULARY.search(target.module) is not None
         if known is None:
             if target.parameter == "weight" and not vocabulary and not repeated and (component not in COMPONENTS or component in inside):

@@ -93,7 +93,7 @@ def beside(parts: Sequence[Tensor], factors: Sequence[float] | None, dtype: DTyp
     def told() -> ways.Way | None:
         spans: list[ways.Span] = []
         for part, rank in zip(parts, ranks, strict=True):
-            own = ways.spans_of(part.source.way(part.offset, part.nbytes) if hasattr(part.source, "way") else None)
+            own = ways.spans_of(part.way())
             if own is None or len(own) != 1:
                 return None
             descriptor, at, _ = own[0]

@@ -202,10 +202,7 @@ def _name_as_in_memory(adapter: Adapter, base: Checkpoint) -> list[Finding]:
     PEFT leaves out in silence what it does not find.
     """
     rules = versions.rules_of((base.config or {}).get("model_type"))
-    named = {
-        target: target._replace(module=versions.newer(f"{target.module}.{target.parameter}", rules).rpartition(".")[0])
-        for target in adapter.deltas
-    }
+    named = {target: target.renamed(versions.newer(target.name, rules)) for target in adapter.deltas}
     moved = [(old.module, new.module) for old, new in named.items() if old != new]
     adapter.deltas = {named[target]: delta for target, delta in adapter.deltas.items()}
     adapter.extras = [replace(extra, name=versions.newer(extra.name, rules)) for extra in adapter.extras]

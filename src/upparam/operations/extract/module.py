@@ -88,7 +88,7 @@ class Maker:
             if same_weights(job.tuned, job.base):
                 return "same"
             kind = ExtraKind.BIAS if job.target.parameter == "bias" else ExtraKind.SAVED_MODULE
-            return Extra(kind, f"{job.target.module}.{job.target.parameter}", job.tuned)
+            return Extra(kind, job.target.name, job.tuned)
         gap = self._difference(job.tuned, job.base, str(job.target))
         if gap is None:
             return "same"

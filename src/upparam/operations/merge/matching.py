@@ -111,7 +111,7 @@ class Spot(NamedTuple):
     @property
     def name(self) -> str:
         """The base tensor's name."""
-        return _name(self.place)
+        return self.place.name
 
 
 def place(deltas: Mapping[Target, Delta], shapes: Mapping[str, tuple[int, ...]], base: Base | None) -> tuple[list[Spot], list[Target]]:
@@ -130,20 +130,11 @@ def place(deltas: Mapping[Target, Delta], shapes: Mapping[str, tuple[int, ...]],
                     found, missing = spots, lost
     if missing:
         for rules, older in versions.renamed(shapes):
-            spots = [Spot(_named(versions.newer(_name(target), rules), target), delta, (target,)) for target, delta in deltas.items()]
+            spots = [Spot(target.renamed(versions.newer(target.name, rules)), delta, (target,)) for target, delta in deltas.items()]
             spots, lost = _placed(spots, {name: shapes[old] for name, old in older.items()})
             if len(lost) < len(missing):
-                found, missing = [spot._replace(place=_named(older[spot.name], spot.place)) for spot in spots], lost
+                found, missing = [spot._replace(place=spot.place.renamed(older[spot.name])) for spot in spots], lost
     return found, missing
-
-
-def _name(target: Target) -> str:
-    return f"{target.module}.{target.parameter}" if target.module else target.parameter
-
-
-def _named(name: str, like: Target) -> Target:
-    module, _, parameter = name.rpartition(".")
-    return like._replace(module=module, parameter=parameter)
 
 
 def _placed(spots: Sequence[Spot], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Spot], list[Target]]:
