@@ -96,20 +96,20 @@ def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
     if route.module is None:
         pytest.skip("the compiled kernel is not built here")
     stored, good, double = np.zeros(16, np.uint16), np.zeros(64, np.float32), np.zeros(64)
-    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs64, rank, row_bound, panel_norm, kind, exact, set
+    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set
     whole = (stored, 4, 4, good, double, good, double, 1, good, good, 0, True, route.number)
     assert route.module.merge_tile(*whole) == (0, 0)
-    assert route.module.merge_tile(*whole[:4], None, good, None, *whole[7:]) == (0, 0)
+    assert route.module.merge_tile(*whole[:4], None, good, good, *whole[7:]) == (0, 0)
     for place in (0, 3, 4, 5, 6, 8, 9):
         short = [*whole]
         short[place] = short[place][:0]
         with pytest.raises(ValueError, match="too small"):
             route.module.merge_tile(*short)
-    # matrices of 2 x 40 as ranks 1 to 2 of up, and 1 to 40 of down: matrix, rows, columns, factor, out, rank, at, kind, weights, squares, set
-    for lay, rank in ((route.module.lay_up, 41), (route.module.lay_down, 3)):
-        whole = (np.zeros((2, 40)), 2, 40, 1.0, np.zeros(4 * 64, np.float32), rank, 1, 0, np.ones(41), np.zeros((2, 40)), route.number)
+    # matrices of 2 x 40 as ranks 1 to 2 of up, and 1 to 40 of down: matrix, rows, columns, factor, out, rank, at, kind, weights, squares, set, downs (of lay_down)
+    for lay, rank, more in ((route.module.lay_up, 41, ()), (route.module.lay_down, 3, (np.zeros((40, 8), np.float32),))):
+        whole = (np.zeros((2, 40)), 2, 40, 1.0, np.zeros(4 * 64, np.float32), rank, 1, 0, np.ones(41), np.zeros((2, 40)), route.number, *more)
         assert lay(*whole) is True
-        for place in (0, 4, 8, 9):
+        for place in (0, 4, 8, 9, *range(11, len(whole))):
             short = [*whole]
             short[place] = short[place][:0]
             with pytest.raises(ValueError, match="too small"):
@@ -141,15 +141,15 @@ def test_factors_laid_side_by_side_give_the_bytes_of_joined_ones(case: TileCase,
 
 
 def test_what_float32_does_not_hold_is_said() -> None:
-    """Near-ties are settled from float32 panels where those hold every value, and from float64 where they do not."""
+    """Near-ties are settled from float32 factors where those hold every value, and from float64 where they do not."""
     up, down = np.array([[1.0, 2.0]] * 3, np.float32), np.array([[1.0] * 5, [3.0] * 5], np.float32)
     for route in routes().values():
         if route.module is not None:
             for factor, wide in ((2.0, False), (0.7, True), (2.0**-150, True)):
                 form = LowRank(up, down, factor).packed(route, 0)
-                assert (form.up64 is not None) is wide and form.downs64 is None
+                assert (form.up64 is not None) is wide and form.downs.dtype == np.float32
             form = LowRank(up, down * np.float64(0.1)).packed(route, 1)
-            assert form.up64 is None and form.downs64 is not None
+            assert form.up64 is None and form.downs.dtype == np.float64
 
 
 def test_installing_without_a_compiler_succeeds(tmp_path: Path) -> None:

@@ -10,65 +10,61 @@
 
 #define CHUNK 16
 #define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
-#define INTERFACE 3 /* counts changes of what Python passes: a module built from older source is not used */
+#define INTERFACE 4 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* columns of a panel */
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
 #define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
 #define TINY 2e-37f
 
-/* Rounding of one double to nearest even in a 16-bit type: to odd in float first, which keeps on which side of a tie it lies. */
-static uint16_t rounded16(double value, int half)
+/* Rounding of one double (no NaN) to nearest even in a 16-bit type: to odd in float first, which keeps on which side of a tie it lies.
+ * Without branches on signs and sizes, which no processor foresees. */
+static inline uint16_t rounded16(double value, int half)
 {
-    float nearest = (float)value;
-    uint32_t bits;
+    const double magnitude = __builtin_fabs(value);
+    const float nearest = (float)magnitude;
+    const double back = (double)nearest;
+    const uint16_t sign = __builtin_signbit(value) ? 0x8000u : 0;
+    uint32_t bits, least;
     memcpy(&bits, &nearest, sizeof bits);
-    uint32_t sign = bits >> 16 & 0x8000u;
-    bits &= 0x7FFFFFFFu;
-    double magnitude = sign ? -value : value, back = sign ? -(double)nearest : (double)nearest;
-    if (bits < 0x7F800000u && back != magnitude)
-        bits = (bits - (back > magnitude)) | 1u;
+    bits = (bits - (back > magnitude)) | (back != magnitude);
     if (!half)
-        return (uint16_t)(sign | (bits >= 0x7F800000u ? 0x7F80u : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16));
-    if (bits >= 0x47800000u) /* 65536 and up */
-        return (uint16_t)(sign | 0x7C00u);
-    if (bits < 0x38800000u) { /* below 2^-14: adding 0.5 rounds to the spacing of fp16 subnormals */
-        float small, sum;
-        memcpy(&small, &bits, sizeof small);
-        sum = small + 0.5f;
-        memcpy(&bits, &sum, sizeof bits);
-        return (uint16_t)(sign | (bits - 0x3F000000u));
-    }
-    return (uint16_t)(sign | (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13);
+        return sign | (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+    float small;
+    memcpy(&small, &bits, sizeof small);
+    small += 0.5f; /* rounds what is below 2^-14 to the spacing of fp16 subnormals */
+    memcpy(&least, &small, sizeof least);
+    least -= 0x3F000000u;
+    uint32_t normal = (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
+    normal = normal < 0x7C00u ? normal : 0x7C00u;
+    return sign | (uint16_t)(bits < 0x38800000u ? least : normal);
 }
 
-static double stored16(uint16_t code, int half)
+static inline double stored16(uint16_t code, int half)
 {
-    uint32_t bits = (uint32_t)code << 16;
+    uint32_t bits = half ? (uint32_t)(code & 0x7FFFu) << 13 : (uint32_t)code << 16;
     float value;
-    if (half) {
-        uint32_t magnitude = (uint32_t)(code & 0x7FFFu) << 13;
-        memcpy(&value, &magnitude, sizeof value);
-        double wide = (double)value * 5.192296858534828e+33; /* 2^112 */
-        if ((code & 0x7C00u) == 0x7C00u)
-            wide = (code & 0x3FFu) ? __builtin_nan("") : __builtin_inf();
-        return code & 0x8000u ? -wide : wide;
-    }
     memcpy(&value, &bits, sizeof value);
-    return (double)value;
+    if (!half)
+        return (double)value;
+    double wide = (double)value * 5.192296858534828e+33; /* 2^112 */
+    if ((code & 0x7C00u) == 0x7C00u)
+        wide = (code & 0x3FFu) ? __builtin_nan("") : __builtin_inf();
+    return __builtin_copysign(wide, code & 0x8000u ? -1.0 : 1.0);
 }
 
-/* One tile: `stored` (rows, columns) of 16-bit or float32 weights, `up` (rows, rank) and `panels` (see tile_layout.h) in float (float32
- * weights: double). Where float does not hold the values, `up64` (rows, rank) and `downs64`, down as (columns, rank padded to a multiple of 8),
- * have them in double; else they are NULL. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of the true one (float32
- * weights: that times 2^-28). */
+/* One tile: `stored` (rows, columns) of 16-bit or float32 weights, `up` (rows, rank), `panels` (see tile_layout.h) and `downs`, which is down as
+ * (columns, rank), in float (float32 weights: double); the ranks of up and downs are padded with zeros to a multiple of 8. Where float does not
+ * hold the values, `up64`, else NULL, and `downs` have them in double. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of
+ * the true one (float32 weights: that times 2^-28). */
 typedef struct {
     void *stored;
     long rows, columns, rank;
     const void *up, *panels;
-    const double *up64, *downs64;
+    const double *up64;
+    const void *downs;
     const float *row_bound, *panel_norm;
-    int kind;
+    int kind, wide_downs;
 } Tile;
 
 enum { BFLOAT, HALF, SINGLE };
@@ -82,7 +78,7 @@ typedef int64_t Mask __attribute__((vector_size(64)));
 /* One factor to be laid out: see tile_layout.h. */
 typedef struct {
     const void *from;
-    void *to;
+    void *to, *downs;
     long rows, columns, rank, at;
     int wide, wide_to, split;
     double factor;
@@ -90,10 +86,23 @@ typedef struct {
     double *squares;
 } Layout;
 
+/* Elements of a tile whose sums are still to be taken in float64: those of a row from `column` on that are marked. */
+typedef struct {
+    int32_t row, column;
+    uint32_t mark;
+} Doubt;
+
+#define DOUBTS 512
+
+typedef struct {
+    long count;
+    Doubt at[DOUBTS];
+} Doubts;
+
 /* Add `sum` to element `at`. NaN in the weight stays as it is. */
-static void add_and_round(const Tile *tile, long at, double sum, long *changed, long *infinite)
+static inline __attribute__((always_inline)) void add_and_round(const Tile *tile, int kind, long at, double sum, long *changed, long *infinite)
 {
-    if (tile->kind == SINGLE) {
+    if (kind == SINGLE) {
         float *place = (float *)tile->stored + at, before = *place, after = (float)((double)before + sum);
         if (before != before)
             return;
@@ -102,7 +111,7 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
         *place = after;
         return;
     }
-    const int half = tile->kind == HALF;
+    const int half = kind == HALF;
     uint16_t *place = (uint16_t *)tile->stored + at, before = *place;
     double value = stored16(before, half);
     if (value != value)
@@ -129,6 +138,7 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #undef NARROW
 #undef COUNT
 #undef ANY
+#undef MARKS
 
 #ifdef X86
 #define LANES 8
@@ -140,6 +150,7 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #define NARROW(codes) __builtin_convertvector(codes, VH)
 #define COUNT(mask) (__builtin_popcount((unsigned)_mm256_movemask_epi8((__m256i)(mask))) / 2)
 #define ANY(mask) (!_mm256_testz_si256((__m256i)(mask), (__m256i)(mask)))
+#define MARKS(mask) ((uint32_t)_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128((__m256i)(mask)), _mm256_extracti128_si256((__m256i)(mask), 1))))
 #define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
 #define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
 #include "tile_layout.h"
@@ -153,6 +164,7 @@ static void add_and_round(const Tile *tile, long at, double sum, long *changed, 
 #undef NARROW
 #undef COUNT
 #undef ANY
+#undef MARKS
 #undef HALF_UP
 #undef HALF_DOWN
 
@@ -225,7 +237,6 @@ TARGET static inline __attribute__((always_inline)) uint32_t half_row_avx512(uin
 #define LANE_BITS(mask) ((uint32_t)_mm512_movepi32_mask((__m512i)(mask)))
 #define NARROW(codes) ((VH)_mm512_cvtepi32_epi16((__m512i)(codes)))
 #define COUNT(mask) __builtin_popcount(_mm512_movepi16_mask((__m512i)(mask)))
-#define ANY(mask) _mm512_movepi16_mask((__m512i)(mask))
 #define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
 #define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
 #include "tile_layout.h"
@@ -260,7 +271,7 @@ static void find_sets(void)
     sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable, lay_up_portable, lay_down_portable};
 }
 
-/* merge_tile(stored, rows, columns, up, up64, panels, downs64, rank, row_bound, panel_norm, kind, exact, set) -> (changed, infinite)
+/* merge_tile(stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set) -> (changed, infinite)
  *
  * The fields of Tile, None for NULL; kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size. The answer is how many elements
  * changed and how many became infinite. */
@@ -271,7 +282,7 @@ static PyObject *merge_tile(PyObject *module, PyObject *args)
     Py_ssize_t rows, columns, rank;
     int kind, exact, set;
     PyObject *answer = NULL;
-    if (!PyArg_ParseTuple(args, "w*nny*z*y*z*ny*y*ipi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &exact, &set))
+    if (!PyArg_ParseTuple(args, "w*nny*z*y*y*ny*y*ipi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &exact, &set))
         return NULL;
     if (set < 0 || set >= set_count || kind < BFLOAT || kind > SINGLE || rows < 0 || columns < 0 || rank < 0) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
@@ -279,13 +290,13 @@ static PyObject *merge_tile(PyObject *module, PyObject *args)
     }
     Py_ssize_t element = kind == SINGLE ? 4 : 2, factor = kind == SINGLE ? 8 : 4, width = (kind == SINGLE ? 1 : 2) * sets[set].lanes;
     Py_ssize_t count = (columns + width - 1) / width;
-    if (stored.len < rows * columns * element || up.len < rows * rank * factor || (up64.buf && up64.len < rows * rank * 8)
-        || panels.len < count * width * rank * factor || (downs.buf && downs.len < columns * EIGHTS(rank) * 8) || bounds.len < rows * 4
+    if (stored.len < rows * columns * element || up.len < rows * EIGHTS(rank) * factor || (up64.buf && up64.len < rows * EIGHTS(rank) * 8)
+        || panels.len < count * width * rank * factor || downs.len < columns * EIGHTS(rank) * (downs.itemsize == 8 ? 8 : factor) || bounds.len < rows * 4
         || norms.len < count * 4) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: a buffer is too small");
         goto done;
     }
-    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, up64.buf, downs.buf, bounds.buf, norms.buf, kind};
+    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, up64.buf, downs.buf, bounds.buf, norms.buf, kind, downs.itemsize == 8};
     long changed = 0, infinite = 0;
     Py_BEGIN_ALLOW_THREADS
     (kind == SINGLE ? sets[set].tile32 : sets[set].tile16)(&tile, exact, &changed, &infinite);
@@ -303,16 +314,16 @@ done:
 }
 
 /* lay_up(up, rows, columns, factor, out, rank, at, kind, weights, squares, set) -> bool
- * lay_down(down, rows, columns, factor, panels, rank, at, kind, weights, squares, set) -> bool
+ * lay_down(down, rows, columns, factor, panels, rank, at, kind, weights, squares, set, downs) -> bool
  *
  * The fields of Layout for the kernel of that kind; the factor of lay_down is 1. What they are given is of floats or doubles, as its items say. */
 static PyObject *lay(PyObject *args, int down)
 {
-    Py_buffer from, to, weights, squares;
+    Py_buffer from, to, weights, squares, downs = {0};
     Layout layout = {0};
     Py_ssize_t rows, columns, rank, at;
     int kind, set, held = 0;
-    if (!PyArg_ParseTuple(args, "y*nndw*nniy*w*i", &from, &rows, &columns, &layout.factor, &to, &rank, &at, &kind, &weights, &squares, &set))
+    if (!PyArg_ParseTuple(args, down ? "y*nndw*nniy*w*iw*" : "y*nndw*nniy*w*i", &from, &rows, &columns, &layout.factor, &to, &rank, &at, &kind, &weights, &squares, &set, &downs))
         return NULL;
     int fits = set >= 0 && set < set_count && kind >= BFLOAT && kind <= SINGLE && rows >= 0 && columns >= 0 && at >= 0 && rank >= 0;
     if (fits) {
@@ -321,11 +332,12 @@ static PyObject *lay(PyObject *args, int down)
         layout.wide = from.itemsize == 8;
         layout.wide_to = kind == SINGLE;
         layout.split = kind == BFLOAT;
-        fits = at + ranks <= rank && from.len >= rows * columns * (layout.wide ? 8 : 4) && to.len >= padded * rank * (layout.wide_to ? 8 : 4)
-               && weights.len >= rank * 8 && squares.len >= 2 * lines * 8;
+        fits = at + ranks <= rank && from.len >= rows * columns * (layout.wide ? 8 : 4)
+               && to.len >= padded * (down ? rank : EIGHTS(rank)) * (layout.wide_to ? 8 : 4)
+               && (!down || downs.len >= columns * EIGHTS(rank) * (layout.wide_to ? 8 : 4)) && weights.len >= rank * 8 && squares.len >= 2 * lines * 8;
     }
     if (fits) {
-        layout.from = from.buf, layout.to = to.buf, layout.weights = weights.buf, layout.squares = squares.buf;
+        layout.from = from.buf, layout.to = to.buf, layout.weights = weights.buf, layout.squares = squares.buf, layout.downs = downs.buf;
         layout.rows = rows, layout.columns = columns, layout.rank = rank, layout.at = at;
         Py_BEGIN_ALLOW_THREADS
         held = (down ? sets[set].lay_down : sets[set].lay_up)(&layout);
@@ -336,6 +348,8 @@ static PyObject *lay(PyObject *args, int down)
     PyBuffer_Release(&to);
     PyBuffer_Release(&weights);
     PyBuffer_Release(&squares);
+    if (down)
+        PyBuffer_Release(&downs);
     return fits ? PyBool_FromLong(held) : NULL;
 }
 
@@ -365,7 +379,7 @@ static PyObject *instruction_sets(PyObject *module, PyObject *unused)
 static PyMethodDef methods[] = {
     {"merge_tile", merge_tile, METH_VARARGS, "Round W + up @ down into a tile in place; see tile.c."},
     {"lay_up", lay_up, METH_VARARGS, "Lay a part of `up` out for merge_tile; see tile.c."},
-    {"lay_down", lay_down, METH_VARARGS, "Lay a part of `down` out in panels; see tile.c."},
+    {"lay_down", lay_down, METH_VARARGS, "Lay a part of `down` out in panels and by columns; see tile.c."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "The instruction sets this processor has a kernel for, best first."},
     {NULL, NULL, 0, NULL},
 };

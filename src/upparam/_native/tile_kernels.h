@@ -3,7 +3,7 @@
  *   TARGET    the function attribute that turns the set on
  *   LANES     floats in one vector
  *   LANE_BITS(mask)   one bit for each lane of a comparison, NARROW(codes) 32-bit codes as 16-bit ones
- *   COUNT(mask), ANY(mask)   how many 16-bit lanes are set, whether one is
+ *   COUNT(mask), ANY(mask), MARKS(mask)   how many 16-bit lanes are set, whether one is, one bit for each
  *   ROW_OF_BFLOAT, ROW_OF_HALF   what a block does to one row, where the set has a better way than the ones below
  *   HALF_UP / HALF_DOWN   fp16 conversion by instruction; when absent by integer arithmetic
  *
@@ -56,6 +56,7 @@ TARGET static inline uint32_t NAME(lane_bits)(VU mask)
 #ifndef COUNT
 #define COUNT(mask) NAME(count)(mask)
 #define ANY(mask) NAME(count)(mask)
+#define MARKS(mask) NAME(marks)(mask)
 TARGET static inline long NAME(count)(VW mask)
 {
     uint64_t words[sizeof mask / 8], sum = 0;
@@ -64,9 +65,7 @@ TARGET static inline long NAME(count)(VW mask)
         sum += words[n] & 0x0001000100010001u;
     return (long)(sum * 0x0001000100010001u >> 48);
 }
-#endif
 
-/* One bit for each 16-bit lane that is set. */
 TARGET static inline uint32_t NAME(marks)(VW mask)
 {
     uint16_t lanes[WIDE];
@@ -76,6 +75,7 @@ TARGET static inline uint32_t NAME(marks)(VW mask)
         bits |= (uint32_t)(lanes[lane] & 1u) << lane;
     return bits;
 }
+#endif
 
 /* Codes of fp16 values of magnitude a (sign removed), rounded to nearest even. Normal results by rounding the mantissa in place,
  * subnormal ones by adding 0.5, whose unit in the last place is the spacing of fp16 subnormals. */
@@ -132,7 +132,7 @@ TARGET static inline __attribute__((always_inline)) uint32_t NAME(bfloat_row)(ui
     VW kept = ((VW)code & ~doubt) | ((VW)old & doubt), differs = (VW)(kept != (VW)old);
     *changed += COUNT(differs);
     memcpy(w, &kept, sizeof kept);
-    return ANY(doubt) ? NAME(marks)(doubt) : 0;
+    return ANY(doubt) ? MARKS(doubt) : 0;
 }
 #define ROW_OF_BFLOAT NAME(bfloat_row)
 #endif
@@ -298,73 +298,87 @@ TARGET static inline __attribute__((always_inline)) int NAME(block32)(
     return any != 0;
 }
 
-/* sum_k up[k] * down[k * stride] in float64. The order is fixed, and the numpy path uses the same: eight running sums over k = 0, 8, 16 ...;
- * 1, 9, 17 ... and so on, then ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)). This file is compiled without contraction: no product is fused. */
-TARGET static inline __attribute__((always_inline)) double NAME(in_order)(
-    const void *up, int wide_up, const void *down, int wide_down, long stride, long rank)
+/* Factors as doubles, a vector of them from k on. */
+TARGET static inline __attribute__((always_inline)) VD NAME(doubles)(const void *from, int wide, long k)
 {
-    Eight s = {0};
-    const long whole = rank / 8 * 8;
-    for (long k = 0; k < whole; k += 8) {
-        Eight u, d;
-        if (wide_up)
-            memcpy(&u, (const double *)up + k, sizeof u);
-        else {
-            EightFloats narrow;
-            memcpy(&narrow, (const float *)up + k, sizeof narrow);
-            u = __builtin_convertvector(narrow, Eight);
-        }
-        if (wide_down) {
-            const double *from = (const double *)down + k * stride;
-            d = (Eight){from[0], from[stride], from[2 * stride], from[3 * stride], from[4 * stride], from[5 * stride], from[6 * stride], from[7 * stride]};
-        } else {
-            const float *from = (const float *)down + k * stride;
-            EightFloats narrow = {from[0], from[stride], from[2 * stride], from[3 * stride], from[4 * stride], from[5 * stride], from[6 * stride], from[7 * stride]};
-            d = __builtin_convertvector(narrow, Eight);
-        }
-        s += u * d;
+    VD whole;
+    VFS narrow;
+    if (wide) {
+        memcpy(&whole, (const double *)from + k, sizeof whole);
+        return whole;
     }
-    for (long k = whole; k < rank; k++)
-        s[k - whole] += (wide_up ? ((const double *)up)[k] : (double)((const float *)up)[k])
-                        * (wide_down ? ((const double *)down)[k * stride] : (double)((const float *)down)[k * stride]);
+    memcpy(&narrow, (const float *)from + k, sizeof narrow);
+    return __builtin_convertvector(narrow, VD);
+}
+
+/* sum_k up[k] * down[k] in float64. The order is fixed, and the numpy path uses the same: eight running sums over k = 0, 8, 16 ...;
+ * 1, 9, 17 ... and so on, then ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)). This file is compiled without contraction: no product is fused. */
+TARGET static inline __attribute__((always_inline)) double NAME(in_order)(const void *up, int wide_up, const void *down, int wide_down, long padded)
+{
+    VD sums[16 / LANES] = {{0}};
+    double s[8];
+    for (long k = 0; k < padded; k += 8)
+        for (int part = 0; part < 16 / LANES; part++) {
+            const long at = k + part * (LANES / 2);
+            sums[part] += NAME(doubles)(up, wide_up, at) * NAME(doubles)(down, wide_down, at);
+        }
+    memcpy(s, sums, sizeof s);
     return SUM(s);
 }
 
-/* One element becomes round(W + up @ down), summed in float64: from the panel, which is in the cache, where it holds the values. */
-TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, long row, long column, long *changed, long *infinite)
+/* Elements become round(W + up @ down), summed in float64. */
+TARGET static inline __attribute__((always_inline)) void NAME(settle_in)(const Tile *tile, const Doubts *doubts, int kind, int wide_up, int wide_down, long *changed, long *infinite)
 {
-    const long rank = tile->rank, width = tile->kind == SINGLE ? LANES : WIDE, lane = column % width;
-    const long place = (column - lane) * rank + (tile->kind == BFLOAT ? lane / 2 + lane % 2 * LANES : lane);
-    const float *up = (const float *)tile->up + row * rank, *down = (const float *)tile->panels + place;
-    double sum;
-    if (tile->kind == SINGLE)
-        sum = NAME(in_order)((const double *)tile->up + row * rank, 1, (const double *)tile->panels + place, 1, LANES, rank);
-    else if (tile->downs64) {
-        const double *down64 = tile->downs64 + column * EIGHTS(rank);
-        sum = tile->up64 ? NAME(in_order)(tile->up64 + row * rank, 1, down64, 1, 1, rank) : NAME(in_order)(up, 0, down64, 1, 1, rank);
-    } else
-        sum = tile->up64 ? NAME(in_order)(tile->up64 + row * rank, 1, down, 0, WIDE, rank) : NAME(in_order)(up, 0, down, 0, WIDE, rank);
-    add_and_round(tile, row * tile->columns + column, sum, changed, infinite);
+    const long padded = EIGHTS(tile->rank);
+    const char *ups = wide_up && kind != SINGLE ? (const char *)tile->up64 : tile->up, *downs = tile->downs;
+    for (long n = 0; n < doubts->count; n++) {
+        const long row = doubts->at[n].row;
+        uint32_t mark = doubts->at[n].mark;
+        do {
+            const long column = doubts->at[n].column + __builtin_ctz(mark);
+            const double sum = NAME(in_order)(ups + row * padded * (wide_up ? 8 : 4), wide_up, downs + column * padded * (wide_down ? 8 : 4), wide_down, padded);
+            add_and_round(tile, kind, row * tile->columns + column, sum, changed, infinite);
+            mark &= mark - 1;
+        } while (mark);
+    }
 }
 
-/* The doubtful elements of a block's rows are settled. */
-TARGET static inline void NAME(settle_marks)(
-    const Tile *tile, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
+/* The same for every kind and form of the factors; the places are forgotten. Many at a time: what one waits for, the next is begun meanwhile. */
+TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, Doubts *doubts, long *changed, long *infinite)
 {
+    const int wide_up = tile->up64 != 0, wide_down = tile->wide_downs;
+    if (tile->kind == SINGLE)
+        NAME(settle_in)(tile, doubts, SINGLE, 1, 1, changed, infinite);
+    else if (wide_up || wide_down)
+        tile->kind == BFLOAT ? NAME(settle_in)(tile, doubts, BFLOAT, wide_up, wide_down, changed, infinite)
+                             : NAME(settle_in)(tile, doubts, HALF, wide_up, wide_down, changed, infinite);
+    else
+        tile->kind == BFLOAT ? NAME(settle_in)(tile, doubts, BFLOAT, 0, 0, changed, infinite) : NAME(settle_in)(tile, doubts, HALF, 0, 0, changed, infinite);
+    doubts->count = 0;
+}
+
+/* A block's doubtful elements are put with those to be settled. Which rows have some no processor foresees, nor, with `often`, which blocks: no
+ * branch depends on it. */
+TARGET static inline __attribute__((always_inline)) void NAME(put_aside)(
+    const Tile *tile, Doubts *doubts, int often, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
+{
+    const uint32_t within = (uint32_t)((1ull << wide) - 1);
     uint32_t any = 0;
     for (long r = 0; r < rows; r++)
         any |= marks[r];
-    for (long r = 0; any && r < rows; r++)
-        for (uint32_t mark = marks[r]; mark; mark &= mark - 1) {
-            long c = __builtin_ctz(mark);
-            if (c < wide)
-                NAME(settle)(tile, row + r, column + c, changed, infinite);
-        }
+    if (!often && !any)
+        return;
+    for (long r = 0; r < rows; r++) {
+        doubts->at[doubts->count] = (Doubt){(int32_t)(row + r), (int32_t)column, marks[r] & within};
+        doubts->count += (marks[r] & within) != 0;
+    }
+    if (doubts->count > DOUBTS - ROWS)
+        NAME(settle)(tile, doubts, changed, infinite);
 }
 
 /* Finish the block that is held, if one is. */
 TARGET static inline __attribute__((always_inline)) void NAME(finish)(
-    NAME(Held) *held, const Tile *tile, int half, int exact, long *changed, long *infinite)
+    NAME(Held) *held, const Tile *tile, Doubts *doubts, int half, int exact, long *changed, long *infinite)
 {
     uint32_t marks[ROWS];
     if (held->row < 0)
@@ -372,7 +386,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(finish)(
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
         marks[i] = NAME(finish_row)(held, i, half, exact, changed);
-    NAME(settle_marks)(tile, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
+    NAME(put_aside)(tile, doubts, half, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
     held->row = -1;
 }
 
@@ -386,13 +400,14 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
     long changed = 0, uncounted = 0;
     uint32_t marks[ROWS];
     NAME(Held) held = {.row = -1}, partial;
+    Doubts doubts = {.count = 0};
     VF sum[ROWS][2];
     for (long first = 0; first < columns; first += group) {
         long last = columns - first < group ? columns : first + group;
         for (long i = 0; i < rows; i += ROWS) {
             long high = rows - i < ROWS ? rows - i : ROWS;
             for (long r = 0; r < ROWS; r++)
-                u[r] = up + (i + (r < high ? r : 0)) * rank;
+                u[r] = up + (i + (r < high ? r : 0)) * EIGHTS(rank);
             for (long j = first; j < last; j += WIDE) {
                 const float *panel = panels + j * rank;
                 const float norm = tile->panel_norm[j / WIDE];
@@ -400,7 +415,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
                 if (high == ROWS && wide == WIDE) {
                     if (held.row >= 0) {
                         NAME(block16)(sum, u, panel, rank, &held, half, exact, &changed, marks);
-                        NAME(settle_marks)(tile, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
+                        NAME(put_aside)(tile, &doubts, half, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
                     } else
                         NAME(block16)(sum, u, panel, rank, 0, half, exact, &changed, marks);
                     memcpy(held.sum, sum, sizeof sum);
@@ -428,11 +443,12 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
                         changed += *place != edge[r][c];
                         *place = edge[r][c];
                     }
-                NAME(settle_marks)(tile, marks, high, i, j, wide, &changed, infinite_out);
+                NAME(put_aside)(tile, &doubts, half, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
+        NAME(finish)(&held, tile, &doubts, half, exact, &changed, infinite_out);
+        NAME(settle)(tile, &doubts, &changed, infinite_out); /* while these panels are in the cache */
     }
-    NAME(finish)(&held, tile, half, exact, &changed, infinite_out);
     *changed_out = changed;
 }
 
@@ -451,12 +467,13 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
     float *stored = tile->stored, edge[ROWS][LANES], *w[ROWS], reach[ROWS];
     long changed = 0;
     uint32_t marks[ROWS];
+    Doubts doubts = {.count = 0};
     for (long first = 0; first < columns; first += group) {
         long last = columns - first < group ? columns : first + group;
         for (long i = 0; i < rows; i += ROWS) {
             long high = rows - i < ROWS ? rows - i : ROWS;
             for (long r = 0; r < ROWS; r++)
-                u[r] = up + (i + (r < high ? r : 0)) * rank;
+                u[r] = up + (i + (r < high ? r : 0)) * EIGHTS(rank);
             for (long j = first; j < last; j += LANES) {
                 const double *panel = panels + j * rank;
                 long wide = columns - j < LANES ? columns - j : LANES, before = changed;
@@ -480,9 +497,10 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
                         }
                 }
                 if (some)
-                    NAME(settle_marks)(tile, marks, high, i, j, wide, &changed, infinite_out);
+                    NAME(put_aside)(tile, &doubts, 0, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
+        NAME(settle)(tile, &doubts, &changed, infinite_out);
     }
     *changed_out = changed;
 }

@@ -5,12 +5,13 @@
  * weighted by weights[k] and behind those the plain one. The answer is whether what was written holds every value. */
 
 #define TO(layout, at, value) ((layout)->wide_to ? (void)(((double *)(layout)->to)[at] = (value)) : (void)(((float *)(layout)->to)[at] = (float)(value)))
+#define DOWNS(layout, at, value) ((layout)->wide_to ? (void)(((double *)(layout)->downs)[at] = (value)) : (void)(((float *)(layout)->downs)[at] = (float)(value)))
 #define FROM(layout, at) ((layout)->wide ? ((const double *)(layout)->from)[at] : (double)((const float *)(layout)->from)[at])
 
 /* Up to eight elements of row i of up, from column k on. */
 TARGET static inline __attribute__((always_inline)) void NAME(up_part)(const Layout *layout, long i, long k, size_t count, Eight *weighted, Eight *plain, Mask *lost)
 {
-    const long from = i * layout->columns + k, to = i * layout->rank + layout->at + k;
+    const long from = i * layout->columns + k, to = i * EIGHTS(layout->rank) + layout->at + k;
     Eight value = {0}, weights = {0};
     EightFloats narrow = {0};
     if (layout->wide)
@@ -33,7 +34,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(up_part)(const Lay
     *weighted += weights * value;
 }
 
-/* up (rows, columns) times `factor` becomes columns `at` and on of a matrix (rows, rank). */
+/* up (rows, columns) times `factor` becomes columns `at` and on of a matrix (rows, rank padded to a multiple of 8). */
 TARGET static inline __attribute__((always_inline)) int NAME(up_of)(const Layout *given, int wide, int wide_to)
 {
     Layout layout = *given;
@@ -74,7 +75,8 @@ TARGET static inline __attribute__((always_inline)) long NAME(panel_row)(
 }
 
 /* down (rows, columns) becomes ranks `at` and on of panels (count, rank, width), the last one padded with zeros; with `split` the even
- * columns of a panel come before the odd ones. Eight ranks at a time: rows that lie a power of two apart push each other out of the cache. */
+ * columns of a panel come before the odd ones. It also becomes those columns of `downs`, (columns, rank padded to a multiple of 8), where a
+ * column's ranks lie together. Eight ranks at a time: rows that lie a power of two apart push each other out of the cache. */
 TARGET static inline __attribute__((always_inline)) int NAME(down_of)(const Layout *given, int wide, int wide_to, int split, long width)
 {
     Layout layout = *given;
@@ -99,6 +101,8 @@ TARGET static inline __attribute__((always_inline)) int NAME(down_of)(const Layo
             for (long c = 0; c < some; c++) {
                 weighted_sums[c] += weighted[c];
                 plain_sums[c] += plain[c];
+                for (long k = first; k < last; k++)
+                    DOWNS(&layout, (column + c) * EIGHTS(layout.rank) + layout.at + k, FROM(&layout, k * layout.columns + column + c));
             }
         }
     return !inexact;
@@ -120,4 +124,5 @@ TARGET static int NAME(lay_down)(const Layout *layout)
 }
 
 #undef TO
+#undef DOWNS
 #undef FROM

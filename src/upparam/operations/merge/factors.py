@@ -40,11 +40,12 @@ class Packed(NamedTuple):
     """The factors as the compiled kernel takes them: `down` in panels, and how far a sum may be from the true one."""
 
     up: NDArray[Any]
+    """(rows, R padded with zeros to a multiple of 8)."""
     panels: NDArray[Any]
     up64: NDArray[np.float64] | None
     """`up` in float64 where float32 does not hold its values."""
-    downs64: NDArray[np.float64] | None
-    """`down` as (columns, R padded to a multiple of 8) in float64 where float32 does not hold its values."""
+    downs: NDArray[Any]
+    """`down` as (columns, R padded as above), in float64 where float32 does not hold its values."""
     row_bound: NDArray[np.float32]
     panel_norm: NDArray[np.float32]
 
@@ -121,14 +122,17 @@ class LowRank:
         )
         width = route.lanes if single else 2 * route.lanes
         count = -(-columns // width)
-        up = aligned(rows * rank, np.float64 if single else np.float32).reshape(rows, rank)
+        padded = rank + -rank % 8
+        up = aligned(rows * padded, np.float64 if single else np.float32).reshape(rows, padded)
+        downs = aligned(columns * padded, up.dtype).reshape(columns, padded)
+        up[:, rank:] = downs[:, rank:] = 0
         panels = aligned(count * rank * width, up.dtype)
         row_squares, column_squares = np.zeros((2, rows)), np.zeros((2, columns))
         same_up, same_down, at = True, True, 0
         for part in self.parts:
             held = tile.lay_up(part.up, *part.up.shape, part.factor, up, rank, at, kind, weights, row_squares, route.number)
             same_up = held and same_up
-            held = tile.lay_down(part.down, *part.down.shape, 1.0, panels, rank, at, kind, weights, column_squares, route.number)
+            held = tile.lay_down(part.down, *part.down.shape, 1.0, panels, rank, at, kind, weights, column_squares, route.number, downs)
             same_down = held and same_down
             at += len(part.down)
         rounded = 1.0 if single else float((not same_up) + (not same_down) + (route.name == "portable"))
@@ -137,7 +141,7 @@ class LowRank:
         norms = np.zeros(count * width, np.float32)
         norms[:columns] = column_norm
         return Packed(
-            up, panels, None if same_up else self.up64, None if same_down else self.downs, bound.astype(np.float32),
+            up, panels, None if same_up else self.ups, downs if same_down else self.downs, bound.astype(np.float32),
             norms.reshape(count, width).max(axis=1, initial=0.0),
         )  # fmt: skip
 

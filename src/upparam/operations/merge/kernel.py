@@ -22,7 +22,7 @@ from upparam.operations.merge.in_float64 import add_in_float64
 
 TILE_ELEMENTS = 1 << 19
 """Elements of a tile: 1 MiB in 16 bits. Larger reads and writes take less of the kernel's time, larger tiles leave the second-level cache."""
-_INTERFACE = 3
+_INTERFACE = 4
 """What the compiled module must say it speaks; one left over from older source does not."""
 
 
@@ -109,6 +109,6 @@ def _add_compiled(stored: NDArray[Any], dtype: DType, factors: LowRank, start: i
     infinite: int
     changed, infinite = route.module.merge_tile(
         stored.view(np.uint32 if kind == KINDS["float32"] else np.uint16), rows, columns, form.up[part], None if form.up64 is None else form.up64[part],
-        form.panels, form.downs64, factors.rank, form.row_bound[part], form.panel_norm, kind, exact, route.number,
+        form.panels, form.downs, factors.rank, form.row_bound[part], form.panel_norm, kind, exact, route.number,
     )  # fmt: skip
     return changed, infinite
