@@ -107,7 +107,20 @@ def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
             route.module.merge_tile(*short)
     # matrices of 2 x 40 as ranks 1 to 2 of up, and 1 to 40 of down: matrix, rows, columns, factor, out, rank, at, kind, weights, squares, set, downs (of lay_down)
     for lay, rank, more in ((route.module.lay_up, 41, ()), (route.module.lay_down, 3, (np.zeros((40, 8), np.float32),))):
-        whole = (np.zeros((2, 40)), 2, 40, 1.0, np.zeros(4 * 64, np.float32), rank, 1, 0, np.ones(41), np.zeros((2, 40)), route.number, *more)
+        whole = (
+            np.zeros((2, 40)),
+            2,
+            40,
+            1.0,
+            np.zeros(4 * 64, np.float32),
+            rank,
+            1,
+            0,
+            np.ones(41),
+            np.zeros((2, 40)),
+            route.number,
+            *more,
+        )
         assert lay(*whole) is True
         for place in (0, 4, 8, 9, *range(11, len(whole))):
             short = [*whole]

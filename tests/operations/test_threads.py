@@ -1,8 +1,10 @@
-"""BLAS keeps to one thread under ours, and the caller gets the number back."""
+"""BLAS keeps to one thread under ours, and the caller gets the number back; a command keeps the memory it freed."""
 
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 import threading
@@ -91,3 +93,35 @@ def test_importing_and_resizing_sets_nothing_for_the_process() -> None:
         print(sorted(name for name in os.environ if name.endswith("_NUM_THREADS")))"""
     environ = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=True).stdout == "[]\n"
+
+
+FAULTS = """
+import resource, sys
+from upparam.operations import threads
+if sys.argv[1] == "command":
+    threads.own_process()
+import numpy as np
+
+def work(_):
+    for _ in range(30):
+        arrays = [np.ones(size << 20, np.uint8) for size in (1, 2, 3, 5)]
+        del arrays
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+list(threads.in_threads(work, [0, 1], [1, 1], 2, lambda *_: None))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_command_is_given_its_pages_once() -> None:
+    """30 times 11 MiB on two threads: as a library we leave malloc as it is, which gives them back and asks anew."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("of glibc's malloc only")
+
+    def faults(kind: str) -> int:
+        run = subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    pages = (11 << 20) // resource.getpagesize()
+    assert faults("command") < 4 * pages
+    assert faults("library") > 20 * pages

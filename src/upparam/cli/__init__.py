@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The process is ours and short: of its many small objects few are garbage, and looking for it would take a tenth of a small command,
     # half of that at the very end.
     gc.set_threshold(100_000)
-    from upparam.operations.threads import pin_blas
+    from upparam.operations.threads import own_process
 
-    pin_blas()  # before any module of a command, which may import numpy: later it changes nothing
+    own_process()  # before any module of a command, which may import numpy: later it changes nothing
     try:
         return _interruptible(sys.argv[1:])
     finally:

@@ -1,11 +1,13 @@
-"""Work on modules side by side: numpy lets go of the interpreter inside its products and decompositions."""
+"""Work on modules side by side: numpy lets go of the interpreter inside its products and decompositions. What suits that of BLAS and memory."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
+from functools import cache
+from threading import Event, Lock
 from typing import TypeVar
 
 from upparam.progress import Progress
@@ -19,6 +21,7 @@ def in_threads(
 ) -> Iterable[Result]:
     """The results of `work` for each item, in order, computed on `threads` threads. The first exception stops the rest."""
     total, done = sum(sizes), 0
+    keep_freed_memory()
     if len(items) == 1:
         yield work(items[0])
         progress(total, total, "")
@@ -45,13 +48,39 @@ def default_threads() -> int:
 
 _limited = Lock()
 """Held while BLAS has one thread: by whoever set that, or for good by a command."""
+_owned = Event()
+"""Set where the process is a command's."""
 
 
-def pin_blas() -> None:
-    """One BLAS thread for each of ours, for the whole process: for commands, before numpy is first imported. The user's own setting stands."""
+def own_process() -> None:
+    """The process is a command's: it has one BLAS thread for each of ours, and may keep what is freed.
+
+    To be called before numpy is first imported. The user's own setting of BLAS stands.
+    """
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         os.environ.setdefault(name, "1")
     _limited.acquire(blocking=False)
+    _owned.set()
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let what is freed stay with the process, if it is ours: arrays of megabytes come and go by the hundred, one module after the other.
+
+    Each would be asked of the system and every page of it cleared and put in place again: a third of a resize, a tenth of a merge of rank
+    128. A no-op where malloc is not glibc's.
+    """
+    if not (_owned.is_set() and sys.platform.startswith("linux")):
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.planned import Work
 from upparam.operations.merge.rounding import narrow, widen
-from upparam.operations.threads import one_blas_thread
+from upparam.operations.threads import keep_freed_memory, one_blas_thread
 from upparam.progress import Progress
 from upparam.sources import FileSource
 from upparam.tensors import Tensor
@@ -234,6 +234,7 @@ class Lanes:
 @one_blas_thread()
 def run_tasks(tasks: Sequence[Task], threads: int, elements: int, progress: Progress, device: Device | None = None) -> None:
     """Work tasks off on `threads` threads, tiles through `device` where one is given. The first exception stops all and is raised; so does a KeyboardInterrupt."""
+    keep_freed_memory()
     count = max(1, min(threads, len(tasks)))
     lanes, lock = Lanes(tasks, count), threading.Lock()
     total = sum(task.size for task in tasks)
