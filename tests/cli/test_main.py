@@ -201,6 +201,34 @@ def test_a_name_with_an_ending_is_a_file(lora: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "folder" / "pytorch_lora_weights.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
+def several_alphas(path: Path) -> Path:
+    """An adapter of SD 1.5 in kohya's names whose middle block has another alpha than the two modules before it."""
+    rng, middle = np.random.default_rng(1), STEM.replace("down_blocks_0", "mid_block")
+    save_file(
+        {f"{module}.{word}": value for module, width, alpha in ((STEM, 320, 4), (STEM.replace("to_q", "to_k"), 320, 4), (middle, 1280, 8))
+         for word, value in (
+             ("lora_up.weight", rng.standard_normal((width, 4)).astype(np.float16)),
+             ("lora_down.weight", rng.standard_normal((4, width)).astype(np.float16)), ("alpha", np.array(alpha, np.float16)),
+         )}, path,
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(
+    ("to", "severity", "begins"), [("comfyui", "info", "diffusers fails to load"), ("kohya", "warning", "diffusers takes another alpha")]
+)
+def test_what_diffusers_makes_of_a_file_is_by_the_way_where_the_file_is_for_comfyui(
+    to: str, severity: str, begins: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = several_alphas(tmp_path / "a.safetensors")
+    argv = ["convert", str(source), "--base", "sd1.5", "--to", to, "-o", str(tmp_path / "b.safetensors")]
+    assert main([*argv, "--json"]) == 0
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["code"], finding["severity"]) == ("diffusers-differs", severity) and finding["message"].startswith(begins)
+    assert main([*argv, "--force"]) == 0
+    assert capsys.readouterr().out.startswith({"info": "note: ", "warning": "warning: "}[severity])
+
+
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
 def test_a_folder_with_other_things_in_it_is_never_replaced(
     lora: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]

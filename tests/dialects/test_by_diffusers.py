@@ -24,6 +24,7 @@ from upparam.algorithms.lora import LoRA  # noqa: E402
 from upparam.bases import inventory  # noqa: E402
 from upparam.bases.base import Base  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
+from upparam.findings import Severity  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
 from upparam.operations.receipt import Receipt  # noqa: E402
@@ -166,7 +167,9 @@ def test_files_that_it_does_not_read(
     """Where a whole file changes nothing or is refused, the receipt says which, and what it names instead is read whole."""
     known = inventory.load(base)
     adapter = whole(known, wanted, alpha)
-    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", dialect, read=ReadOptions(base=known), verify=False))
+    receipt = write_adapter(adapter, tmp_path / "a.safetensors", dialect, read=ReadOptions(base=known), verify=False)
+    (message,) = foreseen(receipt)
+    assert {finding.severity for finding in receipt.findings} == {Severity.INFO if dialect == "comfyui" else Severity.WARNING}
     assert message.startswith(f"diffusers {begins} ") and message.endswith("; for diffusers convert --to diffusers")
     try:
         made, others = products(pipeline, tmp_path / "a.safetensors")

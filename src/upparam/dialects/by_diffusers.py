@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from upparam.bases.base import Base
 from upparam.containers.safetensors import layout_order
-from upparam.findings import Finding, warning
+from upparam.findings import Finding, info, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
 from upparam.wording import counted
@@ -63,7 +63,10 @@ _INSTEAD = "for diffusers convert --to diffusers"
 
 
 def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> list[Finding]:
-    """What diffusers would make otherwise of these tensors, as they are named in a file of `dialect`; [] where no base is known."""
+    """What diffusers would make otherwise of these tensors, as they are named in a file of `dialect`; [] where no base is known.
+
+    Of a file for ComfyUI, which is not diffusers', it is by the way; kohya's is what diffusers is mostly given.
+    """
     if base is None or not (downs := _downs(tensors)):
         return []
     kind = kind_of(base)
@@ -77,19 +80,19 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
             if unmarked
             else f"of {base.name} it knows its own names only"
         )
-        return [warning("diffusers-differs", dialect, f"diffusers {does}: {only}; {_INSTEAD}")]
+        return [_differs(dialect, dialect, f"diffusers {does}: {only}; {_INSTEAD}")]
     if (why := _failing(base, dialect, tensors, downs)) is not None:
-        return [warning("diffusers-differs", dialect, f"diffusers fails to load this file: {why}; {_INSTEAD}")]
+        return [_differs(dialect, dialect, f"diffusers fails to load this file: {why}; {_INSTEAD}")]
     found: list[Finding] = []
     if base.family == "sd" and dialect in _KOHYA:
-        found += _scales(rescaled(tensors))
+        found += _scales(dialect, rescaled(tensors))
     if base.family == "ltx" and dialect == "comfyui":
-        found += _scales(_ignored(tensors, downs))
+        found += _scales(dialect, _ignored(tensors, downs))
     if kind in ("flux.2", "hunyuan-video") and dialect == "comfyui" and _SWAPPED in downs:
         message = (
             f"diffusers makes another change of this module: it swaps the halves of its down as well, whose rows are ranks; {_INSTEAD}"
         )
-        found.append(warning("diffusers-differs", _SWAPPED, message))
+        found.append(_differs(dialect, _SWAPPED, message))
     pattern, dialects = _UNREAD.get(kind, (None, ()))
     # Of FLUX.1 it reads one spelling, and of a file in another nothing at all, which it says.
     unread = [
@@ -101,7 +104,7 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
         message = (
             f"diffusers passes over {counted(len(unread), 'module')} outside the blocks, whose names it does not translate; {_INSTEAD}"
         )
-        found.append(warning("diffusers-differs", unread[0], message, *unread[1:4]))
+        found.append(_differs(dialect, unread[0], message, *unread[1:4]))
     return found
 
 
@@ -191,9 +194,13 @@ def _downs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removesuffix(ending): tensor for name, tensor in tensors.items() for ending in _DOWN if name.endswith(ending)}
 
 
-def _scales(changed: Mapping[str, tuple[float, float]]) -> Sequence[Finding]:
+def _differs(dialect: str, subject: str, message: str, *evidence: str) -> Finding:
+    return (info if dialect == "comfyui" else warning)("diffusers-differs", subject, message, *evidence)
+
+
+def _scales(dialect: str, changed: Mapping[str, tuple[float, float]]) -> Sequence[Finding]:
     if not changed:
         return ()
     shown = [f"{module}: alpha {alpha:g}, taken as {taken:g}" for module, (alpha, taken) in list(changed.items())[:3]]
     message = f"diffusers takes another alpha than the file's for {counted(len(changed), 'module')}, and so another scale; {_INSTEAD}"
-    return (warning("diffusers-differs", next(iter(changed)), message, *shown),)
+    return (_differs(dialect, next(iter(changed)), message, *shown),)
