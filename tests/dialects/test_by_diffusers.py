@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +17,23 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from safetensors.torch import load_file  # noqa: E402
 from tests.dialects import pipelines  # noqa: E402
 from tests.dialects.test_diffusers_readers import close, everything, loaded  # noqa: E402
 
 from upparam.adapter import Adapter, Target  # noqa: E402
+from upparam.algorithms.dora import DoRA  # noqa: E402
 from upparam.algorithms.lora import LoRA  # noqa: E402
 from upparam.bases import inventory  # noqa: E402
 from upparam.bases.base import Base  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
 from upparam.findings import Severity  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
+from upparam.operations.inspect import inspect_file  # noqa: E402
 from upparam.operations.opening import open_adapter  # noqa: E402
 from upparam.operations.receipt import Receipt  # noqa: E402
+from upparam.operations.verify import verify  # noqa: E402
+from upparam.tensors import Tensor  # noqa: E402
 
 
 def whole(base: Base, wanted: Callable[[str], bool], alpha: float | None) -> Adapter:
@@ -260,13 +266,7 @@ def test_alphas_by_module_under_kohyas_names(build: Callable[[], Any], tmp_path:
     pipe = build()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
-    other = 0
-    for component, part in pipelines.components(pipe).items():
-        for path, module in part.named_modules():
-            scaling = getattr(module, "scaling", None)
-            if scaling:
-                (scale,) = scaling.values()
-                other += scale != adapter.deltas[Target(pipelines.public(component, path))].scale
+    other = sum(scale != adapter.deltas[Target(module)].scale for module, scale in scales(pipe).items())
     assert other > 10
     (message,) = foreseen(receipt)
     assert message.startswith(f"diffusers takes another alpha than the file's for {other} modules")
@@ -276,6 +276,105 @@ def test_alphas_by_module_under_kohyas_names(build: Callable[[], Any], tmp_path:
     changed = build()
     pipelines.merged(changed, adapter)
     close(loaded(build(), tmp_path / "b", caplog), pipelines.outputs(changed))
+
+
+def scales(pipe: Any) -> dict[str, float]:
+    """Module -> the scale that the pipeline loaded."""
+    found = {}
+    for component, part in pipelines.components(pipe).items():
+        for path, module in part.named_modules():
+            if scaling := getattr(module, "scaling", None):
+                (found[pipelines.public(component, path)],) = scaling.values()
+    return found
+
+
+@pytest.mark.parametrize("build", [pipelines.sd15, pipelines.sdxl])
+def test_alphas_that_differ_or_are_absent_in_a_file_that_others_wrote(build: Callable[[], Any], tmp_path: Path) -> None:
+    """Reading says it too: of equally common alphas diffusers takes the first in the file, also for modules that store none."""
+    base = replace(pipelines.base_of(build()), family="sd")
+    write_adapter(several(base), tmp_path / "a.safetensors", "kohya", read=(read := ReadOptions(base=base)))
+    tensors = load_file(tmp_path / "a.safetensors")
+    kept = {
+        name: torch.tensor(float(1 + number % 2)) if name.endswith(".alpha") else tensor for number, (name, tensor) in enumerate(tensors.items())
+        if not name.endswith(("fc1.alpha", "attn1_to_q.alpha"))
+    }  # fmt: skip
+    laid_backwards(kept, tmp_path / "b.safetensors")
+    pipe = build()
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    pipe.load_lora_weights(str(tmp_path), weight_name="b.safetensors")
+    theirs, ours = scales(pipe), open_adapter(tmp_path / "b.safetensors", options=read).deltas
+    other = sum(scale != ours[Target(module)].scale for module, scale in theirs.items())
+    verdict, inspection = verify(tmp_path / "b.safetensors", options=read), inspect_file(tmp_path / "b.safetensors", options=read)
+    for findings in (verdict.findings, inspection.adapter.findings):
+        (said,) = [finding for finding in findings if finding.code == "diffusers-differs"]
+        assert said.severity is Severity.WARNING and verdict.sound
+        assert said.message.startswith(f"diffusers takes another alpha than the file's for {other} modules")
+    kept["lora_unet_conv_in.lora_mid.weight"] = torch.zeros(1)
+    laid_backwards(kept, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="not been correctly renamed"):
+        pipe.load_lora_weights(str(tmp_path), weight_name="c.safetensors")
+    assert not [finding for finding in verify(tmp_path / "c.safetensors", options=read).findings if finding.code == "diffusers-differs"]
+
+
+def laid_backwards(tensors: Mapping[str, Any], path: Path) -> None:
+    """A safetensors file whose header names the tensors in their order and whose data lies the other way round."""
+    header, data = {}, b""
+    for name, tensor in reversed(tensors.items()):
+        raw = tensor.float().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps({name: header[name] for name in tensors}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def decomposed(adapter: Adapter) -> Adapter:
+    """The adapter as DoRA, with magnitudes that no weight has."""
+    changed = dict(adapter.deltas)
+    for target, delta in adapter.deltas.items():
+        assert isinstance(delta, LoRA)
+        changed[target] = DoRA(delta.up, delta.down, Tensor.of(np.full((delta.up.shape[0], 1), 3, np.float32)), delta.scaling)
+    return replace(adapter, deltas=changed)
+
+
+def test_magnitudes_that_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A DoRA in LyCORIS' names is a plain LoRA to diffusers; --to diffusers keeps it."""
+    base = replace(pipelines.base_of(pipelines.sd15()), family="sd")
+    plain = pipelines.seeded(base, lambda path: "attn1.to_" in path)
+    adapter, read = decomposed(plain), ReadOptions(base=base)
+    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", "lycoris", read=read))
+    assert message.startswith(f"diffusers leaves out the magnitudes of {len(adapter.deltas)} modules")
+    assert message in [finding.message for finding in verify(tmp_path / "a.safetensors", options=read).findings]
+    changed = pipelines.sd15()
+    pipelines.merged(changed, plain)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    close(loaded(pipelines.sd15(), tmp_path / "a.safetensors", caplog), pipelines.outputs(changed))
+    assert foreseen(convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", read=read)) == []
+    ours = loaded(pipelines.sd15(), tmp_path / "b", caplog)
+    assert any((one - other).abs().max() > 0.01 for one, other in zip(ours, pipelines.outputs(changed), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "ends", "begins"),
+    [
+        ("sd1.5", "StableDiffusionPipeline", ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q",), "changes nothing with this file"),
+        ("qwen-image", "QwenImagePipeline", ("blocks.0.attn.to_q", "blocks.0.attn.to_k"), "leaves out the magnitudes of 2 modules"),
+    ],
+)
+def test_magnitudes_are_left_out_before_names_are_looked_at(
+    base: str, pipeline: str, ends: tuple[str, ...], begins: str, tmp_path: Path
+) -> None:
+    known = inventory.load(base)
+    plain = whole(known, lambda path: path.endswith(ends), 2.0)
+    (message,) = foreseen(
+        write_adapter(decomposed(plain), tmp_path / "a.safetensors", "comfyui", read=ReadOptions(base=known), verify=False)
+    )
+    assert message.startswith(f"diffusers {begins}")
+    made, others = products(pipeline, tmp_path / "a.safetensors")
+    if "nothing" in begins:
+        assert made and not made.keys() & {target.module for target in plain.deltas}
+    else:
+        assert others == []
+        same(plain, made)
 
 
 def test_one_alpha_for_all_is_no_matter(tmp_path: Path) -> None:

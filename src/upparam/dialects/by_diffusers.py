@@ -20,10 +20,14 @@ from upparam.wording import counted
 if TYPE_CHECKING:
     from re import Pattern
 
+    from upparam.containers.base import TensorFile
+
 _KOHYA = ("kohya", "lycoris")
 JUDGED = (*_KOHYA, "comfyui")
 """The dialects of whose files there is something to say."""
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
+_MAGNITUDE = ".dora_scale"
+"""What every pipeline leaves out of a file before it looks at the names."""
 _ATTENTION = regex(r".+_attn[12]_to_(q|k|v|out_0)")
 _TEXT = ("lora_te_", "lora_te1_", "lora_te2_")
 _SECOND = "lora_te2_"
@@ -67,6 +71,7 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
 
     Of a file for ComfyUI, which is not diffusers', it is by the way; kohya's is what diffusers is mostly given.
     """
+    every, tensors = tensors, {name: tensor for name, tensor in tensors.items() if not name.endswith(_MAGNITUDE)}
     if base is None or not (downs := _downs(tensors)):
         return []
     kind = kind_of(base)
@@ -83,9 +88,9 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
         return [_differs(dialect, dialect, f"diffusers {does}: {only}; {_INSTEAD}")]
     if (why := _failing(base, dialect, tensors, downs)) is not None:
         return [_differs(dialect, dialect, f"diffusers fails to load this file: {why}; {_INSTEAD}")]
-    found: list[Finding] = []
+    found = _magnitudes(dialect, every)
     if base.family == "sd" and dialect in _KOHYA:
-        found += _scales(dialect, rescaled(tensors))
+        found += _scales(dialect, rescaled(layout_order(tensors)))
     if base.family == "ltx" and dialect == "comfyui":
         found += _scales(dialect, _ignored(tensors, downs))
     if kind in ("flux.2", "hunyuan-video") and dialect == "comfyui" and _SWAPPED in downs:
@@ -106,6 +111,19 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
         )
         found.append(_differs(dialect, unread[0], message, *unread[1:4]))
     return found
+
+
+def on_reading(dialect: str, base: Base | None, file: TensorFile) -> list[Finding]:
+    """What diffusers silently makes otherwise of a file of SD in kohya's names, whoever wrote it.
+
+    Of other bases these names come in more spellings than ours, and `remarks` knows ours.
+    """
+    if base is None or base.family != "sd" or dialect not in _KOHYA:
+        return []
+    # Of alphas equally common it takes the first, and it reads the tensors of a safetensors file as they lie.
+    laid = file.tensors.items() if file.container != "safetensors" else sorted(file.tensors.items(), key=lambda item: item[1].offset)
+    plain = {name: tensor for name, tensor in laid if not name.endswith(_MAGNITUDE)}
+    return [*_magnitudes(dialect, file.tensors), *_scales(dialect, rescaled(plain))] if _wholly_named(plain) else []
 
 
 def kind_of(base: Base) -> str:
@@ -158,25 +176,49 @@ def _whole(downs: Collection[str], pattern: Pattern[str], wanted: frozenset[str]
 
 
 def rescaled(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Module -> (alpha in the file, alpha that diffusers takes) of a file of SD in kohya's names, where the two differ.
+    """Module -> (alpha that holds, alpha that diffusers takes) of tensors of SD in kohya's names and the file's order, where the two differ.
 
-    diffusers takes the commonest alpha of a component for all its modules and keeps the others under the modules' names. Of attention in a
-    UNet, and in text encoders, these names come out wrong; CLIP with a projection alone keeps those of its MLPs.
+    diffusers takes the commonest alpha of a component for all its modules, also for those that store none, and keeps the others under the
+    modules' names. Of attention in a UNet, and in text encoders, these names come out wrong; CLIP with a projection alone keeps those of
+    its MLPs.
     """
-    alphas: dict[str, dict[str, float]] = {}
-    for name in layout_order(tensors):
-        module = name.removesuffix(".lora_down.weight")
-        if module != name and (tensor := tensors.get(f"{module}.alpha")) is not None:
-            component = _SECOND if module.startswith(_SECOND) else "text" if module.startswith(_TEXT) else "unet"
-            alphas.setdefault(component, {})[module] = tensor.scalar()
+    if not _wholly_named(tensors):
+        return {}
+    stored: dict[str, dict[str, float]] = {}
+    absent: dict[str, dict[str, float]] = {}
+    for name, down in tensors.items():
+        module = name.removesuffix(_DOWN[0])
+        if module == name:
+            continue
+        component = _SECOND if module.startswith(_SECOND) else "text" if module.startswith(_TEXT) else "unet"
+        if (tensor := tensors.get(f"{module}.alpha")) is not None:
+            stored.setdefault(component, {})[module] = tensor.scalar()
+        else:
+            absent.setdefault(component, {})[module] = float(down.shape[0])
     found: dict[str, tuple[float, float]] = {}
-    for component, stored in alphas.items():
-        taken = Counter(stored.values()).most_common(1)[0][0]
-        for module, alpha in stored.items():
+    for component, alphas in stored.items():
+        taken = Counter(alphas.values()).most_common(1)[0][0]
+        for module, alpha in alphas.items():
             lost = _ATTENTION.fullmatch(module) is not None if component == "unet" else component == "text" or "_mlp_" not in module
             if alpha != taken and lost:
                 found[module] = (alpha, taken)
+        found |= {module: (rank, taken) for module, rank in absent.get(component, {}).items() if rank != taken}
     return found
+
+
+def _wholly_named(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether diffusers' converter of SD goes through: it wants the two factors of each module, perhaps an alpha, and nothing else."""
+    downs = [name.removesuffix(_DOWN[0]) for name in tensors if name.startswith(("lora_unet_", *_TEXT)) and name.endswith(_DOWN[0])]
+    alphas = sum(f"{module}.alpha" in tensors for module in downs)
+    return all(f"{module}.lora_up.weight" in tensors for module in downs) and 2 * len(downs) + alphas == len(tensors)
+
+
+def _magnitudes(dialect: str, tensors: Mapping[str, Tensor]) -> list[Finding]:
+    modules = [name.removesuffix(_MAGNITUDE) for name in tensors if name.endswith(_MAGNITUDE)]
+    if not modules:
+        return []
+    message = f"diffusers leaves out the magnitudes of {counted(len(modules), 'module')} and applies plain LoRA; {_INSTEAD}"
+    return [_differs(dialect, modules[0], message, *modules[1:4])]
 
 
 def _ignored(tensors: Mapping[str, Tensor], downs: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:

@@ -228,7 +228,7 @@ def inspect_file(
 
     Raises what `open_adapter` raises, UsageError when the glob matches no target.
     """
-    adapter = open_adapter(path, options=options, whole=False)
+    adapter = open_adapter(path, options=options, whole=False, readers=True)
     stats = list(inspect_modules(adapter, module, progress))
     if module is not None and not stats:
         shown = ", ".join(str(target) for target in list(adapter.deltas)[:3])

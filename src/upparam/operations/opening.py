@@ -143,10 +143,13 @@ _SHOWN = 6
 """Files that a refusal lists."""
 
 
-def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadOptions | None = None, whole: bool = True) -> Adapter:
+def open_adapter(
+    path: Path | str, *, dialect: str | None = None, options: ReadOptions | None = None, whole: bool = True, readers: bool = False
+) -> Adapter:
     """The adapter at `path`, a file or a folder, in canonical form; factors are read when needed.
 
-    Without `whole` an adapter of which some files are missing is opened too, with what is there and a finding.
+    Without `whole` an adapter of which some files are missing is opened too, with what is there and a finding. With `readers` the findings say
+    what a program that reads such files makes otherwise of this one.
 
     Raises NotAnAdapterError when there is none, AmbiguousError when there are several, DeadAdapterError when a part is missing,
     and what the containers raise for files that break their format.
@@ -173,6 +176,12 @@ def open_adapter(path: Path | str, *, dialect: str | None = None, options: ReadO
             "no adapter of this name is here", file=path, expected=options.adapter, found=own or "one adapter without a name",
             remedy=f"name it with --adapter {own}" if own else "leave --adapter away",
         )  # fmt: skip
+    if readers:
+        from upparam.dialects import by_diffusers
+        from upparam.dialects.placing import base_of
+
+        given = {} if options.base is None else {"base": options.base}
+        adapter.findings += by_diffusers.on_reading(adapter.dialect, base_of(adapter, given), found[0].bundle.main)
     lost = next((finding for finding in adapter.findings if finding.code == "shards-missing"), None) if whole else None
     if lost is not None:
         raise DeadAdapterError(

@@ -58,7 +58,7 @@ def verify(path: Path | str, *, base: Path | str | None = None, options: ReadOpt
 
     Every factor is read once. Raises what `open_adapter` raises when the files cannot be read as an adapter at all.
     """
-    adapter = open_adapter(path, options=options, whole=False)
+    adapter = open_adapter(path, options=options, whole=False, readers=True)
     verdict = Verdict(Path(path), adapter.dialect, len(adapter.deltas))
     subject = Path(path).name
     verdict.findings += adapter.findings
