@@ -69,6 +69,14 @@ def test_temporary_folders_are_gone_whether_or_not_it_worked(tmp_path: Path) -> 
     assert (tmp_path / "folder" / "inside" / "x").read_bytes() == b"y"
 
 
+@pytest.fixture(params=["exchanged", "kept aside"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two paths can be exchanged, and where not."""
+    if request.param == "kept aside":
+        monkeypatch.setattr("upparam.atomic._exchanged", lambda *_: False)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("way", ["../{0}", "../{0}/../{0}", "link", "."])
 def test_a_folder_is_replaced_by_a_path_that_leads_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """`a/../a` leads nowhere while `a` is renamed: the folder and what it held were lost that way."""
@@ -112,6 +120,22 @@ def test_a_file_takes_the_place_of_a_file_at_once(tmp_path: Path, monkeypatch: p
     link.symlink_to("folder")
     swap(new, link)
     assert link.read_text() == "over a link" and (tmp_path / "folder").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no call of that kind, or it is not used")
+def test_a_folder_takes_the_place_of_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process killed between two renames would leave the old one under another name."""
+    monkeypatch.setattr("upparam.atomic.make", lambda *_: pytest.fail("nothing needs to be kept aside"))
+    new, out = tmp_path / "new", tmp_path / "out"
+    out.write_text("a file")
+    for number in range(2):
+        new.mkdir()
+        (new / "x").write_text(str(number))
+        swap(new, out)
+        assert (out / "x").read_text() == str(number) and not new.exists()
+    new.write_text("a file")
+    swap(new, out)
+    assert out.read_text() == "a file" and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which not even root may write")

@@ -117,13 +117,20 @@ _PAUSE = 0.02
 
 
 def swap(new: Path, out: Path) -> None:
-    """Rename `new` to `out`. A file takes the place of a file at once; a folder that stands there is kept aside until that is done, then removed."""
+    """Rename `new` to `out`; what stood there is removed.
+
+    At once: `out` is the old or the new at any moment. Only a folder in a place where two paths cannot be exchanged is kept aside until the
+    new one is there.
+    """
     new, out = _settled(new), _settled(out)
     if not os.path.lexists(out) or not (new.is_dir() or (out.is_dir() and not out.is_symlink())):
         new.replace(out)
         return
     import shutil
 
+    if _exchanged(new, out):
+        shutil.rmtree(new) if new.is_dir() and not new.is_symlink() else new.unlink()
+        return
     old = make(out, OLD)
     try:
         out.rename(old.folder / out.name)
@@ -137,6 +144,17 @@ def swap(new: Path, out: Path) -> None:
                 shutil.rmtree(old.folder)
     finally:
         old.release()
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where that cannot be done (it can on Linux, in most local file systems)."""
+    import ctypes
+
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    return exchange is not None and exchange(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux' fcntl.h and fs.h
 
 
 def _settled(path: Path) -> Path:

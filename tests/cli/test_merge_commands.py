@@ -129,29 +129,45 @@ def test_threads_are_a_number(command: str, count: str, capsys: pytest.CaptureFi
 
 STOPPED = """
 import os, signal, sys
+from upparam import beside
 from upparam.cli import main
 from upparam.operations.merge import stream
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 real, numbers = stream.Change.run, [signal.Signals[sys.argv.pop(1)]]
 def run(self, buffers):
     real(self, buffers)
-    if numbers:  # once: another one would stop the cleaning up, as a second Ctrl-C does
+    if numbers:
         os.kill(os.getpid(), numbers.pop())
 stream.Change.run = run
+tidy = beside._remove
+def remove(folder):
+    if twice:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    tidy(folder)
+beside._remove = remove
+twice = sys.argv.pop() == "twice"
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize(("signal", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 0)])
-def test_a_command_that_is_stopped_leaves_nothing_behind(model: tuple[Path, Path], tmp_path: Path, signal: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("signal", "code", "times"),
+    [("SIGINT", 130, "once"), ("SIGTERM", 143, "once"), ("SIGHUP", 0, "once"), ("SIGINT", 130, "twice"), ("SIGTERM", 143, "twice")],
+)
+def test_a_command_that_is_stopped_leaves_nothing_behind(
+    model: tuple[Path, Path], tmp_path: Path, signal: str, code: int, times: str
+) -> None:
+    """Also when it is told to stop again while it cleans up."""
     base, adapter = model
     before = sorted(tmp_path.rglob("*"))
     told = ["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "-q", "--threads", "1"]
-    words = [sys.executable, "-c", STOPPED, signal, *told]
+    words = [sys.executable, "-c", STOPPED, signal, *told, times]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ended.returncode == code, ended.stderr
     if code:
-        assert ended.stderr == "upparam: interrupted; nothing was left half-written\n" and sorted(tmp_path.rglob("*")) == before
+        again = "upparam: what was half-written is being removed; this takes a moment\n" * (2 if times == "twice" else 0)
+        assert ended.stderr == again + "upparam: interrupted; nothing was left half-written\n" and sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_interrupt_before_the_work_begins_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,15 +91,25 @@ def _open_what_is_closed() -> None:
 
 
 def _clean_up_when_stopped() -> None:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what is half-written is removed; not where they are ignored (nohup)."""
+    """Let the first Ctrl-C, SIGTERM or SIGHUP stop the work, so that what is half-written is removed; not where it is ignored (nohup).
+
+    Those that follow do not stop the cleaning up: two are often sent at once, to a process and to its group.
+    """
     import signal
 
-    def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt(number)
+    stopped = False
 
-    for name in ("SIGTERM", "SIGHUP"):
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise KeyboardInterrupt(number)
+        with suppress(OSError):
+            os.write(2, b"upparam: what was half-written is being removed; this takes a moment\n")
+
+    for name, usual in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+        if number is not None and signal.getsignal(number) is usual:
             signal.signal(number, stop)
 
 
