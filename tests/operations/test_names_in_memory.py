@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import upparam
+from upparam.adapter import Target
 from upparam.bases.versions import FAMILIES, Older, newer, rules_of
+from upparam.errors import MismatchError
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TEXT = {**_SIZES, "vocab_size": 96, "num_key_value_heads": 2}
@@ -23,6 +25,15 @@ _ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
 MODELS: dict[str, tuple[str, Callable[[], Any], tuple[str, ...] | str]] = {
     "vit": ("ViTForImageClassification", lambda: transformers.ViTConfig(**_IMAGE), "all-linear"),
     "dinov2": ("Dinov2ForImageClassification", lambda: transformers.Dinov2Config(**_IMAGE), "all-linear"),
+    "dinov2 giant": ("Dinov2ForImageClassification", lambda: transformers.Dinov2Config(**_IMAGE, use_swiglu_ffn=True), "all-linear"),
+    "dinov2_with_registers giant": (
+        "Dinov2WithRegistersModel", lambda: transformers.Dinov2WithRegistersConfig(**_IMAGE, use_swiglu_ffn=True), "all-linear",
+    ),
+    "nomic_bert": ("NomicBertModel", lambda: transformers.NomicBertConfig(**_SIZES, vocab_size=96), "all-linear"),
+    "nomic_bert head": ("NomicBertForMaskedLM", lambda: transformers.NomicBertConfig(**_SIZES, vocab_size=96), ("q_proj", "v_proj", "up_proj")),
+    "gte": ("GteModel", lambda: transformers.GteConfig(**_SIZES, vocab_size=96), "all-linear"),
+    "gte head": ("GteForSequenceClassification", lambda: transformers.GteConfig(**_SIZES, vocab_size=96), "all-linear"),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3Model", lambda: transformers.JinaEmbeddingsV3Config(**_SIZES, vocab_size=96), "all-linear"),
     "gpt_neox": (
         "GPTNeoXForCausalLM", lambda: transformers.GPTNeoXConfig(**_SIZES, vocab_size=96), ("query_key_value", "dense", "lm_head"),
     ),
@@ -95,8 +106,30 @@ def test_saved_modules_replace_the_weights_they_are(kind: str, saved: str, tmp_p
     same(tmp_path / "ours", tmp_path / "merged")
 
 
-def test_a_base_given_by_path_has_its_modules_under_both_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained("vit", tmp_path)
+@pytest.mark.parametrize("kind", ["dinov2 giant", "nomic_bert", "gte"])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}], ids=["dora", "rslora"])
+def test_each_part_has_its_own_delta(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    trained(kind, tmp_path, **options)
+    upparam.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    same(tmp_path / "ours", tmp_path / "merged")
+
+
+def test_a_part_that_was_saved_whole_is_refused(tmp_path: Path) -> None:
+    trained("nomic_bert", tmp_path, modules_to_save=["k_proj"], exclude_modules=["k_proj"])
+    with pytest.raises(MismatchError, match=r"layers\.0\.self_attn\.k_proj\.weight: encoder\.layers\.0\.attn\.Wqkv\[32:64\] in the base"):
+        upparam.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+
+
+def test_saved_modules_under_an_older_name(tmp_path: Path) -> None:
+    trained("nomic_bert", tmp_path, modules_to_save=["o_proj", "post_mlp_layernorm"], exclude_modules=["o_proj", "post_mlp_layernorm"])
+    receipt = upparam.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")
+    assert receipt.counts["tensors_added"] == 0
+    same(tmp_path / "ours", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kind", ["vit", "nomic_bert"])
+def test_a_base_given_by_path_has_its_modules_under_both_names(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(kind, tmp_path)
     from upparam.cli import main
 
     words = ["convert", f"{tmp_path}/adapter", "--to", "triad", "-o", f"{tmp_path}/parts", "--base", f"{tmp_path}/base"]
@@ -105,11 +138,20 @@ def test_a_base_given_by_path_has_its_modules_under_both_names(tmp_path: Path, c
 
 def test_what_two_families_would_name_otherwise_is_not_guessed() -> None:
     """`x.layers` is one thing in ViT and another in Swin; a name that no rule leads to is nobody's."""
-    older = Older(["vit.encoder.layer.0.attention.attention.query.weight", "swin.encoder.layers.0.attention.self.query.weight"])
-    assert older("vit.layers.0.attention.q_proj.weight") == "vit.encoder.layer.0.attention.attention.query.weight"
-    assert older("swin.encoder.layers.0.attention.q_proj.weight") == "swin.encoder.layers.0.attention.self.query.weight"
+    vit, swin = "vit.encoder.layer.0.attention.attention.query", "swin.encoder.layers.0.attention.self.query"
+    older = Older({f"{vit}.weight": (4, 4), f"{swin}.weight": (4, 4)})
+    assert older("vit.layers.0.attention.q_proj.weight") == Target(vit)
+    assert older("swin.encoder.layers.0.attention.q_proj.weight") == Target(swin)
     assert older("swin.encoder.layers.1.attention.q_proj.weight") is None
-    assert Older(["visual.a.weight", "model.visual.a.weight"])("model.visual.a.weight") is None  # two names would become one
+    # Two names would become one.
+    assert Older({"visual.a.weight": (4, 4), "model.visual.a.weight": (4, 4)})("model.visual.a.weight") is None
+
+
+def test_parts_of_a_weight_are_its_rows_where_these_can_be_shared_out() -> None:
+    whole = "encoder.layers.0.attn.Wqkv"
+    assert Older({f"{whole}.weight": (12, 4)})("layers.0.self_attn.k_proj.weight") == Target(whole, (4, 8))
+    assert Older({f"{whole}.bias": (12,)})("layers.0.self_attn.v_proj.bias") == Target(whole, (8, 12), "bias")
+    assert Older({f"{whole}.weight": (13, 4)})("layers.0.self_attn.k_proj.weight") is None
 
 
 @pytest.mark.parametrize("rules", FAMILIES.values(), ids=[types[0] for types in FAMILIES])
@@ -120,5 +162,5 @@ def test_newer_names_stay(rules: Any) -> None:
         "vit.encoder.layer.0.output.dense.weight",
     ):
         once = newer(name, rules)
-        assert newer(once, rules) == once
+        assert [again for one in once for again in newer(one, rules)] == list(once)
     assert rules_of("llama") == ()

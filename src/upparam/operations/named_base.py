@@ -7,7 +7,7 @@ from typing import NamedTuple
 from upparam.adapter import REPEATED, Adapter, Target
 from upparam.bases.base import Base
 from upparam.bases.header import VOCABULARY
-from upparam.bases.versions import Older
+from upparam.bases.versions import Older, within
 from upparam.dialects.diffusers import COMPONENTS
 from upparam.dialects.placing import alike
 from upparam.errors import MismatchError
@@ -40,12 +40,12 @@ def misfits(adapter: Adapter, base: Base) -> list[Misfit]:
         return []
     repeated = any(REPEATED in reason for reason in adapter.conditions)
     inside = {module.path.partition(".")[0] for module in base.modules}
-    older = Older([f"{module.path}.weight" for module in base.modules])
+    older = Older({f"{module.path}.weight": module.canonical for module in base.modules})
     found = []
     for target, delta in adapter.deltas.items():
-        known, component = base.by_path.get(target.module), target.module.partition(".")[0]
-        if known is None and (name := older(target.name)) is not None:
-            known = base.by_path[target.renamed(name).module]
+        known, component, rows = base.by_path.get(target.module), target.module.partition(".")[0], target.rows
+        if known is None and (place := older(target.name)) is not None:
+            known, rows = base.by_path[place.module], within(place, target.rows).rows
         vocabulary = VOCABULARY.search(target.module) is not None
         if known is None:
             if target.parameter == "weight" and not vocabulary and not repeated and (component not in COMPONENTS or component in inside):
@@ -56,8 +56,8 @@ def misfits(adapter: Adapter, base: Base) -> list[Misfit]:
             rest = []
         elif target.parameter != "weight":
             continue
-        there = (out if target.rows is None else target.rows[1] - target.rows[0], *rest)
-        beyond = target.rows is not None and target.rows[1] > out
+        there = (out if rows is None else rows[1] - rows[0], *rest)
+        beyond = rows is not None and rows[1] > out
         if beyond or not (alike(delta.shape, there) or (vocabulary and delta.shape[1:] == there[1:])):
             found.append(Misfit(target, delta.shape, there))
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 from upparam.adapter import Adapter, BaseHint, Extra, ExtraKind, without
 from upparam.algorithms.lowrank import RankRule
+from upparam.algorithms.slicing import cut
 from upparam.atomic import refuse_existing
 from upparam.bases import versions
 from upparam.bases.base import Base
@@ -202,10 +203,17 @@ def _name_as_in_memory(adapter: Adapter, base: Checkpoint) -> list[Finding]:
     PEFT leaves out in silence what it does not find.
     """
     rules = versions.rules_of((base.config or {}).get("model_type"))
-    named = {target: target.renamed(versions.newer(target.name, rules)) for target in adapter.deltas}
-    moved = [(old.module, new.module) for old, new in named.items() if old != new]
-    adapter.deltas = {named[target]: delta for target, delta in adapter.deltas.items()}
-    adapter.extras = [replace(extra, name=versions.newer(extra.name, rules)) for extra in adapter.extras]
+    deltas, adapter.deltas = adapter.deltas, {}
+    moved: list[tuple[str, str]] = []
+    for target, delta in deltas.items():
+        for name, place in versions.parts(target.name, delta.shape, rules).items():
+            new = target.renamed(name)
+            adapter.deltas[new] = delta if place.rows is None else cut(delta, *place.rows)
+            moved += [(str(place), new.module)] if new != target else []
+    adapter.extras = [
+        replace(extra, name=name, tensor=extra.tensor if place.rows is None else extra.tensor.rows(*place.rows))
+        for extra in adapter.extras for name, place in versions.parts(extra.name, extra.tensor.shape, rules).items()
+    ]  # fmt: skip
     if not moved:
         return []
     said = f"{counted(len(moved), 'module')} named as PEFT finds them in a model that transformers 5 has loaded, not as the base's files do"

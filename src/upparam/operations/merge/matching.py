@@ -130,11 +130,20 @@ def place(deltas: Mapping[Target, Delta], shapes: Mapping[str, tuple[int, ...]],
                     found, missing = spots, lost
     if missing:
         for rules, older in versions.renamed(shapes):
-            spots = [Spot(target.renamed(versions.newer(target.name, rules)), delta, (target,)) for target, delta in deltas.items()]
-            spots, lost = _placed(spots, {name: shapes[old] for name, old in older.items()})
+            named = {target: versions.newer(target.name, rules) for target in deltas}
+            spots = [
+                Spot(target.renamed(named[target][0]), delta, (target,)) for target, delta in deltas.items() if len(named[target]) == 1
+            ]
+            spots, lost = _placed(spots, {name: _shape(place, shapes) for name, place in older.items()})
+            lost += [target for target, names in named.items() if len(names) > 1]
             if len(lost) < len(missing):
-                found, missing = [spot._replace(place=spot.place.renamed(older[spot.name])) for spot in spots], lost
+                found, missing = [spot._replace(place=versions.within(older[spot.name], spot.place.rows)) for spot in spots], lost
     return found, missing
+
+
+def _shape(place: Target, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    shape = shapes[place.name]
+    return shape if place.rows is None else (place.rows[1] - place.rows[0], *shape[1:])
 
 
 def _placed(spots: Sequence[Spot], shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[Spot], list[Target]]:

@@ -305,7 +305,7 @@ def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip:
         )  # fmt: skip
     parts = {extra: Target(*_split(extra.name)) for extra in chosen}
     anchors = [*ingredient.adapter.deltas, *parts.values()]
-    older = Older(plan.checkpoint.tensors)
+    older = Older(plan.checkpoint.shapes)
     for component, targets in matching.by_component(parts.values()).items():
         known = [target for target in anchors if target in targets or target.module.partition(".")[0] == component or not component]
         change = matching.renaming(known, plan.checkpoint.shapes, component)
@@ -313,12 +313,14 @@ def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip:
             if target not in targets:
                 continue
             path = change(target.module)
-            name = f"{path}.{target.parameter}"
-            found = name if path is not None and name in plan.checkpoint.tensors else older(extra.name)
+            there = None if path is None else target._replace(module=path)
+            found = there if there is not None and there.name in plan.checkpoint.tensors else older(extra.name)
             if found is None:
                 _add(plan, target, extra, problems)
+            elif found.rows is not None:
+                problems.append(Misfit(f"{extra.name}: {found} in the base, where only a whole weight is replaced", "have PEFT merge it"))
             else:
-                _replace(plan, found, extra, problems)
+                _replace(plan, found.name, extra, problems)
 
 
 def _split(name: str) -> tuple[str, None, str]:
