@@ -35,6 +35,10 @@ def model(folder: Path) -> tuple[Path, Adapter]:
     return folder, adapter(deltas)
 
 
+def only_layer(item: Adapter, layer: int) -> Adapter:
+    return adapter({target: delta for target, delta in item.deltas.items() if target.module.startswith(f"layers.{layer}.")})
+
+
 WAYS = {"ranges": 2.0, "new files": 0.0}
 """From which touched share on a file is written anew: never, always."""
 
@@ -126,6 +130,38 @@ def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path, way: str, lett
     for base in bases:
         undo(base)
     assert digests(tmp_path) == before
+
+
+def test_the_same_file_under_another_name_of_the_base_is_not_merged_twice(tmp_path: Path, way: str) -> None:
+    (tmp_path / "pipe").mkdir()
+    base, item = model(tmp_path / "pipe" / "unet")
+    first = base / "model-00001-of-00003.safetensors"
+    part = only_layer(item, 0)
+    before = digests(base)
+    merge(first, part, in_place=True)
+    for again in (base, base.parent):
+        with pytest.raises(OutputExistsError, match=f"undo {first}'"):  # what it would keep has the name of what the first one keeps
+            merge(again, item, in_place=True)
+    undo(first)
+    assert digests(base) == before
+    merge(base.parent, part, in_place=True)
+    with pytest.raises(OutputExistsError, match=f"undo {base.parent}'"):
+        merge(first, part, in_place=True)
+    merge(base / "model-00002-of-00003.safetensors", only_layer(item, 1), in_place=True)  # another file: its own matter
+    undo(base / "model-00002-of-00003.safetensors")
+    undo(base.parent)
+    assert digests(base) == before
+
+
+def test_old_weights_whose_journal_is_gone_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inplace, "REPLACED_SHARE", 0.0)
+    base, item = model(tmp_path / "base")
+    merge(base, item, in_place=True)
+    journal_path(base).unlink()
+    before = digests(base)
+    with pytest.raises(OutputExistsError, match="its journal is gone"):
+        merge(base, item, in_place=True)
+    assert digests(base) == before
 
 
 def test_discard_makes_it_final(tmp_path: Path, way: str) -> None:

@@ -26,6 +26,7 @@ from upparam.operations.merge.journal import (
     MAGIC,
     PARTIAL,
     journal_path,
+    merged_as,
     new_path,
     old_path,
     set_applied,
@@ -73,12 +74,7 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
     base = plan.checkpoint.path
     _check(plan)
     path = journal_path(base)
-    if path.exists():
-        raise OutputExistsError(
-            "an undo journal of an earlier merge is here",
-            file=path,
-            remedy=f"'upparam undo {base}' takes that merge back, with --discard it is made final",
-        )
+    _refuse_earlier(plan)
     way = _choose(plan, exact, Samples.for_works(len(plan.works)) if verify else None)
     moved = _prepare(plan, path, way, sync=sync, threads=threads, progress=progress)
     try:
@@ -143,6 +139,25 @@ def _check(plan: Plan) -> None:
                 "the file is a symbolic link (a shared cache?); changing it in place would change it for everyone",
                 file=work.file.path, remedy="name the real file, or write elsewhere with -o",
             )  # fmt: skip
+
+
+def _refuse_earlier(plan: Plan) -> None:
+    """Raise OutputExistsError where an earlier merge could still be taken back: of this base, or of one of its files under another name of the base."""
+    base = plan.checkpoint.path
+    files = dict.fromkeys(work.file.path for work in plan.works.values())
+    earlier = base if journal_path(base).exists() else next(filter(None, map(merged_as, files)), None)
+    if earlier is not None:
+        raise OutputExistsError(
+            "an undo journal of an earlier merge is here",
+            file=journal_path(earlier),
+            remedy=f"'upparam undo {earlier}' takes that merge back, with --discard it is made final",
+        )
+    for old in filter(Path.exists, map(old_path, files)):
+        raise OutputExistsError(
+            "the old weights that an earlier merge kept are here, and its journal is gone",
+            file=old,
+            remedy="move them away, or remove them",
+        )
 
 
 def _prepare(plan: Plan, path: Path, way: _Way, *, sync: bool, threads: int, progress: Progress) -> list[Work]:

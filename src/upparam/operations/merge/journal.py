@@ -173,6 +173,20 @@ def _named(base: Path, name: str) -> Path:
     return path
 
 
+def merged_as(file: Path) -> Path | None:
+    """The base (the file itself, or a folder above it) by whose name a merge changed this file that can still be taken back; None where there is none."""
+    file = file.parent.resolve() / file.name
+    return next((base for base in (file, *file.parents) if journal_path(base).is_file() and _may_concern(base, file)), None)
+
+
+def _may_concern(base: Path, file: Path) -> bool:
+    try:
+        journal = Journal.read(base)
+    except MalformedError:
+        return True
+    return journal.state == PARTIAL or file in journal.replaced or any(path == file for path, *_ in journal.ranges)
+
+
 def set_state(path: Path, state: bytes, sync: bool = True) -> None:
     """Mark how far the merge is, on the disk."""
     _write(path, state, len(MAGIC), sync)
