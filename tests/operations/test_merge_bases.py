@@ -258,8 +258,21 @@ def test_scaled_fp8_weights(tmp_path: Path, ending: str, scale: Any) -> None:
     assert np.array_equal(got["m.weight"].astype(np.float32), round_once(np.clip(expected, -448, 448), "float8_e4m3fn").astype(np.float32))
     assert np.array_equal(got[f"m.{ending}"], scale)
     assert bool(np.abs(expected).max() > 448) == any(finding.code == "overflow" for finding in receipt.findings)
+    for dtype in ("bf16", "float8_e4m3fn"):
+        with pytest.raises(RefusedError, match="keeps its dtype"):
+            prepare(base, adapter({"m": delta}), dtype=dtype)
+
+
+def test_scaled_fp8_weights_that_no_adapter_changes_keep_their_dtype_too(tmp_path: Path) -> None:
+    """Converted by itself a weight would lose its scale, and the scale its precision."""
+    stored = np.full((4, 6), 30, NUMPY["float8_e4m3fn"])
+    base = save(
+        tmp_path / "b.safetensors", {"m.weight": stored, "m.weight_scale": np.float32([0.0123]), "n.weight": np.ones((4, 6), np.float32)}
+    )
     with pytest.raises(RefusedError, match="keeps its dtype"):
-        prepare(base, adapter({"m": delta}), dtype="bf16")
+        merge(base, adapter({"n": rank2(4, 6)}), tmp_path / "o.safetensors", dtype="bf16")
+    merge(base, adapter({"n": rank2(4, 6)}), tmp_path / "o.safetensors")
+    assert load(tmp_path / "o.safetensors")["m.weight"].tobytes() == stored.tobytes()
 
 
 def test_fp8_saturates_and_says_so(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import Tensor
 from upparam.wording import counted
 
+_SCALES = ("scale_weight", "weight_scale_inv", "weight_scale")
+"""Names of the tensor beside an fp8 weight that its stored values are multiplied by."""
+
 
 def make_plan(
     checkpoint: Checkpoint,
@@ -40,6 +43,8 @@ def make_plan(
     """
     plan = Plan(checkpoint, list(ingredients), {}, {}, dtype, [], [])
     problems: list[Misfit] = []
+    if dtype is not None:
+        _refuse_other_dtype(checkpoint)
     for index, ingredient in enumerate(plan.ingredients):
         _refuse_unplaceable(ingredient.adapter)
         plan.findings += _idle_aids(ingredient)
@@ -160,26 +165,36 @@ def _place_beside(plan: Plan, spot: matching.Spot, weight: float, index: int, pr
 
 
 def _scale_of(plan: Plan, name: str, tensor: Tensor) -> Tensor | None:
-    """The scale of an fp8 weight: ComfyUI's `scale_weight`, compressed-tensors' `weight_scale`, DeepSeek's `weight_scale_inv` (per block).
+    """The scale of an fp8 weight. Raises RefusedError for one that is neither a number nor a grid."""
+    there = _scale_name(plan.checkpoint, name, tensor)
+    if there is None:
+        return None
+    scale = plan.checkpoint.tensors[there][1]
+    if len(scale.shape) > 2 or not scale.dtype.is_float:
+        raise RefusedError("a scale of no known form", file=plan.checkpoint.path, tensor=there, found=scale.shape)
+    return scale
 
-    All three multiply the stored value (comfyanonymous/ComfyUI comfy/ops.py; deepseek-ai/DeepSeek-V3 inference/kernel.py weight_dequant;
-    vllm-project/compressed-tensors quantization/lifecycle/forward.py dequantize).
+
+def _scale_name(checkpoint: Checkpoint, name: str, tensor: Tensor) -> str | None:
+    """What a weight's stored values are multiplied by: ComfyUI's `scale_weight`, compressed-tensors' `weight_scale`, DeepSeek's `weight_scale_inv` (per block).
+
+    Sources: comfyanonymous/ComfyUI comfy/ops.py; vllm-project/compressed-tensors quantization/lifecycle/forward.py dequantize;
+    deepseek-ai/DeepSeek-V3 inference/kernel.py weight_dequant.
     """
     if not tensor.dtype.name.startswith("float8") or not name.endswith(".weight"):
         return None
     module = name.removesuffix("weight")
-    for ending in ("scale_weight", "weight_scale_inv", "weight_scale"):
-        if module + ending in plan.checkpoint.tensors:
-            scale = plan.checkpoint.tensors[module + ending][1]
-            if plan.dtype is not None and plan.dtype != tensor.dtype:
-                raise RefusedError(
-                    "a scaled fp8 weight keeps its dtype: its scale tensor would no longer mean anything",
-                    file=plan.checkpoint.path, tensor=name, remedy="merge without --dtype",
-                )  # fmt: skip
-            if len(scale.shape) > 2 or not scale.dtype.is_float:
-                raise RefusedError("a scale of no known form", file=plan.checkpoint.path, tensor=module + ending, found=scale.shape)
-            return scale
-    return None
+    return next((there for ending in _SCALES if (there := module + ending) in checkpoint.tensors), None)
+
+
+def _refuse_other_dtype(checkpoint: Checkpoint) -> None:
+    """Raise RefusedError where a weight is stored with a scale: both would be converted, each by itself, whether the adapter changes the weight or not."""
+    for name, (file, tensor) in checkpoint.tensors.items():
+        if _scale_name(checkpoint, name, tensor) is not None:
+            raise RefusedError(
+                "a scaled fp8 weight keeps its dtype: its scale tensor would no longer mean anything",
+                file=file.path, tensor=name, remedy="merge without --dtype",
+            )  # fmt: skip
 
 
 def _note_tied(plan: Plan, name: str) -> None:
