@@ -260,6 +260,18 @@ def test_tied_weights_are_pointed_out(tmp_path: Path) -> None:
     assert [finding.code for finding in receipt.findings] == ["tied-weight"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("changed", ["model.embed_tokens", "lm_head", "model.layers.0.q"])
+def test_tied_weights_that_are_both_stored_come_apart_and_that_is_said(tmp_path: Path, tied: bool, changed: str) -> None:
+    shared = normal(10, 6)
+    weights = {"model.embed_tokens.weight": shared, "lm_head.weight": shared, "model.layers.0.q.weight": normal(10, 6)}
+    save(tmp_path / "base/model.safetensors", weights)
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": tied}))
+    receipt = merge(tmp_path / "base", adapter({changed: rank2(10, 6)}), tmp_path / "out")
+    said = [finding.subject for finding in receipt.findings if finding.code == "tied-weight" and "both are stored" in finding.message]
+    assert said == ([f"{changed}.weight"] if tied and changed != "model.layers.0.q" else [])
+
+
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     base = save(tmp_path / "b.safetensors", {"q.weight": np.zeros((4, 6), np.int8)})
     with pytest.raises(RefusedError, match="quantised"):

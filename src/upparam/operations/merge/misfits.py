@@ -14,6 +14,10 @@ from upparam.patterns import regex
 _EXPERTS = regex(r"(?P<layer>.*\.\d+\.)[\w.]*experts(\.|$)")
 """The layer of a module of stacked experts."""
 _SHOWN = 8
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""How names of output heads end."""
+EMBEDDINGS = (".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight", ".embed_in.weight")
+"""How names of the input embeddings end that output heads are tied to."""
 
 
 class Misfit(NamedTuple):

@@ -17,7 +17,7 @@ from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.planned import Ingredient, Piece, Plan, Work
-from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights
+from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights, tied_apart
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import Tensor
 from upparam.wording import counted
@@ -59,7 +59,7 @@ def make_plan(
             if plan.skipped
             else "no deltas",
         )
-    plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan)]
+    plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan), *tied_apart(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     plan.works = dict(sorted(plan.works.items(), key=lambda item: order[item[0]]))
     return plan
@@ -198,9 +198,9 @@ def _refuse_other_dtype(checkpoint: Checkpoint) -> None:
 
 
 def _note_tied(plan: Plan, name: str) -> None:
-    if not name.endswith((".embed_tokens.weight", ".wte.weight", ".word_embeddings.weight")):
+    if not name.endswith(misfits.EMBEDDINGS):
         return
-    head = any(key.endswith("lm_head.weight") for key in plan.checkpoint.tensors)
+    head = any(key.endswith(misfits.HEADS) for key in plan.checkpoint.tensors)
     if not head and (misfits.ties_head(plan.checkpoint) or plan.checkpoint.config is None):
         finding = warning(
             "tied-weight", name, "the base ties its output head to this embedding: merging the delta changes both", "no lm_head.weight"

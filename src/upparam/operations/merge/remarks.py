@@ -11,6 +11,7 @@ from upparam.algorithms.dora import Decomposed
 from upparam.algorithms.ia3 import IA3
 from upparam.findings import Finding, info, warning
 from upparam.operations.merge.blocks import Weights
+from upparam.operations.merge.misfits import EMBEDDINGS, HEADS, ties_head
 from upparam.wording import counted
 
 if TYPE_CHECKING:
@@ -45,6 +46,21 @@ def idle_globs(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> list[Fin
     weighed = dict.fromkeys(glob for weight in weights if isinstance(weight, Weights) for glob in weight.globs)
     idle = [glob for glob in (*only, *skip, *weighed) if not any(fnmatchcase(name, glob) for name in names)]
     return [warning("idle-glob", glob, "a glob over target modules, and it matches none") for glob in idle]
+
+
+def tied_apart(plan: Plan) -> list[Finding]:
+    """A warning where the base's config ties its output head to its embedding, both are stored, and one of them changes."""
+    if not ties_head(plan.checkpoint):
+        return []
+    heads, embeddings = ([name for name in plan.checkpoint.tensors if name.endswith(ends)] for ends in (HEADS, EMBEDDINGS))
+    changed = [name for name in (*embeddings, *heads) if name in plan.works]
+    if not (heads and embeddings and changed):
+        return []
+    said = (
+        "the base's config ties its output head to its embedding and both are stored: each gets only what the adapters have for it. Of the result "
+        "transformers 4 takes the embedding for both, transformers 5 each as it is; PEFT's merge changes both"
+    )
+    return [warning("tied-weight", changed[0], said, *heads, *embeddings)]
 
 
 def order_matters(plan: Plan) -> list[Finding]:
