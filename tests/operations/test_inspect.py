@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tests.operations.merging import lora
 
 from upparam.adapter import Target
+from upparam.dtypes import DTYPES
 from upparam.errors import UsageError
-from upparam.operations.inspect import file_hashes, inspect_file, module_stats, singular_values
+from upparam.operations.inspect import file_hashes, inspect_file, module_stats, norms, singular_values
 
 
 @settings(max_examples=40, deadline=None)
@@ -27,6 +28,41 @@ def test_singular_values_are_those_of_the_product(out: int, into: int, rank: int
     full = np.linalg.svd(up @ down, compute_uv=False)
     found = singular_values(up, down)
     np.testing.assert_allclose(found[: len(full)], full[: len(found)], atol=1e-12 * full[0])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 1e-158, 1e-170, 1e170])
+@pytest.mark.parametrize("kind", ["random", "a rank twice", "ranks of zeros", "one rank", "nearly nothing left"])
+def test_norms_are_those_of_the_product(kind: str, size: float) -> None:
+    """Also where Gram matrices would lose them: singular, cancelling, too large or too small to be squared."""
+    rng = np.random.default_rng(4)
+    up, down = rng.standard_normal((40, 6)), rng.standard_normal((6, 30))
+    if kind == "a rank twice":
+        up[:, 3], down[3] = up[:, 2], down[2]
+    elif kind == "ranks of zeros":
+        up[:, 3:] = 0
+    elif kind == "one rank":
+        up, down = up[:, :1], down[:1]
+    elif kind == "nearly nothing left":  # two that differ in the eighth digit, one taken from the other
+        up, down = np.concatenate([up, -up], axis=1), np.concatenate([down, down * (1 + 1e-8 * rng.standard_normal(down.shape))])
+    values = np.linalg.svd(up @ down if kind != "nearly nothing left" else up[:, :6] @ (down[:6] - down[6:]), compute_uv=False)
+    frobenius, spectral = norms(up * size, down)
+    exact = 1e-7 if kind == "nearly nothing left" else 1e-12
+    assert frobenius / size == pytest.approx(np.sqrt((values**2).sum()), rel=exact)
+    assert spectral / size == pytest.approx(values[0], rel=exact)
+    assert norms(up * 0, down) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_zeros_and_what_is_not_finite_are_counted_in_every_dtype(name: str) -> None:
+    dtype = DTYPES[name].numpy
+    up = np.full((4, 6), 0.5).astype(dtype)
+    up[0, :3], up[1, 2] = np.array([0.0, -0.0, 2.0**-9]).astype(dtype), np.nan
+    expected = 1
+    if name != "float8_e4m3fn":  # which has no infinity
+        up[2, :2] = np.array([np.inf, -np.inf]).astype(dtype)
+        expected = 3
+    stats = module_stats(Target("m"), lora(up, np.ones((6, 3), np.float32).astype(dtype)))
+    assert stats.nonfinite == expected and stats.zeros == pytest.approx(2 / 42)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

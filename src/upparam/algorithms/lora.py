@@ -120,11 +120,14 @@ class LoRA(Delta):
             up, down = self.matrices()
         return LowRankUpdate(up, down, self.shape, self.known_scale())
 
+    def stored(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """`matrices`, in the dtypes the factors are stored in where there is no mid."""
+        if self.mid is not None:
+            return self.matrices()
+        return self.up.read().reshape(-1, self.rank), self.down.read().reshape(self.rank, -1)
+
     def frobenius(self) -> float:
         """||scale * up @ down||_F from the two r x r Gram matrices: sqrt(sum(up'up * down down'))."""
-        if self.mid is None:
-            up, down = self.up.read().reshape(-1, self.rank), self.down.read().reshape(self.rank, -1)
-        else:
-            up, down = self.matrices()
+        up, down = self.stored()
         square = float((gram(up.T) * gram(down)).sum())
         return abs(self.known_scale()) * sqrt(max(square, 0.0))

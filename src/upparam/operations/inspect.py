@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
+from upparam.algorithms.gram import gram
+from upparam.arrays import doubles
 from upparam.containers import head_of, member_source
 from upparam.dialects.base import ReadOptions
 from upparam.errors import UnreadableError, UpparamError, UsageError
 from upparam.findings import Finding, info, warning
 from upparam.operations.opening import open_adapter
+from upparam.operations.threads import in_threads
 from upparam.progress import Progress, silent
 from upparam.tensors import Tensor
 
@@ -57,20 +62,14 @@ class ModuleStats:
 
 
 def inspect_modules(adapter: Adapter, glob: str | None = None, progress: Progress = silent) -> Iterator[ModuleStats]:
-    """Statistics of every delta whose target matches `glob` (shell pattern over the target's name), one module in memory at a time."""
+    """Statistics of every delta whose target matches `glob` (shell pattern over the target's name), a module a thread in memory at a time."""
     chosen = [(target, delta) for target, delta in adapter.deltas.items() if glob is None or fnmatchcase(str(target), glob)]
-    total = sum(factor.nbytes for _, delta in chosen for factor in delta.factors().values())
-    done = 0
-    for target, delta in chosen:
-        yield module_stats(target, delta)
-        done += sum(factor.nbytes for factor in delta.factors().values())
-        progress(done, total, str(target))
+    sizes = [sum(factor.nbytes for factor in delta.factors().values()) for _, delta in chosen]
+    yield from in_threads(lambda one: module_stats(*one), chosen, sizes, None, progress)
 
 
 def module_stats(target: Target, delta: Delta) -> ModuleStats:
     """Statistics of one delta."""
-    import numpy as np
-
     factors = delta.factors()
     zeros = nonfinite = 0
     dead = []
@@ -78,10 +77,9 @@ def module_stats(target: Target, delta: Delta) -> ModuleStats:
         values = factor.read()
         if not factor.dtype.is_float:
             continue
-        wide = values.astype(np.float32) if factor.dtype.itemsize < 4 else values
-        blank = int((wide == 0).sum())
+        blank, spoilt = _blank_and_spoilt(values, factor.dtype.name)
         zeros += blank
-        nonfinite += int((~np.isfinite(wide)).sum())
+        nonfinite += spoilt
         if factor.numel and blank == factor.numel:
             dead.append(role)
     elements = sum(factor.numel for factor in factors.values())
@@ -108,19 +106,62 @@ def module_stats(target: Target, delta: Delta) -> ModuleStats:
     )
 
 
+_INFINITE = {"bfloat16": 0x7F80, "float16": 0x7C00}
+"""The code of infinity; those of NaN are larger."""
+
+
+def _blank_and_spoilt(values: NDArray[Any], dtype: str) -> tuple[int, int]:
+    """How many values are zero, and how many NaN or infinite."""
+    import numpy as np
+
+    if dtype in _INFINITE:
+        codes = np.left_shift(values.reshape(-1).view(np.uint16), np.uint16(1))  # without the sign
+        infinite = np.uint16(_INFINITE[dtype] << 1)
+        spoilt = int(np.count_nonzero(codes >= infinite)) if codes.max(initial=0) >= infinite else 0
+        return codes.size - int(np.count_nonzero(codes)), spoilt
+    wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)
+    return int(np.count_nonzero(wide == 0)), int(np.count_nonzero(~np.isfinite(wide)))
+
+
 def _norms(delta: Delta) -> tuple[float | None, float | None]:
     scale = delta.scale
     if 0 in delta.shape:
         return None, None
-    matrices = getattr(delta, "matrices", None)
+    matrices = getattr(delta, "stored", None) or getattr(delta, "matrices", None)
     if matrices is not None and delta.additive:
-        values = singular_values(*matrices())
+        frobenius, spectral = norms(*matrices())
         factor = 1.0 if scale is None else abs(scale)
-        top = float(values[0]) if len(values) else 0.0
-        return factor * float((values**2).sum()) ** 0.5, factor * top
+        return factor * frobenius, factor * spectral
     if scale is None or not delta.additive:
         return None, None
     return delta.frobenius(), None
+
+
+_CANCELLED = 1e-6
+"""||up @ down||^2 over ||up||^2 ||down||^2 (of independent columns: 1 / r) from which on Gram matrices, whose rounding is relative to the latter, still
+give nine digits of it."""
+_TINY = 1e-200
+"""Squares above this have all their digits."""
+
+
+def norms(up: NDArray[Any], down: NDArray[Any]) -> tuple[float, float]:
+    """||up @ down||_F and ||up @ down||_2 of up (out, r) and down (r, in), in float64.
+
+    With Gu = up'up and Gd = down down' the first is sqrt(sum(Gu * Gd)), the second the root of the largest eigenvalue of L'Gd L where L L' = Gu. A
+    product that nearly cancels, or a Gu that is singular, is left to the singular values themselves.
+    """
+    import numpy as np
+
+    left, right = gram(up.T), gram(down)
+    with np.errstate(over="ignore", invalid="ignore"):
+        square, one, other = float((left * right).sum()), float(left.trace()), float(right.trace())
+    if min(one, other) > _TINY and isfinite(one * other) and square > _CANCELLED * one * other:
+        with suppress(np.linalg.LinAlgError):
+            lower = np.linalg.cholesky(left)
+            return square**0.5, float(np.linalg.eigvalsh(lower.T @ right @ lower)[-1]) ** 0.5
+    values = singular_values(doubles(up), doubles(down))
+    top = float(values[0]) if len(values) else 0.0
+    return (top * float(((values / top) ** 2).sum()) ** 0.5 if top else 0.0), top
 
 
 def singular_values(up: NDArray[np.float64], down: NDArray[np.float64]) -> NDArray[np.float64]:
