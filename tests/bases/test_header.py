@@ -126,6 +126,16 @@ def test_single_file_checkpoints_in_their_own_names(name: str, layout: str) -> N
     assert any(f"in layout {layout}" in text for text in base.evidence)
 
 
+@pytest.mark.parametrize("name", ["flux.1-dev", "sd3.5-medium", "wan2.1-t2v-1.3b", "lumina2", "sdxl"])
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_denoisers_as_comfyui_saves_them(name: str, prefix: str) -> None:
+    known = inventory.load(name)
+    there = layouts.layout(known, "original")
+    shapes = {f"{prefix}{there.tensor_name(one)}": (there.rows(one), *parts[0].shape[1:]) for one, parts in there.foreign.items()}
+    base = base_from_shapes(shapes | {"vae.decoder.conv_in.weight": (512, 16, 3, 3)})
+    assert base.name == name and base.modules == known.modules
+
+
 def test_an_unknown_model_is_sorted_naturally_and_says_so() -> None:
     shapes = {f"stem.{index}.mix.weight": (24, 24) for index in (10, 2, 1)} | {
         "stem.2.mix.bias": (24,),

@@ -13,8 +13,10 @@ from tests.operations.merging import NUMPY, adapter, load, lora, save
 from upparam.adapter import Extra, ExtraKind, Target
 from upparam.algorithms.base import Scaling
 from upparam.algorithms.experts import ExpertLoRA
+from upparam.bases import inventory, layouts
+from upparam.bases.header import base_from_shapes
 from upparam.errors import AmbiguousError, MismatchError, OutputExistsError, RefusedError, UsageError
-from upparam.operations.merge import merge, prepare
+from upparam.operations.merge import matching, merge, prepare
 from upparam.operations.unmerge import unmerge
 from upparam.tensors import Tensor
 
@@ -270,6 +272,17 @@ def test_tied_weights_that_are_both_stored_come_apart_and_that_is_said(tmp_path:
     receipt = merge(tmp_path / "base", adapter({changed: rank2(10, 6)}), tmp_path / "out")
     said = [finding.subject for finding in receipt.findings if finding.code == "tied-weight" and "both are stored" in finding.message]
     assert said == ([f"{changed}.weight"] if tied and changed != "model.layers.0.q" else [])
+
+
+def test_a_denoiser_as_comfyui_saves_it_takes_adapters_of_other_names() -> None:
+    flux = inventory.load("flux.1-dev")
+    authors = layouts.layout(flux, "original")
+    names = {authors.tensor_name(one): (authors.rows(one), *parts[0].shape[1:]) for one, parts in authors.foreign.items()}
+    shapes = {f"model.diffusion_model.{name}": shape for name, shape in names.items()} | {"vae.decoder.conv_in.weight": (512, 16, 3, 3)}
+    delta = rank2(3072, 3072)
+    spots, missing = matching.place({Target("transformer.transformer_blocks.0.attn.to_k"): delta}, shapes, base_from_shapes(shapes))
+    assert [(spot.name, spot.place.rows) for spot in spots] == [("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", (3072, 6144))]
+    assert not missing
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ VOCABULARY = regex(r"(^|\.)(lm_head|embed_tokens|wte|word_embeddings|embed_in|em
 """Modules with one row per token: fine-tuning adds some."""
 _COMPONENT = regex(r"(unet|transformer|text_encoder(_[23])?)\.")
 
+_DENOISERS = ("model.diffusion_model.", "diffusion_model.")
+"""What ComfyUI puts in front of a denoiser's names, beside text encoders and a VAE: the authors' names of Flux, SDXL ... follow."""
 _PIPELINE = regex(r"(vae|vqvae|movq|safety_checker|image_encoder|text_encoder(_[2-4])?|transformer_2|prior|connectors)\.")
 """Components of pipelines that an inventory may not list: adapters do not change them, or their model is a base of its own."""
 
@@ -195,14 +197,19 @@ def _in_a_layout(shapes: Mapping[str, tuple[int, ...]], modules: list[Module]) -
     """The inventory whose other naming (`bases.layouts`) these tensors follow, under its reference names."""
     from upparam.bases import layouts
 
-    inside = [module for module in modules if module.path.startswith("model.diffusion_model.")] or modules
+    inside = [module for module in modules if module.path.startswith(_DENOISERS)] or modules
     best: tuple[int, str, Base] | None = None
-    for hint in recognise({module.path: module.canonical for module in inside if len(module.shape) > 1}):
-        for base in (inventory.load(hint.name), *map(inventory.load, hint.lookalikes)):
-            for name in layouts.available(base)[1:]:
-                there = _fitting(layouts.layout(base, name), shapes)
-                if there and (best is None or there > best[0]):
-                    best = (there, name, base)
+    hints = recognise({module.path: module.canonical for module in inside if len(module.shape) > 1})
+    bare = {name[len(prefix) :]: shape for name, shape in shapes.items() for prefix in _DENOISERS if name.startswith(prefix)}
+    for names in (shapes, bare):
+        if best is not None:
+            break
+        for hint in hints:
+            for base in (inventory.load(hint.name), *map(inventory.load, hint.lookalikes)):
+                for name in layouts.available(base)[1:]:
+                    there = _fitting(layouts.layout(base, name), names)
+                    if there and (best is None or there > best[0]):
+                        best = (there, name, base)
     if best is None:
         return None
     _, name, base = best
