@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 
-def counted(count: int, word: str) -> str:
-    """`1 file`, `2,000 files`."""
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+def counted(count: int, word: str, one: str = "", more: str = "") -> str:
+    """`1 file`, `2,000 files`; with the verb for either, `1 file is`, `2,000 files are`."""
+    said, verb = (word, one) if count == 1 else (f"{word}s", more)
+    return f"{count:,} {said}" + (f" {verb}" if verb else "")
+
+
+def counted_of(count: int, total: int, word: str, one: str, more: str) -> str:
+    """`1 of 3 files is`, `2 of 3 files are`, `1 file is` where there are no others."""
+    return counted(total, word, one, more) if count == total == 1 else f"{count:,} of {counted(total, word)} {one if count == 1 else more}"
 
 
 def at_most(value: float, digits: int = 3) -> str:

@@ -17,6 +17,7 @@ from upparam.bases.base import Base, Module, with_text_model
 from upparam.bases.recognise import recognise
 from upparam.errors import AmbiguousError, UnreadableError
 from upparam.patterns import regex
+from upparam.wording import counted
 
 if TYPE_CHECKING:
     from upparam.bases.layouts import LayoutMap
@@ -65,12 +66,12 @@ def base_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, config: Mapping[s
     ]
     if not found and not packed:
         raise UnreadableError(
-            "no module weights in it", file=name or None, found=f"{len(shapes)} tensors", expected="names ending in .weight"
+            "no module weights in it", file=name or None, found=counted(len(shapes), "tensor"), expected="names ending in .weight"
         )
     found = _with_conv1d(found, config)
-    evidence = [f"{len(found)} weights in the header of {name}" if name else f"{len(found)} weights"]
+    evidence = [counted(len(found), "weight") + (f" in the header of {name}" if name else "")]
     if packed:
-        evidence.append(f"{len(packed)} weights are stored quantised, so their shapes do not show")
+        evidence.append(f"{counted(len(packed), 'weight', 'is', 'are')} stored quantised, so shapes do not show")
     found = [module._replace(path=with_text_model(module.path)) for module in found]
     known = _same_as_inventory(found, packed) or _in_a_layout(shapes, found)
     resized = None if known is not None else _of_other_widths(shapes)
@@ -284,9 +285,11 @@ def _align(base: Base, modules: list[Module], prefix: str, packed: set[str]) -> 
     if resized:
         facts.append(f"another vocabulary: {next(iter(resized))} has {next(iter(resized.values()))[0]} rows")
     if lacking:
-        facts.append(f"{len(lacking)} modules of it are not in the file, such as {lacking[0]}")
+        facts.append(f"{counted(len(lacking), 'module', 'of it is', 'of it are')} not in the file, such as {lacking[0]}")
     if strangers:
-        facts.append(f"{len(strangers)} modules it does not have follow in order of their names, such as {strangers[0]}")
+        facts.append(
+            f"{counted(len(strangers), 'module', 'it does not have follows', 'it does not have follow')} in order of names, such as {strangers[0]}"
+        )
     return len(lacking) + len(strangers) + len(resized), Base(base.name, tuple(kept), base.family, tuple(facts))
 
 

@@ -36,7 +36,9 @@ def about_uses(uses: Mapping[str, Use], subject: str, where: str = "") -> list[F
             )
         )
     if len(code) > MAX_FINDINGS:
-        found.append(error("pickle-code", subject, f"{len(code) - MAX_FINDINGS} further globals are imported or called"))
+        found.append(
+            error("pickle-code", subject, f"{counted(len(code) - MAX_FINDINGS, 'further global', 'is', 'are')} imported or called")
+        )
     inert = [clean(use.qualname, 80) for use in uses.values() if use.trust is Trust.INERT]
     if inert:
         found.append(info("pickle-objects", subject, "holds objects of known classes, kept by name and not built", ", ".join(inert[:12])))

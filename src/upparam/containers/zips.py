@@ -18,6 +18,7 @@ from upparam.errors import LimitError, MalformedError
 from upparam.findings import Finding, error, warning
 from upparam.limits import MAX_ARCHIVE_MEMBERS, MAX_INFLATE_RATIO, MAX_INFLATED, MAX_ODDITIES
 from upparam.sources import Source
+from upparam.wording import counted
 
 STORED, DEFLATED = 0, 8
 
@@ -410,7 +411,11 @@ class _Reader:
                 if name in seen:
                     twice.append(name)
                 seen.add(name)
-            self.odd("zip-duplicate", f"{len(twice)} members appear twice: loaders differ in which one they read", *twice[:5])
+            self.odd(
+                "zip-duplicate",
+                f"{counted(len(twice), 'member', 'appears', 'appear')} twice: loaders differ in which one they read",
+                *twice[:5],
+            )
         unsafe = [
             name
             for name in names

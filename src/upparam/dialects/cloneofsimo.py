@@ -30,6 +30,7 @@ from upparam.errors import DeadAdapterError, MalformedError, Problem, RefusedErr
 from upparam.findings import error
 from upparam.patterns import regex
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 _NAME = regex(r"(unet|text_encoder):(\d+):(up|down)")
 _EMBED = "<embed>"
@@ -291,15 +292,18 @@ def _numbers(adapter: Adapter, base: Base | None, spelling: Mapping[str, str]) -
         missing = [item.module for item in walk if item.module not in left]
         if outside or missing:
             what = (
-                "are outside every walk this dialect knows" if outside else "of the walk are not changed, and a number cannot be left out"
+                counted(len(outside), "module", "is", "are") + " outside every walk this dialect knows"
+                if outside
+                else counted(len(missing), "module", "of the walk is", "of the walk are") + " not changed, and a number cannot be left out"
             )
             shown = outside or missing
-            raise RefusedError(
-                f"{len(shown)} modules {what}", tensor=shown[0], found=", ".join(shown[:5]) + (" ..." if len(shown) > 5 else "")
-            )
+            raise RefusedError(what, tensor=shown[0], found=", ".join(shown[:5]) + (" ..." if len(shown) > 5 else ""))
         found[component] = ([_as_lora(left.pop(item.module)) for item in walk], said or json.dumps(list(classes)))
     if left:
-        raise RefusedError(f"{len(left)} modules belong to a component this dialect does not know", found=", ".join(list(left)[:5]))
+        raise RefusedError(
+            f"{counted(len(left), 'module', 'belongs', 'belong')} to a component this dialect does not know",
+            found=", ".join(list(left)[:5]),
+        )
     return found
 
 
@@ -310,7 +314,9 @@ def _as_numbered(adapter: Adapter, spelling: Mapping[str, str]) -> dict[str, tup
             int(target.module.split(":")[1]): delta for target, delta in adapter.deltas.items() if target.module.startswith(component + ":")
         }
         if sorted(own) != list(range(len(own))):
-            raise RefusedError("a number cannot be left out", tensor=component, expected=f"0 to {max(own)}", found=f"{len(own)} numbers")
+            raise RefusedError(
+                "a number cannot be left out", tensor=component, expected=f"0 to {max(own)}", found=counted(len(own), "number")
+            )
         if own:
             found[component] = (
                 [_as_lora(own[number]) for number in sorted(own)],

@@ -32,6 +32,7 @@ from upparam.errors import DeadAdapterError, MalformedError, RefusedError, Usage
 from upparam.findings import error, info, warning
 from upparam.patterns import regex
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 ALPHA = "adapter.lora.alpha"
 _INVOCATION = "adapter.alora.invocation_tokens"
@@ -167,7 +168,13 @@ def _plain(file: TensorFile, adapter: Adapter) -> dict[str, Tensor]:
                 remedy="convert the adapter again with --outtype f32",
             )  # fmt: skip
         found[name] = values
-    adapter.findings.append(info("dequantised", file.name, f"{len(found)} Q8_0 factors are read as the float32 values they stand for"))
+    adapter.findings.append(
+        info(
+            "dequantised",
+            file.name,
+            f"{counted(len(found), 'Q8_0 factor', 'is', 'are')} read as the float32 values {'it stands' if len(found) == 1 else 'they stand'} for",
+        )
+    )
     return found
 
 
@@ -237,7 +244,9 @@ def _place(
         else:
             adapter.extras.append(Extra(ExtraKind.SAVED_MODULE, f"{module}.weight", tensor))
     if norms:
-        adapter.findings.append(info("norms", next(iter(norms)), f"{len(norms)} norms are in the file, which llama.cpp leaves out"))
+        adapter.findings.append(
+            info("norms", next(iter(norms)), f"{counted(len(norms), 'norm', 'is', 'are')} in the file, which llama.cpp leaves out")
+        )
 
 
 def _is_norm(extra: Extra) -> bool:

@@ -56,7 +56,7 @@ class LitGPT:
             return None
         evidence = f"{len(hits)} of {len(file.tensors)} names are transformer.h.<n>.<module>.lora_A or .lora_B, such as {hits[0]}"
         if len(hits) < len(file.tensors):
-            return Match(self.name, 0.95, (evidence, f"beside {len(file.tensors) - len(hits)} other tensors"))
+            return Match(self.name, 0.95, (evidence, f"beside {counted(len(file.tensors) - len(hits), 'other tensor')}"))
         return Match(self.name, 0.97, (evidence,))
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:

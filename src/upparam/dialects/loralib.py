@@ -54,7 +54,9 @@ class Loralib:
             return None
         evidence = [f"{len(hits)} of {len(file.tensors)} names are <module>.lora_A and <module>.lora_B, such as {hits[0]}"]
         if _is_checkpoint(file, hits):
-            return Match(self.name, 0.7, (*evidence, f"beside {len(file.tensors) - len(hits)} other weights: a training checkpoint"))
+            return Match(
+                self.name, 0.7, (*evidence, f"beside {counted(len(file.tensors) - len(hits), 'other weight')}: a training checkpoint")
+            )
         return Match(self.name, 0.9, tuple(evidence))
 
     def gather(self, file: TensorFile, siblings: Sequence[TensorFile]) -> list[TensorFile]:

@@ -28,6 +28,7 @@ from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import chosen, form, form_of, remember
 from upparam.findings import info, warning
 from upparam.tensors import Tensor
+from upparam.wording import counted
 
 _OLD_GLORA = (("a1.weight", "a2.weight"), ("b1.weight", "b2.weight"))
 
@@ -124,7 +125,7 @@ def _note_scales(adapter: Adapter, name: str) -> None:
             adapter.findings.append(
                 warning(
                     "rs-lora-lost", name,
-                    f"trained with rs_lora, which the alpha of {len(trained)} targets does not hold: readers scale them down, and so does upparam",
+                    f"trained with rs_lora, which the alpha of {counted(len(trained), 'target')} does not hold: readers scale down, and so does upparam",
                     f"{target}: scale {adapter.deltas[target].scale:g}, trained with {times:g} times that",
                 )
             )  # fmt: skip

@@ -14,6 +14,7 @@ from upparam.bases import inventory
 from upparam.bases.base import Base
 from upparam.findings import Finding, error, warning
 from upparam.patterns import regex
+from upparam.wording import counted_of
 
 _LAYER = regex(r"((?:.+\.)?(?:layers|h))\.(\d+)\.(.+)")
 _FIRST = "first layer"
@@ -35,14 +36,14 @@ def contradictions(adapter: Adapter, modules: Sequence[str]) -> list[Finding]:
     if isinstance(rank, int) and wrong:
         found.append(
             warning(
-                "rank-differs", str(wrong[0]), f"{len(wrong)} of {len(modules)} modules have another rank than the config; mlx-lm will not load them",
+                "rank-differs", str(wrong[0]), f"{counted_of(len(wrong), len(modules), 'module', 'has', 'have')} another rank than the config; mlx-lm will not load them",
                 f"config {rank}, here {adapter.deltas[wrong[0]].rank}",
             )
         )  # fmt: skip
     name = inventory.resolve(adapter.base.name) if adapter.base is not None and not adapter.base.lookalikes else None
     outside = _left_out(adapter.config, modules, None if name is None else inventory.load(name))
     if outside:
-        what = f"{len(outside)} of {len(modules)} modules have factors, and the config's keys or num_layers do not reach them"
+        what = f"{counted_of(len(outside), len(modules), 'module', 'has', 'have')} factors, and the config's keys or num_layers do not reach them"
         found.append(error("not-targeted", outside[0], f"{what}: mlx-lm leaves them out in silence", *outside[:5]))
     return found
 

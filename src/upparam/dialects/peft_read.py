@@ -210,7 +210,7 @@ def explain(adapter: Adapter, member: Member) -> None:
     if untold:
         adapter.findings.append(
             error(
-                "turns-unknown", subject, f"how the blocks of {len(untold)} targets become turns is in no tensor",
+                "turns-unknown", subject, f"how the blocks of {counted(len(untold), 'target')} become turns is in no tensor",
                 'say it in an adapter_config.json beside it, such as {"peft_type": "OFT", "oft_block_size": 32, "use_cayley_neumann": true, '
                 '"num_cayley_neumann_terms": 5, "peft_version": "0.18.0", "coft": false, "block_share": false}',
             )

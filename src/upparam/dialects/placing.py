@@ -17,6 +17,7 @@ from upparam.bases.recognise import recognise, recognise_underscored
 from upparam.dialects.refusing import BAKE, refuse
 from upparam.dialects.words import alpha_for
 from upparam.errors import Problem, RefusedError
+from upparam.wording import counted, counted_of
 
 Shape = tuple[int, ...]
 
@@ -209,7 +210,7 @@ def to_foreign(one: LayoutMap, deltas: Mapping[Target, Delta], told: Parts | Non
     missing = [str(target) for target in deltas if one.to_foreign(target.module) is None]
     if missing:
         raise RefusedError(
-            f"{len(missing)} targets have no name in the {one.name} layout of {one.base.name}",
+            f"{counted(len(missing), 'target', 'has', 'have')} no name in the {one.name} layout of {one.base.name}",
             tensor=missing[0],
             found=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
         )
@@ -280,7 +281,7 @@ def _refuse_misfits(one: LayoutMap, deltas: Mapping[Target, Delta]) -> None:
     if misfits:
         target, found, wanted = misfits[0]
         raise RefusedError(
-            f"{len(misfits)} of {len(deltas)} targets have another shape in {one.base.name}: it is not the base of this adapter",
+            f"{counted_of(len(misfits), len(deltas), 'target', 'has', 'have')} another shape in {one.base.name}: it is not the base of this adapter",
             tensor=str(target), expected=wanted, found=found, remedy="name the base it was made for with --base",
         )  # fmt: skip
 
@@ -380,9 +381,10 @@ def untranslated(adapter: Adapter, options: Mapping[str, object], dialect: str) 
             file=file, remedy="name it with --base",
         )  # fmt: skip
     shown = next((f", such as {target} {delta.shape}" for target, delta in adapter.deltas.items()), "")
+    wanted = f"most of these {len(adapter.deltas)} modules in their shapes" if len(adapter.deltas) > 1 else "this module in its shape"
     return RefusedError(
         f"the module names are those of {adapter.layout}, and the base named is not the one that could translate them",
-        file=file, expected=f"most of these {len(adapter.deltas)} modules in their shapes{shown}", found=base.name,
+        file=file, expected=wanted + shown, found=base.name,
         remedy="name the base it was made for with --base",
     )  # fmt: skip
 

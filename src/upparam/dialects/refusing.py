@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from upparam.adapter import ExtraKind, Target
 from upparam.algorithms.base import Delta
 from upparam.errors import Problem, RefusedError
 from upparam.findings import Finding, error
+from upparam.wording import counted
 
 BAKE = "--bake-scale"
 """Put a scale that the dialect has no place for into the factors."""
@@ -24,7 +26,7 @@ def refuse(dialect: str, problems: Sequence[str | Problem], remedy: str | None =
         return
     found = [problem if isinstance(problem, Problem) else _told(problem) for problem in problems]
     raise RefusedError(
-        f"{len(found)} {'things' if len(found) > 1 else 'thing'} that {dialect} cannot hold",
+        f"{counted(len(found), 'thing')} that {dialect} cannot hold",
         found="; ".join(map(str, found[:_SHOWN])) + (" ..." if len(found) > _SHOWN else ""), remedy=remedy or remedies(found), problems=found,
     )  # fmt: skip
 
@@ -60,17 +62,18 @@ _HOW = {
 
 def remedies(problems: Sequence[Problem]) -> str | None:
     """What would help against these, one way after the other; None where nothing does."""
-    ways = dict.fromkeys(_way(problem) for problem in problems if problem.cure)
+    cures = Counter(problem.cure for problem in problems)
+    ways = dict.fromkeys(_way(problem, cures[problem.cure]) for problem in problems if problem.cure)
     if any(problem.cure is None for problem in problems):
         ways["for the rest choose another dialect ('upparam dialects')" if ways else "choose another dialect ('upparam dialects')"] = None
     return ", ".join(ways) or None
 
 
-def _way(problem: Problem) -> str:
-    """One way out, in words."""
+def _way(problem: Problem, count: int) -> str:
+    """One way out, in words; it is one for `count` problems."""
     if problem.cure == LOWER and problem.rank is not None:
         return "fill the smaller ranks up with zeros, which changes no number, with --lowrank auto"
-    return _HOW.get(problem.cure or "", f"give it up with {problem.cure}")
+    return _HOW.get(problem.cure or "", f"give {'it' if count == 1 else 'them'} up with {problem.cure}")
 
 
 def out_of_order(module: str, refusal: RefusedError) -> Finding:

@@ -317,7 +317,7 @@ def _placed(adapter: Adapter, base: Base | None) -> dict[str, tuple[Slot, Delta]
     gaps = missing.get("w", []) + (missing.get("decoder", []) if decoder else [])
     if gaps:
         raise RefusedError(
-            f"{len(gaps)} places are not changed, and a number cannot be left out", tensor=str(gaps[0].target),
+            f"{counted(len(gaps), 'place', 'is', 'are')} not changed, and a number cannot be left out", tensor=str(gaps[0].target),
             found=", ".join(str(slot.target) for slot in gaps[:5]) + (" ..." if len(gaps) > 5 else ""),
         )  # fmt: skip
     return found

@@ -17,6 +17,7 @@ from upparam.dialects.placing import alike
 from upparam.dialects.prefixes import change, contested
 from upparam.errors import AmbiguousError, MismatchError, UsageError
 from upparam.findings import info, warning
+from upparam.wording import counted
 
 _LISTED = 8
 """Choices that a refusal lists."""
@@ -133,7 +134,7 @@ def _by_names(adapter: Adapter, named: Mapping[str, LoRA], options: ReadOptions)
         adapter.deltas[Target(name)] = delta
     if wrong and options.base is not None:
         raise MismatchError(
-            f"{len(wrong)} modules do not fit the base", file=options.base.name, tensor=wrong[0].split(":")[0], found="; ".join(wrong[:5]),
+            f"{counted(len(wrong), 'module', 'does', 'do')} not fit the base", file=options.base.name, tensor=wrong[0].split(":")[0], found="; ".join(wrong[:5]),
             remedy="check --base and --target",
         )  # fmt: skip
     adapter.layout = "reference" if base is not None and not wrong else "triad"
@@ -150,7 +151,7 @@ def _by_order(adapter: Adapter, ordered: Sequence[LoRA], base: Base, bundle: Bun
     if not choices:
         raise MismatchError(
             "no modules of the base have these shapes in this order", file=bundle.main.path, expected=f"modules of {base.name}",
-            found=f"{len(shapes)} pairs, dW {', '.join(str(shape) for shape in shapes[:4])}", remedy="name them with --target",
+            found=f"{counted(len(shapes), 'pair')}, dW {', '.join(str(shape) for shape in shapes[:4])}", remedy="name them with --target",
         )  # fmt: skip
     if len(choices) > 1:
         shown = "; ".join(f"{choice[0].path} ... {choice[-1].path}" if len(choice) > 1 else choice[0].path for choice in choices[:_LISTED])

@@ -112,7 +112,7 @@ def _factors(file: TensorFile) -> Kind | None:
     hits = [name for name in file.tensors if _FACTORS.search(name)]
     if not hits:
         return None
-    beside = "" if len(hits) == len(file.tensors) else f" beside {len(file.tensors) - len(hits)} other tensors"
+    beside = "" if len(hits) == len(file.tensors) else f" beside {counted(len(file.tensors) - len(hits), 'other tensor')}"
     what = f"{counted(len(hits), 'tensor')} named like an adapter's factors{beside}, in no arrangement upparam knows"
     return Kind("tensors", what, (f"such as {hits[0]} {list(file.tensors[hits[0]].shape)}",), 0.5)
 

@@ -12,6 +12,7 @@ from upparam.dialects.diffusers import COMPONENTS
 from upparam.dialects.placing import alike
 from upparam.errors import MismatchError
 from upparam.findings import Finding, error, info
+from upparam.wording import counted_of
 
 
 class Misfit(NamedTuple):
@@ -68,7 +69,7 @@ def refuse_other(adapter: Adapter, base: Base) -> None:
     found = misfits(adapter, base)
     if found:
         raise MismatchError(
-            f"{len(found)} of {len(adapter.deltas)} targets do not fit the base named", file=adapter.files[0] if adapter.files else None,
+            f"{counted_of(len(found), len(adapter.deltas), 'target', 'does', 'do')} not fit the base named", file=adapter.files[0] if adapter.files else None,
             tensor=str(found[0].target), expected=found[0].expected(base), found=found[0].found(),
             remedy="name the base it was made for with --base, or none where none is needed",
         )  # fmt: skip
@@ -81,6 +82,6 @@ def fit(adapter: Adapter, base: Base, subject: str) -> Finding:
         return info("fits", subject, f"every target and shape fits {base.name}", "by the names and shapes of its modules")
     first = found[0]
     return error(
-        "does-not-fit", subject, f"{len(found)} of {len(adapter.deltas)} targets do not fit {base.name}",
+        "does-not-fit", subject, f"{counted_of(len(found), len(adapter.deltas), 'target', 'does', 'do')} not fit {base.name}",
         f"{first.target}: expected {first.expected(base)}, found {first.found()}",
     )  # fmt: skip

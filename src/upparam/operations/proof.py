@@ -58,7 +58,9 @@ def proved(meant: Adapter, found: Adapter, tolerance: float = TOLERANCE) -> list
     Targets of one module that one side holds whole and the other in row slices are compared as whole modules.
     """
     if found.leftovers:
-        raise VerificationError(f"{len(found.leftovers)} written tensors read back as unexplained", tensor=next(iter(found.leftovers)))
+        raise VerificationError(
+            f"{counted(len(found.leftovers), 'written tensor', 'reads', 'read')} back as unexplained", tensor=next(iter(found.leftovers))
+        )
     proofs: list[ModuleProof] = []
     ours, theirs = _by_module(meant), _by_module(found)
     if set(ours) != set(theirs):

@@ -18,7 +18,7 @@ from upparam.operations.inspect import ModuleStats, inspect_modules
 from upparam.operations.named_base import fit
 from upparam.operations.opening import open_adapter
 from upparam.progress import Progress, silent
-from upparam.wording import counted
+from upparam.wording import counted, counted_of
 
 SCALE_LOW, SCALE_HIGH = 1 / 64, 64.0
 """Effective scales outside this range are reported: trainers' defaults lie between 1/32 (alpha 1, rank 32) and 20 (old MLX)."""
@@ -107,7 +107,7 @@ def _scales(adapter: Adapter, subject: str) -> list[Finding]:
             error(
                 "scale-unknown",
                 subject,
-                f"the effective scale of {len(unknown)} targets is not stored; the adapter cannot be applied without it",
+                f"the effective scale of {counted(len(unknown), 'target')} is not stored; the adapter cannot be applied without it",
                 str(unknown[0]),
             )
         )
@@ -126,7 +126,7 @@ def _scales(adapter: Adapter, subject: str) -> list[Finding]:
     absent = [target for target, delta in adapter.deltas.items() if delta.alpha is None and delta.scaling.rule is ScaleRule.ALPHA_OVER_RANK]
     if absent and not any(finding.code == "alpha-missing" for finding in adapter.findings):
         findings.append(
-            info("alpha-missing", subject, f"{len(absent)} of {len(adapter.deltas)} targets store no alpha: {adapter.dialect}'s rule then is alpha = rank")
+            info("alpha-missing", subject, f"{counted_of(len(absent), len(adapter.deltas), 'target', 'stores', 'store')} no alpha: {adapter.dialect}'s rule then is alpha = rank")
         )  # fmt: skip
     return findings
 
@@ -148,9 +148,9 @@ def _numbers(stats: list[ModuleStats], subject: str) -> list[Finding]:
     spoilt = [module for module in stats if module.nonfinite]
     if spoilt:
         elements = sum(module.nonfinite for module in spoilt)
-        findings.append(
-            error("not-finite", subject, f"{elements:,} elements of {len(spoilt)} of {total} targets are NaN or Inf", _such(spoilt))
-        )
+        share = f"{len(spoilt)} of {total} targets" if total > 1 else "1 target"
+        said = f"{counted(elements, 'element')} of {share} {'is' if elements == 1 else 'are'} NaN or Inf"
+        findings.append(error("not-finite", subject, said, _such(spoilt)))
     high = [module for module in stats if module.frobenius is not None and module.frobenius > NORM_HIGH]
     if high:
         most = max(high, key=lambda module: module.frobenius or 0.0)
@@ -172,7 +172,7 @@ def _numbers(stats: list[ModuleStats], subject: str) -> list[Finding]:
         first = f"{still[0].target}: {', '.join(still[0].dead)} all zero"
         findings.append(error("untrained", subject, "every target has an all-zero factor: applying it changes nothing", first))
     elif still:
-        said = f"{len(still)} of {total} targets have an all-zero factor and change nothing"
+        said = f"{counted_of(len(still), total, 'target', 'has', 'have')} an all-zero factor and {'changes' if len(still) == 1 else 'change'} nothing"
         findings.append(warning("partly-untrained", subject, said, _such(still)))
     return findings
 

@@ -270,10 +270,14 @@ def _whole(items: Sequence[Weighted]) -> tuple[list[Weighted], list[Finding]]:
         if whole and not multiplier:
             adapter = replace(adapter, extras=[extra for extra in adapter.extras if extra.kind not in _WHOLE])
             findings.append(
-                warning("left-out", file_of(adapter), f"{len(whole)} saved tensors of an adapter with multiplier 0 are left out")
+                warning(
+                    "left-out",
+                    file_of(adapter),
+                    f"{counted(len(whole), 'saved tensor', 'of an adapter with multiplier 0 is', 'of an adapter with multiplier 0 are')} left out",
+                )
             )
         elif whole and multiplier != 1.0:
-            said = f"{len(whole)} saved tensors replace the base's whole, whatever the multiplier"
+            said = f"{counted(len(whole), 'saved tensor', 'replaces', 'replace')} the base's whole, whatever the multiplier"
             findings.append(warning("whole-replacement", file_of(adapter), said, f"multiplier {multiplier:g}"))
         result.append((adapter, multiplier))
     return result, findings

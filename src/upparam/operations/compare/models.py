@@ -235,7 +235,7 @@ def _verdict(result: ModelComparison) -> tuple[Verdict, str]:
     if matrices and len(ranks) == len(matrices):
         span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
         beside = len(changed) - len(matrices)
-        vectors = f", and {beside} vectors" if beside else ""
+        vectors = f", and {counted(beside, 'vector')}" if beside else ""
         return Verdict.LOW_RANK, (
             f"{len(matrices)} of {len(weights)} weights changed by a low rank{vectors}, as a merged adapter leaves it: rank {span} "
             f"above the rounding noise{size}{tail}"

@@ -306,10 +306,10 @@ def _beside(result: Comparison) -> list[str]:
             found.append(f"{counted(count, 'module')} only in the {word}")
     changed = [extra for extra in result.extras if extra.only is None and extra.alike is Alike.DIFFERENT]
     if changed:
-        found.append(f"{len(changed)} saved tensors differ")
+        found.append(counted(len(changed), "saved tensor", "differs", "differ"))
     lonely = [extra for extra in result.extras if extra.only is not None]
     if lonely:
-        found.append(f"{len(lonely)} saved tensors only in one")
+        found.append(f"{counted(len(lonely), 'saved tensor')} only in one")
     return found
 
 
@@ -319,7 +319,7 @@ def _rest(modules: Sequence[ModuleComparison], leaving: Collection[Alike]) -> st
 
 
 def _with(result: Comparison) -> str:
-    return f", and {len(result.extras)} saved tensors" if result.extras else ""
+    return f", and {counted(len(result.extras), 'saved tensor')}" if result.extras else ""
 
 
 def _tail(parts: Sequence[str]) -> str:

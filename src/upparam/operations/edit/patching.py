@@ -24,6 +24,7 @@ from upparam.findings import Finding, Severity, warning
 from upparam.operations.edit.changes import Changes, Each
 from upparam.operations.recast import recast
 from upparam.tensors import Tensor, same_bits
+from upparam.wording import counted
 
 CONTAINERS = {
     "safetensors": "safetensors",
@@ -84,8 +85,10 @@ def patched(source: Adapter, result: Adapter, changes: Changes, root: Path, out:
             if kind == "torch":
                 structure = _restructured(file, tensors)
             elif others:
-                shown = f"{len(others)} entries of the torch file that are no tensors are not carried"
-                findings.append(warning("no-tensors", file.name, shown, *others[:_SHOWN]))
+                shown = counted(
+                    len(others), "object", "of the torch file that is no tensor is", "of the torch file that are no tensors are"
+                )
+                findings.append(warning("no-tensors", file.name, f"{shown} not carried", *others[:_SHOWN]))
         if kind == "safetensors":
             metadata = stamped(tensors, metadata)
         code = [finding.message for finding in file.findings if finding.severity is Severity.ERROR]

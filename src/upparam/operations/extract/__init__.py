@@ -182,7 +182,7 @@ def extracted(
             unchanged += 1
     if full:
         raise RefusedError(
-            f"{len(full)} differences have no low rank: more values lie above the rounding noise than an adapter is worth", file=tuned.path,
+            f"{counted(len(full), 'difference', 'has', 'have')} no low rank: more values lie above the rounding noise than an adapter is worth", file=tuned.path,
             tensor=full[0], found=_listed(full), remedy="give --rank, --energy or --error as a limit, or leave them out with --skip",
         )  # fmt: skip
     _whole_modules(adapter)
@@ -191,7 +191,7 @@ def extracted(
     if not adapter.deltas and not adapter.extras:
         raise RefusedError(
             "there is nothing to extract", file=tuned.path,
-            found=f"{len(result.below)} differences within rounding noise" if result.below else f"all {unchanged} weights are equal",
+            found=f"{counted(len(result.below), 'difference')} within rounding noise" if result.below else f"{counted(unchanged, 'weight', 'is', 'are')} equal",
             remedy="see what the models are with 'upparam identify'",
         )  # fmt: skip
     return Extraction(adapter, pairing.base, result.modules, result.below, unchanged)
@@ -241,7 +241,7 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
     if result.below:
         found.append(
             warning(
-                "below-noise", str(tuned.path), f"{len(result.below)} weights differ by no more than rounding to their dtype can explain", _listed(result.below)
+                "below-noise", str(tuned.path), f"{counted(len(result.below), 'weight', 'differs', 'differ')} by no more than rounding to the dtype can explain", _listed(result.below)
             )
         )  # fmt: skip
     head = any(name.endswith("lm_head.weight") for name in base.tensors)
@@ -258,14 +258,14 @@ def _findings(result: Extraction, pairing: Pairing, tuned: Checkpoint, base: Che
     if all(pairing.apart):
         found.append(
             warning(
-                "not-paired", str(tuned.path), f"{pairing.apart[0]} modules here and {pairing.apart[1]} of the base have other names in the other model: "
+                "not-paired", str(tuned.path), f"{counted(pairing.apart[0], 'module')} here and {pairing.apart[1]} of the base have other names in the other model: "
                 "they were not compared", _listed(pairing.only_tuned), _listed(pairing.only_base),
             )
         )  # fmt: skip
     elif pairing.partly:
         found.append(
             warning(
-                "partly-missing", str(tuned.path), f"{len(pairing.partly)} weights of what both models have are in one of them alone: they were not compared",
+                "partly-missing", str(tuned.path), counted(len(pairing.partly), "weight", "of what both models have is", "of what both models have are") + " in one of them alone: not compared",
                 _listed(pairing.partly),
             )
         )  # fmt: skip

@@ -314,7 +314,7 @@ def _place_extras(plan: Plan, ingredient: Ingredient, only: Sequence[str], skip:
     if ingredient.multiplier != 1.0:
         plan.findings.append(
             warning(
-                "whole-replacement", chosen[0].name, f"{len(chosen)} saved tensors replace the base's whole, whatever the scale given",
+                "whole-replacement", chosen[0].name, f"{counted(len(chosen), 'saved tensor', 'replaces', 'replace')} the base's whole, whatever the scale given",
                 f"scale {ingredient.multiplier:g}",
             )
         )  # fmt: skip

@@ -325,14 +325,19 @@ def summary(plan: Plan, shares: list[Shared]) -> Outcome:
     if not outcome.elements and not plan.added:
         raise RefusedError(
             "the merged model would be identical to the base", file=plan.checkpoint.path,
-            found=f"{len(shares)} tensors were computed and no element of any changed",
+            found=f"{counted(len(shares), 'tensor', 'was', 'were')} computed and no element changed",
             remedy=("the changes cancel each other or" if len(plan.ingredients) > 1 else "the adapter's changes")
             + " vanish in rounding at this scale and dtype; check the scale, or merge with --dtype float32",
         )  # fmt: skip
     still = [shared.work.name for shared in shares if not shared.elements]
     if still:
         outcome.findings.append(
-            info("unchanged-by-merge", still[0], f"{len(still)} targeted tensors came out with every element as in the base", *still[:5])
+            info(
+                "unchanged-by-merge",
+                still[0],
+                f"{counted(len(still), 'targeted tensor')} came out with every element as in the base",
+                *still[:5],
+            )
         )
     for shared in shares:
         if shared.infinite:
