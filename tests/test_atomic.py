@@ -138,6 +138,17 @@ def test_a_folder_takes_the_place_of_a_folder_at_once(tmp_path: Path, monkeypatc
     assert out.read_text() == "a file" and list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_what_is_neither_file_nor_folder_is_not_replaced(
+    tmp_path: Path, atomic: Callable[[Path, bool], AbstractContextManager[Path]]
+) -> None:
+    """root that wrote to /dev/null with --force had a folder of that name."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputExistsError, match="pipe: a device, pipe or socket"), atomic(tmp_path / "pipe", force=True):  # type: ignore[call-arg]
+        pytest.fail("nothing may be written")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which not even root may write")
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
 def test_a_folder_that_takes_nothing_is_named(atomic: Callable[[Path], AbstractContextManager[Path]]) -> None:

@@ -13,11 +13,13 @@ from upparam.errors import OutputExistsError, UnreadableError
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raise OutputExistsError if `out` is there and `force` is not set, UnreadableError if its parent folder is not."""
+    """Raise OutputExistsError if `out` is there and `force` is not set, or is no file or folder; UnreadableError if its parent folder is not there."""
     if not out.parent.is_dir():
         if os.path.lexists(out.parent):
             raise UnreadableError("the output cannot lie in what is no folder", file=out.parent, remedy="choose another place")
         raise UnreadableError("the folder to write into does not exist", file=out.parent, remedy="create it first")
+    if out.exists() and not (out.is_symlink() or out.is_file() or out.is_dir()):
+        raise OutputExistsError("a device, pipe or socket stands there, which no output replaces", file=out, remedy="choose another name")
     if os.path.lexists(out) and not force:
         raise OutputExistsError("the output already exists", file=out, remedy="choose another name or give --force")
 
