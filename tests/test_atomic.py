@@ -149,6 +149,16 @@ def test_what_is_neither_file_nor_folder_is_not_replaced(
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_what_leads_to_an_open_file_is_not_replaced(tmp_path: Path, atomic: Callable[[Path, bool], AbstractContextManager[Path]]) -> None:
+    """root that wrote to /dev/stdout (scan --sarif) had a file of that name."""
+    out = tmp_path / "stdout"
+    out.symlink_to("/proc/self/fd/1")
+    with pytest.raises(OutputExistsError, match="stdout: a device, pipe or socket"), atomic(out, force=True):  # type: ignore[call-arg]
+        pass
+    assert out.is_symlink()
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which not even root may write")
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
 def test_a_folder_that_takes_nothing_is_named(atomic: Callable[[Path], AbstractContextManager[Path]]) -> None:

@@ -18,10 +18,15 @@ def refuse_existing(out: Path, force: bool) -> None:
         if os.path.lexists(out.parent):
             raise UnreadableError("the output cannot lie in what is no folder", file=out.parent, remedy="choose another place")
         raise UnreadableError("the folder to write into does not exist", file=out.parent, remedy="create it first")
-    if out.exists() and not (out.is_symlink() or out.is_file() or out.is_dir()):
+    if _open_elsewhere(out) or (out.exists() and not (out.is_symlink() or out.is_file() or out.is_dir())):
         raise OutputExistsError("a device, pipe or socket stands there, which no output replaces", file=out, remedy="choose another name")
     if os.path.lexists(out) and not force:
         raise OutputExistsError("the output already exists", file=out, remedy="choose another name or give --force")
+
+
+def _open_elsewhere(out: Path) -> bool:
+    """True for the system's links to what a process has open, such as /dev/stdout: root would replace it for every program."""
+    return out.is_symlink() and out.readlink().is_relative_to("/proc")
 
 
 @contextmanager
