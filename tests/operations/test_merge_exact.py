@@ -35,6 +35,16 @@ def test_narrow_rounds_once(dtype: str) -> None:
     assert np.array_equal(got.astype(np.float32), round_once(near, dtype).astype(np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_float32_is_rounded_as_the_same_numbers_in_float64(dtype: str) -> None:
+    """Every pattern of the upper half of a float32 with lower halves about those that decide: zero, the tie, and beside it."""
+    upper = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    values = (upper | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).reshape(-1).view(np.float32)
+    values = values[~np.isnan(values)]
+    kind = np.dtype(f"u{NUMPY[dtype].itemsize}") if dtype in NUMPY else np.uint8
+    assert np.array_equal(narrow(values, DTYPES[dtype]).view(kind), narrow(values.astype(np.float64), DTYPES[dtype]).view(kind))
+
+
 def test_round_to_odd_keeps_the_side() -> None:
     values = np.array([1 + 2.0**-30, 1 - 2.0**-30, 1.0, -(1 + 2.0**-30)])
     bits = round_to_odd(values).view(np.uint32)

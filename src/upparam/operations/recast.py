@@ -40,6 +40,8 @@ def multiplied(tensor: Tensor, factor: float, dtype: DType | None = None) -> Ten
     wanted = dtype or tensor.dtype
 
     def make() -> NDArray[Any]:
+        if factor == 1.0 and tensor.dtype.is_float and tensor.dtype.itemsize <= 4:
+            return stored(tensor.floats(), wanted, file=tensor.source.name)
         values = tensor.doubles()
         values *= factor
         return stored(values, wanted, file=tensor.source.name)

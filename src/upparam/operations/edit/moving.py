@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite, sqrt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upparam.adapter import Adapter, Target
+from upparam.algorithms.base import Delta
 from upparam.algorithms.dora import Decomposed
 from upparam.findings import Finding, warning
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress
 from upparam.tensors import Tensor
 from upparam.wording import at_most, counted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _VANISHED = 0.01
 """The share of a factor's elements other than zero that may be rounded to zero without a word: a few lie near zero in any factor."""
@@ -35,7 +41,7 @@ def moved(before: Adapter, after: Adapter, threads: int | None, progress: Progre
     def move(target: Target) -> _Move:
         from upparam.operations.compare.module import Asked, compare_deltas
 
-        one, other = before.deltas[target], after.deltas[target]
+        one, other = _at_hand(before.deltas[target]), _at_hand(after.deltas[target])
         effect = compare_deltas(str(target), one, other, Asked(angles=False)).distance
         magnitude = _apart(one.magnitude, other.magnitude) if isinstance(one, Decomposed) and isinstance(other, Decomposed) else None
         theirs = other.factors()
@@ -72,12 +78,28 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return sqrt(gap / size) if size else float(gap > 0)
 
 
+def _at_hand(delta: Delta) -> Delta:
+    """The same with its factors in memory: what is computed is computed anew at each read."""
+    return replace(delta, **{role: Tensor.of(tensor.read()) for role, tensor in delta.factors().items()})  # type: ignore[type-var]
+
+
 def _vanished(one: Tensor, other: Tensor) -> float:
     """The share of the elements other than zero that are zero in the other."""
     import numpy as np
 
-    if one is other or one.shape != other.shape or not other.dtype.is_float:
+    if one.shape != other.shape or not other.dtype.is_float:
         return 0.0
-    there = one.doubles() != 0
+    there = _other_than_zero(one)
     count = int(np.count_nonzero(there))
-    return int(np.count_nonzero(there & (other.doubles() == 0))) / count if count else 0.0
+    return int(np.count_nonzero(there & ~_other_than_zero(other))) / count if count else 0.0
+
+
+def _other_than_zero(tensor: Tensor) -> NDArray[np.bool_]:
+    import numpy as np
+
+    if tensor.dtype.name in ("float16", "bfloat16"):
+        values: NDArray[Any] = tensor.read().view(np.uint16) << np.uint16(1)  # without the sign
+    else:
+        values = tensor.floats()
+    found: NDArray[np.bool_] = values != 0
+    return found

@@ -22,19 +22,21 @@ NO_INFINITY = frozenset(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz"))
 """Types whose overflow IEEE rounding would turn into NaN; they saturate instead, as everything that writes them does."""
 
 
-def narrow(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
-    """`values` rounded once into `dtype`, same shape. Values too large become infinite; in fp8 types without infinity, the largest finite."""
+def narrow(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """`values` (float64 or float32) rounded once into `dtype`, same shape. Values too large become infinite; in fp8 types without infinity, the largest finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype.name in ("float64", "float32", "float16"):
             return values.astype(dtype.numpy)
-        single = values.astype(np.float32)
-        if dtype.name == "bfloat16":
+        if dtype.name in NO_INFINITY:
+            values = np.clip(values, -largest(dtype), largest(dtype))
+        if values.dtype == np.float32:  # the cast below is the only rounding
+            single = values
+        elif dtype.name == "bfloat16":
+            single = values.astype(np.float32)
             doubtful = (single.view(np.uint32) & 0xFFFF) == 0x8000
             if doubtful.any():
                 single[doubtful] = round_to_odd(values[doubtful])
         else:
-            if dtype.name in NO_INFINITY:
-                values = np.clip(values, -largest(dtype), largest(dtype))
             single = round_to_odd(values)
         return single.astype(dtype.numpy)
 
