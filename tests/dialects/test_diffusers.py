@@ -17,7 +17,8 @@ from upparam.algorithms.lora import LoRA
 from upparam.bases import inventory
 from upparam.containers.safetensors import write
 from upparam.dialects.carried import ADAPTER_CONFIG
-from upparam.dialects.diffusers import _LANGUAGE, FORMS
+from upparam.dialects.diffusers import FORMS
+from upparam.dialects.peft_names import LANGUAGE
 from upparam.errors import DeadAdapterError, MalformedError, RefusedError
 from upparam.operations.convert import convert
 from upparam.operations.opening import open_adapter
@@ -372,4 +373,4 @@ def test_no_module_of_a_pipeline_is_taken_for_a_language_models() -> None:
         for path in base.by_path
         if any(one.startswith(("unet.", "transformer.norm_out", "transformer.proj_out")) for one in base.by_path)
     ]
-    assert len(paths) > 20_000 and not [path for path in paths if _LANGUAGE.fullmatch(path)]
+    assert len(paths) > 20_000 and not [path for path in paths if LANGUAGE.fullmatch(path)]

@@ -26,6 +26,7 @@ from upparam.dialects.base import Bundle, Match, NamedTensors, Package, ReadOpti
 from upparam.dialects.carried import ADAPTER_CONFIG, carried
 from upparam.dialects.diffusers_header import CLIP
 from upparam.dialects.peft_magnitude import decomposed, magnitude_of
+from upparam.dialects.peft_names import LANGUAGE
 from upparam.dialects.placing import layout_for, refuse_parameters, resolve, to_foreign, to_targets
 from upparam.dialects.refusing import refuse
 from upparam.dialects.spelling import chosen, form_of, remember
@@ -37,11 +38,6 @@ from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
-_LANGUAGE = regex(
-    r"transformer\.(h|wte|wpe|ln_f|word_embeddings\w*|layer|encoder\.layers|embedding|output_layer|"
-    r"blocks\.\d+\.(attn|norm_attn_norm|ffn\.(up|down|gate)_proj|ffn\.experts))(\..*)?"
-)
-"""Modules of language models whose body is called `transformer` as well: GPT-2, GPT-J, BLOOM, Falcon, ChatGLM, XLNet, MPT, DBRX."""
 _BARE = regex(r"(down_blocks|mid_block|up_blocks|transformer_blocks|single_transformer_blocks)\.")
 
 
@@ -131,7 +127,7 @@ class Diffusers:
             if found is None:
                 continue
             if found.group(1).split(".", 1)[0] in COMPONENTS:
-                if _LANGUAGE.fullmatch(found.group(1)):
+                if LANGUAGE.fullmatch(found.group(1)):
                     continue
                 named += 1
                 hits += 1
@@ -390,7 +386,7 @@ def unloadable(target: Target, delta: Delta) -> str | None:
         return "a T5 encoder, which diffusers loads no LoRA into"
     if re.match(r"text_encoder(_\d)?\.layers\.", target.module):
         return "a language model as text encoder, which diffusers loads no LoRA into"
-    own = target.module.split(".", 1)[0] in COMPONENTS and not _LANGUAGE.fullmatch(target.module)
+    own = target.module.split(".", 1)[0] in COMPONENTS and not LANGUAGE.fullmatch(target.module)
     return None if own else "not a module of a pipeline's component"
 
 

@@ -127,7 +127,8 @@ class Peft:
         return adapter
 
     def write(self, adapter: Adapter, options: Mapping[str, Any]) -> Package:
-        """`adapter_model.safetensors` and a complete `adapter_config.json`, in one folder for each component where it changes several.
+        """`adapter_model.safetensors` and a complete `adapter_config.json`, in one folder for each component where it changes several or the
+        base is not known.
 
         Raises RefusedError for what PEFT has no place for.
         """
@@ -136,7 +137,7 @@ class Peft:
         from upparam.dialects.refusing import refuse
 
         base = base_of(adapter, options)
-        parts = by_component(whole(adapter, base), adapter.extras)
+        parts = by_component(adapter, whole(adapter, base), base)
         if not parts:
             raise RefusedError("PEFT saves no adapter without factors", file=adapter.files[0] if adapter.files else None)
         package = Package()
@@ -144,7 +145,8 @@ class Peft:
         for component, deltas in parts.items():
             made = saved(adapter, deltas, component, base, alone=len(parts) == 1)
             problems += made.problems
-            folder = f"{component}/" if len(parts) > 1 else ""
+            # Where no base tells whose modules these are, the folder does.
+            folder = f"{component}/" if component and (len(parts) > 1 or adapter.layout != "reference") else ""
             package.files |= {folder + name: content for name, content in made.files(carried(adapter, self.name, config=True)).items()}
         refuse(self.name, problems)
         if "" in parts and len(parts) > 1:

@@ -19,6 +19,12 @@ WRAPPER = "base_model.model."
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 """Components of a pipeline. PEFT saves each in a folder of its own (huggingface/peft examples/lora_dreambooth/train_dreambooth.py)."""
 
+LANGUAGE = regex(
+    r"transformer\.(h|wte|wpe|ln_f|word_embeddings\w*|layer|encoder\.layers|embedding|output_layer|"
+    r"blocks\.\d+\.(attn|norm_attn_norm|ffn\.(up|down|gate)_proj|ffn\.experts))(\..*)?"
+)
+"""Modules of language models whose body is called `transformer` as well: GPT-2, GPT-J, BLOOM, Falcon, ChatGLM, XLNet, MPT, DBRX."""
+
 _WRAPPED = regex(r"^(?:[^/.]+/)?(?:(?:module|model|_orig_mod|_fsdp_wrapped_module)\.)*base_model\.model\.")
 """The wrapper, in a training checkpoint inside those of DDP, FSDP, torch.compile or a trainer's own module, in a nested dict (`state_dict/`)."""
 

@@ -15,15 +15,17 @@ from upparam.bases.base import Base
 from upparam.bases.layouts import layout
 from upparam.dialects import peft_config, up_bias
 from upparam.dialects.base import NamedTensors
+from upparam.dialects.diffusers import COMPONENTS as PIPELINE
 from upparam.dialects.peft_experts import nesting_of
 from upparam.dialects.peft_kinds import PEFT_TYPES, method_of, spelled
 from upparam.dialects.peft_make import Model, for_saving
-from upparam.dialects.peft_names import COMPONENTS, TOKENS, WRAPPER
+from upparam.dialects.peft_names import COMPONENTS, LANGUAGE, TOKENS, WRAPPER
 from upparam.dialects.peft_read import SLICES_KEY, Slices, naming_of
 from upparam.dialects.placing import to_foreign
 from upparam.dialects.prefixes import Naming
 from upparam.dialects.refusing import LOWER, because
 from upparam.errors import Problem, RefusedError
+from upparam.patterns import regex
 from upparam.tensors import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,19 +61,34 @@ def whole(adapter: Adapter, base: Base | None) -> dict[Target, Delta]:
     return joined | {target: delta for target, delta in adapter.deltas.items() if target not in parts}
 
 
-def by_component(deltas: Mapping[Target, Delta], extras: Iterable[Extra]) -> dict[str, dict[Target, Delta]]:
-    """The deltas of each component of a pipeline; all under '' where the base is a lone network."""
-    heads = {target.module.split(".", 1)[0] for target in deltas} | {extra.name.split(".", 1)[0] for extra in extras}
+def by_component(adapter: Adapter, deltas: Mapping[Target, Delta], base: Base | None) -> dict[str, dict[Target, Delta]]:
+    """The deltas, as `whole` gives them, of each component of a pipeline; all under '' where the base is a lone network."""
+    heads = {target.module.split(".", 1)[0] for target in deltas} | {extra.name.split(".", 1)[0] for extra in adapter.extras}
     components = heads & set(COMPONENTS)
-    if "transformer" in components and not any(
-        ".transformer_blocks." in target.module or target.module.startswith("transformer.blocks.") for target in deltas
-    ):
+    if adapter.layout == "peft":  # no base is known: what lay in a component's folder is the component's
+        components = {component for component in components if f"config:{component}" in adapter.spelling}
+    elif "transformer" in components and not _in_a_pipeline(adapter, deltas, base):
         components.discard("transformer")
     found: dict[str, dict[Target, Delta]] = {}
     for target, delta in deltas.items():
         head = target.module.split(".", 1)[0]
         found.setdefault(head if head in components else "", {})[target] = delta
     return found
+
+
+_BLOCKS = regex(
+    r"transformer\.(\w+_)?transformer_blocks\..*|transformer\.(blocks|noise_refiner|context_refiner|(double|single)_stream_blocks)\..*"
+)
+"""How diffusers calls the blocks of its transformers; `transformer.layers`, as Z-Image and Lumina 2 have as well, may be anything."""
+
+
+def _in_a_pipeline(adapter: Adapter, deltas: Iterable[Target], base: Base | None) -> bool:
+    """Whether `transformer.` is a pipeline's component and not part of a network's own names: by the base, who named them, or the names."""
+    if any(LANGUAGE.fullmatch(target.module) for target in deltas):
+        return False
+    if base is not None and base.family:
+        return all(module.path.split(".", 1)[0] in PIPELINE and not LANGUAGE.fullmatch(module.path) for module in base.modules)
+    return adapter.dialect == "diffusers" or any(_BLOCKS.fullmatch(target.module) for target in deltas)
 
 
 def outside(parts: Iterable[str], extras: Iterable[Extra]) -> list[str]:

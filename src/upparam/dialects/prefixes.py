@@ -39,7 +39,7 @@ def change(base: Base, shapes: Mapping[str, tuple[int, ...]], component: str = "
     probe = max(shapes, key=lambda path: path.count("."))
     options = [Naming(add=inside)]
     words = probe.split(".")
-    for cut in range(min(4, len(words) - 1)):
+    for cut in range(max(1, min(4, len(words) - 1))):
         tail = ".".join(words[cut:])
         strip = probe[: len(probe) - len(tail)]
         ends = (path for path in base.by_path if path.startswith(inside) and (path == tail or path.endswith("." + tail)))
