@@ -163,6 +163,42 @@ def test_saved_modules_replace_and_new_heads_are_added(tmp_path: Path) -> None:
     assert receipt.counts["tensors_changed"] == 3 and receipt.counts["tensors_added"] == 1
 
 
+def test_counters_of_a_saved_module_are_taken_bit_for_bit(tmp_path: Path) -> None:
+    """Batch norms have such: `num_batches_tracked`, int64 without a dimension."""
+    weights = {
+        "q.weight": normal(4, 6),
+        "bn.num_batches_tracked": np.array(7),
+        "bn.mask": np.array([True, False]),
+        "head.weight": np.ones((4, 6), np.int8),
+    }
+    base = save(tmp_path / "b.safetensors", weights)
+    counter, mask = np.array((1 << 60) + 1), np.array([False, True])
+    kept = {"bn.num_batches_tracked": counter, "bn.mask": mask}
+    extras = [Extra(ExtraKind.SAVED_MODULE, name, Tensor.of(array)) for name, array in kept.items()]
+    receipt = merge(base, adapter({"q": rank2(4, 6)}, extras=extras), tmp_path / "o.safetensors", dtype="bf16")
+    got = load(tmp_path / "o.safetensors")
+    assert all(got[name].dtype == array.dtype and np.array_equal(got[name], array) for name, array in kept.items())
+    assert receipt.counts["tensors_changed"] == 3
+    whole = Extra(ExtraKind.SAVED_MODULE, "head.weight", Tensor.of(normal(4, 6)))
+    with pytest.raises(RefusedError, match=r"head\.weight.*quantised or in another kind of number.*--drop saved-module"):
+        prepare(base, adapter({"q": rank2(4, 6)}, extras=[whole]))
+
+
+def test_what_is_brought_and_changed_is_counted_against_the_base(tmp_path: Path) -> None:
+    weight = normal(4, 6)
+    base = save(tmp_path / "b.safetensors", {"q.weight": weight})
+    nothing = lora(np.full((4, 2), 1e-30, np.float32), np.full((2, 6), 1e-9, np.float32))
+    saved = weight + 1
+    saved[0] = weight[0]
+    for number, (brought, count) in enumerate(((saved, 18), (weight, 0))):
+        item = adapter({"q": nothing}, extras=[Extra(ExtraKind.SAVED_MODULE, "q.weight", Tensor.of(brought))])
+        if count:
+            assert merge(base, item, tmp_path / f"o{number}.safetensors").counts["elements_changed"] == count
+        else:
+            with pytest.raises(RefusedError, match="identical to the base"):
+                merge(base, item, tmp_path / f"o{number}.safetensors")
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "bf16", "float16"])
 def test_a_module_the_base_lacks_gets_the_dtype_asked_for(tmp_path: Path, dtype: str | None) -> None:
     base = save(tmp_path / "b.safetensors", {"model.q.weight": normal(4, 6).astype(np.float16), "ids": np.arange(3)})

@@ -117,6 +117,7 @@ class Loaded:
         # deltas on a replaced weight (an embedding saved beside its LoRA) change the saved one
         source = work.replacement if work.replacement is not None and work.pieces else work.tensor
         self.base = rows_of(work, source)
+        self._before = None if source is work.tensor else rows_of(work, work.tensor)
         self.updates = [piece.delta.load() for piece in work.pieces]
         self.segments: list[tuple[int, int, LowRank | None]] | None = None
         self._chain: Rows | None = None
@@ -184,8 +185,19 @@ class Loaded:
 
         `stored` (rows, columns) is changed in place and returned when the dtype stays.
         """
+        written, changed, infinite = self._change(stored, start, scratch, exact)
+        if self._before is not None:  # counted against what the base holds, not against what takes its place
+            plain = narrow(self._before(start, start + len(stored)), self.work.dtype)
+            code = np.dtype(f"u{self.work.dtype.itemsize}")
+            changed = int(np.count_nonzero(plain.view(code) != written.view(code)))
+        return written, changed, infinite
+
+    def _change(self, stored: NDArray[Any], start: int, scratch: Scratch, exact: bool) -> tuple[NDArray[Any], int, int]:
         dtype = self.work.dtype
         stop = start + len(stored)
+        if isinstance(self._chain, BaseRows) and not dtype.is_float:  # a counter or the like of a saved module: its bits
+            brought = self._chain.stored(start, stop)
+            return brought, int(np.count_nonzero(brought != stored)), 0
         if self.work.packing:
             packed = encode(self.true(start, stop))
             return packed, int(np.count_nonzero(decode(packed) != decode(stored))), 0

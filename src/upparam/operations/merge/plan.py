@@ -369,6 +369,12 @@ def _replace(plan: Plan, name: str, extra: Extra, problems: list[Misfit]) -> Non
         said = f"{extra.name}: saved as {extra.tensor.shape}, the base has {shape}"
         problems.append(misfits.other_shape(extra.name, extra.tensor.shape, name, shape, said))
         return
+    if name in file.quantised or (tensor.dtype.name not in MERGEABLE and tensor.dtype != extra.tensor.dtype):
+        raise RefusedError(
+            "the base holds a saved tensor quantised or in another kind of number", file=file.path, tensor=name,
+            expected=extra.tensor.dtype, found=file.quantised[name].type if name in file.quantised else tensor.dtype,
+            remedy="merge into the unquantised base and quantise the result, or give it up with --drop " + extra.kind.value,
+        )  # fmt: skip
     work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
     if work.replacement is not None or work.scale is not None:
         why = "replaced by two adapters" if work.replacement is not None else "the base holds it as scaled fp8"
