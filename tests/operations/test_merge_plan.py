@@ -18,6 +18,7 @@ from upparam.bases.header import base_from_shapes
 from upparam.errors import AmbiguousError, MismatchError, OutputExistsError, RefusedError, UsageError
 from upparam.operations.merge import matching, merge, prepare
 from upparam.operations.unmerge import unmerge
+from upparam.report.merge import plan_text
 from upparam.tensors import Tensor
 
 RNG = np.random.default_rng(7)
@@ -197,6 +198,28 @@ def test_what_is_brought_and_changed_is_counted_against_the_base(tmp_path: Path)
         else:
             with pytest.raises(RefusedError, match="identical to the base"):
                 merge(base, item, tmp_path / f"o{number}.safetensors")
+
+
+def test_a_weight_that_one_adapter_brings_and_another_changes_is_said(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"model.q.weight": normal(4, 6), "model.k.weight": normal(4, 6)})
+    saved, delta = normal(4, 6), rank2(4, 6)
+    whole = adapter({"model.k": rank2(4, 6)}, extras=[Extra(ExtraKind.SAVED_MODULE, "model.q.weight", Tensor.of(saved))])
+    changes = adapter({"model.q": delta})
+    for number, items in enumerate(([whole, changes], [changes, whole])):
+        out = tmp_path / f"o{number}.safetensors"
+        receipt = merge(base, items, out)
+        assert [(finding.code, finding.subject) for finding in receipt.findings] == [("replaced-and-changed", "model.q.weight")]
+        assert np.array_equal(load(out)["model.q.weight"], (saved + dense(delta)).astype(np.float32))
+        plan = prepare(base, items)
+        assert {change["tensor"]: change["replaced"] for change in plan.facts(0)["changes"]} == {
+            "model.q.weight": True,
+            "model.k.weight": False,
+        }
+        assert "model.q.weight float32 4x6: replaced whole, lora r=2 scale 1" in plan_text(plan, 0)
+    both = adapter({"model.q": delta}, extras=whole.extras)
+    assert not merge(base, both, tmp_path / "both.safetensors").findings  # an embedding saved beside its LoRA
+    with pytest.raises(MismatchError, match=r"replaced by two adapters.*one adapter after the other"):
+        prepare(base, [whole, both])
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bf16", "float16"])

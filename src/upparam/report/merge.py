@@ -16,12 +16,13 @@ def plan_text(plan: Plan, size: int) -> str:
         algorithms = listed(f"{count} {name}" for name, count in item.adapter.algorithms().items())
         lines.append(f"adapter: {item.path} x {item.multiplier:g} ({item.adapter.dialect}: {algorithms or 'no deltas'})")
     for name, work in plan.works.items():
-        how = "replaced whole" if work.replacement is not None else listed(
+        ways = ["replaced whole"] if work.replacement is not None else []
+        ways += [
             f"{piece.delta.algorithm} r={piece.delta.rank} scale {piece.delta.known_scale() * piece.multiplier:g}"
             + (f" rows {piece.rows[0]}:{piece.rows[1]}" if piece.rows else "") + (" transposed" if piece.transposed else "")
             for piece in work.pieces
-        )  # fmt: skip
-        lines.append(f"  {name} {work.dtype} {'x'.join(map(str, work.tensor.shape))}: {how}")
+        ]  # fmt: skip
+        lines.append(f"  {name} {work.dtype} {'x'.join(map(str, work.tensor.shape))}: {listed(ways)}")
     lines += [f"  {name} {plan.out_dtype(tensor)} {'x'.join(map(str, tensor.shape))}: added" for name, tensor in plan.added.items()]
     if plan.skipped:
         lines.append(f"left out: {counted(len(plan.skipped), 'target')} ({listed(plan.skipped)})")

@@ -17,7 +17,7 @@ from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.planned import Ingredient, Piece, Plan, Work
-from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights, tied_apart
+from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights, replaced_and_changed, tied_apart
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import Tensor
 from upparam.wording import counted
@@ -59,7 +59,8 @@ def make_plan(
             if plan.skipped
             else "no deltas",
         )
-    plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip), *order_matters(plan), *tied_apart(plan)]
+    plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip)]
+    plan.findings += [*order_matters(plan), *replaced_and_changed(plan), *tied_apart(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     plan.works = dict(sorted(plan.works.items(), key=lambda item: order[item[0]]))
     return plan
@@ -377,8 +378,10 @@ def _replace(plan: Plan, name: str, extra: Extra, problems: list[Misfit]) -> Non
         )  # fmt: skip
     work = plan.works.setdefault(name, Work(name, file, tensor, plan.out_dtype(tensor)))
     if work.replacement is not None or work.scale is not None:
-        why = "replaced by two adapters" if work.replacement is not None else "the base holds it as scaled fp8"
-        problems.append(Misfit(f"{extra.name}: {why}"))
+        twice = work.replacement is not None
+        why = "replaced by two adapters" if twice else "the base holds it as scaled fp8"
+        cure = "merge one adapter after the other: what the last one brings stays" if twice else None
+        problems.append(Misfit(f"{extra.name}: {why}", cure))
         return
     work.replacement = extra.tensor
     _note_tied(plan, name)

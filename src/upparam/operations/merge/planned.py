@@ -120,6 +120,7 @@ class Plan:
                     "tensor": work.name,
                     "dtype": work.dtype.name,
                     "shape": list(work.tensor.shape),
+                    "replaced": work.replacement is not None,
                     "deltas": [
                         {
                             "target": str(piece.target),

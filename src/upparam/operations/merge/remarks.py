@@ -15,7 +15,7 @@ from upparam.operations.merge.misfits import EMBEDDINGS, HEADS, ties_head
 from upparam.wording import counted
 
 if TYPE_CHECKING:
-    from upparam.operations.merge.planned import Piece, Plan
+    from upparam.operations.merge.planned import Piece, Plan, Work
 
 
 def other_weights(plan: Plan) -> list[Finding]:
@@ -82,6 +82,21 @@ def order_matters(plan: Plan) -> list[Finding]:
         )
         found.append(warning("norm-of-changed", later[0], said, *later[:5]))
     return found
+
+
+def replaced_and_changed(plan: Plan) -> list[Finding]:
+    """A warning where one adapter brings a weight whole and another one changes it."""
+    found = [name for name, work in plan.works.items() if any(not _brings(plan, piece, work) for piece in work.pieces)]
+    if not found:
+        return []
+    said = f"brought whole by one adapter and changed by another, in {counted(len(found), 'tensor')}: the change is added to what is brought, in whatever order they are given"
+    return [warning("replaced-and-changed", found[0], said, *found[:5])]
+
+
+def _brings(plan: Plan, piece: Piece, work: Work) -> bool:
+    """True where nothing replaces the weight that a piece changes, or the piece's own adapter does."""
+    extras = plan.ingredients[piece.ingredient].adapter.extras
+    return work.replacement is None or any(extra.tensor is work.replacement for extra in extras)
 
 
 def _meet(one: Piece, other: Piece) -> bool:
