@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +122,31 @@ def test_where_the_order_does_not_matter_nothing_is_said_of_it(tmp_path: Path) -
         for span in ((0, 3), (3, 6))
     ]
     assert not merge(base, rows, tmp_path / "c.safetensors").findings
+
+
+def peft(folder: Path, magnitude: Any = None, hole: bool = False) -> Path:
+    rng = np.random.default_rng(5)
+    up, down = rng.standard_normal((6, 2)).astype(np.float32), rng.standard_normal((2, 8)).astype(np.float32)
+    if hole:
+        up[1, 1] = np.inf
+    factors = {"lora_A.weight": down, "lora_B.weight": up} | ({} if magnitude is None else {"lora_magnitude_vector": magnitude})
+    save(folder / "adapter_model.safetensors", {f"base_model.model.m.{name}": array for name, array in factors.items()})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["m"], "use_dora": magnitude is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_of_several_adapters_the_one_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    base = save(tmp_path / "b.safetensors", {"m.weight": np.ones((6, 8), np.float32)})
+    sound, broken = peft(tmp_path / "sound"), peft(tmp_path / "broken", hole=True)
+    for beside in ((), (peft(tmp_path / "dora", np.ones(6, np.float32)),)):  # sums of factors, and one change after the other
+        with pytest.raises(MalformedError, match=r"broken.adapter_model\.safetensors: tensor 'm': .*NaN or Inf"):
+            merge(base, [sound, broken, *beside], tmp_path / "o.safetensors")
+
+
+def test_a_hole_of_the_base_that_a_norm_spreads_is_not_the_adapters_fault(tmp_path: Path) -> None:
+    weight = np.ones((6, 8), np.float32)
+    weight[2, 3] = np.nan
+    base = save(tmp_path / "b.safetensors", {"m.weight": weight})
+    with pytest.raises(MalformedError, match=r"the base holds some in this weight.*--skip"):
+        merge(base, peft(tmp_path / "dora", np.ones(6, np.float32)), tmp_path / "o.safetensors")

@@ -249,8 +249,15 @@ def _not_finite(piece: Piece, update: Update) -> MalformedError:
     form = update.floats()
     if form is not None and all(isfinite(_largest(factor)) for factor in form):
         scale = f"scale {update.scale:g} x multiplier {piece.multiplier:g}"
-        return MalformedError("the factors times the scale are no finite numbers", tensor=str(piece.target), found=scale)
-    return MalformedError("the factors hold NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
+        return MalformedError(
+            "the factors times the scale are no finite numbers", file=_origin(piece), tensor=str(piece.target), found=scale
+        )
+    return MalformedError("the factors hold NaN or Inf", file=_origin(piece), tensor=str(piece.target), remedy="see 'upparam verify'")
+
+
+def _origin(piece: Piece) -> str | None:
+    """Where a piece's factors come from: of several adapters, the one to blame."""
+    return next((factor.source.name for factor in piece.delta.factors().values()), None)
 
 
 def _largest(values: NDArray[Any]) -> float:
@@ -298,5 +305,13 @@ def _transposed(before: Rows, piece: Piece, update: Update, base: BaseRows) -> R
 def _check_finite(rows: NDArray[np.float64], piece: Piece, before: Callable[[], NDArray[np.float64]]) -> None:
     """Raise MalformedError for NaN or Inf where there was none before: the base may hold some of its own."""
     lost = ~np.isfinite(rows)
-    if lost.any() and np.isfinite(before()[lost]).any():
-        raise MalformedError("the changed weight holds NaN or Inf", tensor=str(piece.target), remedy="see 'upparam verify'")
+    if not lost.any():
+        return
+    held = np.isfinite(before())
+    if not held[lost].any():
+        return
+    spread = "the base holds some in this weight, and a change that depends on the weight spreads them" if not held.all() else None
+    raise MalformedError(
+        "the changed weight holds NaN or Inf", file=_origin(piece), tensor=str(piece.target), found=spread,
+        remedy="leave it out with --skip" if spread else "see 'upparam verify'",
+    )  # fmt: skip
