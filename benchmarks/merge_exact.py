@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     pool = rng.standard_normal((4 * ROWS, COLUMNS))
-    for dtype in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"):
         scratches = {name: Scratch(ROWS * COLUMNS, route) for name, route in routes().items()}
         wrong = {(name, exact): 0 for name in scratches for exact in (True, False)}
         best = dict.fromkeys(wrong, 9.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,9 +77,9 @@ class TileCase(NamedTuple):
 
 
 @st.composite
-def tile_cases(draw: st.DrawFn) -> TileCase:
+def tile_cases(draw: st.DrawFn, dtypes: Sequence[str] = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")) -> TileCase:
     """Tiles of every dtype, shape and size of change, weights of every code among them, with rows and columns of zeros."""
-    dtype = draw(st.sampled_from(["bfloat16", "float16", "float32"]))
+    dtype = draw(st.sampled_from(dtypes))
     rows, columns, rank = draw(st.integers(1, 40)), draw(st.integers(1, 150)), draw(st.integers(1, 40))
     start, size = draw(st.integers(0, 9)), draw(st.sampled_from([1e-9, 1e-3, 1.0, 1e4]))
     strange, single = draw(st.booleans()), draw(st.booleans())

@@ -241,19 +241,21 @@ def test_many_adapters_in_one_pass(tmp_path: Path) -> None:
     ("ending", "scale"),
     [
         ("scale_weight", np.array(0.02, np.float32)),
-        ("weight_scale", np.linspace(0.01, 0.03, 12, dtype=np.float32)[:, None]),
+        ("weight_scale", np.linspace(0.01, 0.03, 60, dtype=np.float32)[:, None]),
+        ("weight_scale", np.linspace(-0.01, 0.03, 6, dtype=np.float32)[:, None]),
         ("weight_scale_inv", np.array([[0.01, 0.02, 0.03], [0.02, 0.05, 0.01]], np.float32)),
     ],
 )
 def test_scaled_fp8_weights(tmp_path: Path, ending: str, scale: Any) -> None:
-    stored = (RNG.standard_normal((12, 18)) * 30).astype(NUMPY["float8_e4m3fn"])
+    """One number, one a row or some, one a block; all but the last through the kernel, in the units of what is stored."""
+    stored = (RNG.standard_normal((60, 90)) * 30).astype(NUMPY["float8_e4m3fn"])
     base = save(tmp_path / "b.safetensors", {"m.weight": stored, f"m.{ending}": scale})
-    delta = rank2(12, 18)
+    delta = rank2(60, 90)
     receipt = merge(base, adapter({"m": delta}), tmp_path / "o.safetensors")
     factor = scale.astype(np.float64)
-    if scale.shape == (2, 3):
-        factor = np.repeat(np.repeat(factor, 6, axis=0), 6, axis=1)
-    expected = (stored.astype(np.float64) * factor + delta.load().rows(0, 12)) / factor
+    if scale.size > 1:
+        factor = np.repeat(np.repeat(factor, 60 // len(factor), axis=0), 90 // factor.shape[1], axis=1)
+    expected = (stored.astype(np.float64) * factor + delta.load().rows(0, 60)) / factor
     got = load(tmp_path / "o.safetensors")
     assert np.array_equal(got["m.weight"].astype(np.float32), round_once(np.clip(expected, -448, 448), "float8_e4m3fn").astype(np.float32))
     assert np.array_equal(got[f"m.{ending}"], scale)

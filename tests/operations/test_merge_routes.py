@@ -37,7 +37,8 @@ def test_all_routes_give_the_same_bytes(case: TileCase) -> None:
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         true = weight.astype(np.float32).astype(np.float64) + up[start:] @ factors.down64
-    finite = np.isfinite(true) & (np.abs(true) < 0.99 * float(np.finfo(np.float32).max if dtype != "float16" else 65504))
+    most = {"float16": 65504.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}.get(dtype, float(np.finfo(np.float32).max))
+    finite = np.isfinite(true) & (np.abs(true) < 0.99 * most)
     got = np.frombuffer(results["numpy"][0], weight.dtype).reshape(weight.shape)
     assert np.array_equal(got[finite].astype(np.float32), round_once(true[finite], dtype).astype(np.float32))
 
@@ -127,7 +128,7 @@ def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
             short[place] = short[place][:0]
             with pytest.raises(ValueError, match="too small"):
                 lay(*short)
-        for place, wrong in ((1, 400), (2, 400), (5, 1), (6, 2), (6, -1), (7, 3), (10, 9)):
+        for place, wrong in ((1, 400), (2, 400), (5, 1), (6, 2), (6, -1), (7, 5), (10, 9)):
             with pytest.raises(ValueError, match="too small"):
                 lay(*whole[:place], wrong, *whole[place + 1 :])
 

@@ -1,4 +1,4 @@
-/* upparam._native.tile: one tile of a stored weight becomes round(W + up @ down) in place, for 16-bit and float32 weights.
+/* upparam._native.tile: one tile of a stored weight becomes round(W + up @ down) in place, for weights of 8 or 16 bits and of float32.
  *
  * Every element whose rounding float32 (for float32 weights: float64) sums cannot decide is summed again in float64, in a fixed order.
  * So results do not depend on the instruction set, and equal those of the numpy path byte for byte.
@@ -10,50 +10,77 @@
 
 #define CHUNK 16
 #define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
-#define INTERFACE 4 /* counts changes of what Python passes: a module built from older source is not used */
+#define INTERFACE 5 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* columns of a panel */
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
 #define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
 #define TINY 2e-37f
 
-/* Rounding of one double (no NaN) to nearest even in a 16-bit type: to odd in float first, which keeps on which side of a tie it lies.
+enum { BFLOAT, HALF, SINGLE, E4M3, E5M2 };
+
+/* The formats of 8 bits: how far their bits lie above those of a float, the float that moves their exponent to a float's, the float whose unit in
+ * the last place is their smallest number, that number's power of 2 times 8 or 4 (from where on they are normal), the largest of their codes that is
+ * a number, and the largest number for which both ends of an interval are sure to be numbers. E4M3 (`fn`) has no infinity and saturates. */
+#define DROPPED(kind) ((kind) == E4M3 ? 20 : 21)
+#define MOVE(kind) ((kind) == E4M3 ? 1.329227995784916e+36f : 5.192296858534828e+33f)
+#define LEAST(kind) ((kind) == E4M3 ? 16384.0f : 128.0f)
+#define LEAST_BITS(kind) ((kind) == E4M3 ? 0x46800000u : 0x43000000u)
+#define NORMAL(kind) ((kind) == E4M3 ? 0.015625f : 6.103515625e-05f)
+#define REBIAS(kind) ((kind) == E4M3 ? 120u << 3 : 112u << 2)
+#define REBIAS_BITS(kind) (REBIAS(kind) << DROPPED(kind))
+#define LAST(kind) ((kind) == E4M3 ? 0x7Eu : 0x7Cu)
+#define SURE(kind) ((kind) == E4M3 ? 416.0f : 49152.0f)
+
+/* Rounding of one double (no NaN) to nearest even in a narrow type: to odd in float first, which keeps on which side of a tie it lies.
  * Without branches on signs and sizes, which no processor foresees. */
-static inline uint16_t rounded16(double value, int half)
+static inline uint16_t rounded(double value, int kind)
 {
     const double magnitude = __builtin_fabs(value);
     const float nearest = (float)magnitude;
     const double back = (double)nearest;
-    const uint16_t sign = __builtin_signbit(value) ? 0x8000u : 0;
-    uint32_t bits, least;
+    const int eight = kind == E4M3 || kind == E5M2;
+    const uint16_t sign = __builtin_signbit(value) ? (eight ? 0x80u : 0x8000u) : 0;
+    uint32_t bits, least, normal;
+    float small;
     memcpy(&bits, &nearest, sizeof bits);
     bits = (bits - (back > magnitude)) | (back != magnitude);
-    if (!half)
+    if (kind == BFLOAT)
         return sign | (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-    float small;
     memcpy(&small, &bits, sizeof small);
-    small += 0.5f; /* rounds what is below 2^-14 to the spacing of fp16 subnormals */
+    if (kind == HALF) {
+        const uint32_t subnormal = bits < 0x38800000u; /* 2^-14 */
+        small += 0.5f; /* whose unit in the last place is the spacing of fp16 subnormals */
+        memcpy(&least, &small, sizeof least);
+        normal = (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
+        normal = normal < 0x7C00u ? normal : 0x7C00u;
+        return sign | (uint16_t)(subnormal ? least - 0x3F000000u : normal);
+    }
+    const int subnormal = small < NORMAL(kind), dropped = DROPPED(kind);
+    small += LEAST(kind);
     memcpy(&least, &small, sizeof least);
-    least -= 0x3F000000u;
-    uint32_t normal = (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
-    normal = normal < 0x7C00u ? normal : 0x7C00u;
-    return sign | (uint16_t)(bits < 0x38800000u ? least : normal);
+    normal = ((bits + (1u << (dropped - 1)) - 1u + (bits >> dropped & 1u)) >> dropped) - REBIAS(kind);
+    normal = normal < LAST(kind) ? normal : LAST(kind);
+    return sign | (uint16_t)(subnormal ? least - LEAST_BITS(kind) : normal);
 }
 
-static inline double stored16(uint16_t code, int half)
+static inline double as_stored(uint16_t code, int kind)
 {
-    uint32_t bits = half ? (uint32_t)(code & 0x7FFFu) << 13 : (uint32_t)code << 16;
+    const int eight = kind == E4M3 || kind == E5M2;
+    uint32_t bits = kind == BFLOAT ? (uint32_t)code << 16 : eight ? (uint32_t)(code & 0x7Fu) << DROPPED(kind) : (uint32_t)(code & 0x7FFFu) << 13;
     float value;
     memcpy(&value, &bits, sizeof value);
-    if (!half)
+    if (kind == BFLOAT)
         return (double)value;
-    double wide = (double)value * 5.192296858534828e+33; /* 2^112 */
-    if ((code & 0x7C00u) == 0x7C00u)
+    double wide = (double)value * (eight ? (double)MOVE(kind) : 5.192296858534828e+33); /* 2^120, 2^112 */
+    if (kind == HALF && (code & 0x7C00u) == 0x7C00u)
         wide = (code & 0x3FFu) ? __builtin_nan("") : __builtin_inf();
-    return __builtin_copysign(wide, code & 0x8000u ? -1.0 : 1.0);
+    if (eight && (code & 0x7Fu) > (kind == E4M3 ? 0x7Eu : 0x7Bu))
+        wide = (code & 0x7Fu) == 0x7Cu ? __builtin_inf() : __builtin_nan("");
+    return __builtin_copysign(wide, code & (eight ? 0x80u : 0x8000u) ? -1.0 : 1.0);
 }
 
-/* One tile: `stored` (rows, columns) of 16-bit or float32 weights, `up` (rows, rank), `panels` (see tile_layout.h) and `downs`, which is down as
+/* One tile: `stored` (rows, columns) of weights of its kind, `up` (rows, rank), `panels` (see tile_layout.h) and `downs`, which is down as
  * (columns, rank), in float (float32 weights: double); the ranks of up and downs are padded with zeros to a multiple of 8. Where float does not
  * hold the values, `up64`, else NULL, and `downs` have them in double. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of
  * the true one (float32 weights: that times 2^-28). */
@@ -66,8 +93,6 @@ typedef struct {
     const float *row_bound, *panel_norm;
     int kind, wide_downs;
 } Tile;
-
-enum { BFLOAT, HALF, SINGLE };
 
 /* Eight numbers of a row, whatever the instruction set; and the order in which their sums are added up, which numpy's path uses too. */
 typedef double Eight __attribute__((vector_size(64)));
@@ -111,15 +136,23 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
         *place = after;
         return;
     }
-    const int half = kind == HALF;
-    uint16_t *place = (uint16_t *)tile->stored + at, before = *place;
-    double value = stored16(before, half);
+    const int eight = kind == E4M3 || kind == E5M2;
+    uint8_t *const small = (uint8_t *)tile->stored + at;
+    uint16_t *const place = (uint16_t *)tile->stored + at;
+    const uint16_t before = eight ? *small : *place;
+    const double value = as_stored(before, kind);
     if (value != value)
         return;
-    uint16_t after = rounded16(value + sum, half), top = half ? 0x7C00u : 0x7F80u;
+    const uint16_t after = rounded(value + sum, kind), top = kind == HALF ? 0x7C00u : eight ? 0x7Cu : 0x7F80u, sized = eight ? 0x7Fu : 0x7FFFu;
     *changed += before != after;
-    *infinite += (after & 0x7FFFu) == top && (before & 0x7FFFu) != top;
-    *place = after;
+    if (kind == E4M3)
+        *infinite += __builtin_fabs(value + sum) > 448.0;
+    else
+        *infinite += (after & sized) == top && (before & sized) != top;
+    if (eight)
+        *small = (uint8_t)after;
+    else
+        *place = after;
 }
 
 #define LANES 4
@@ -251,7 +284,7 @@ typedef int (*layout_function)(const Layout *);
 typedef struct {
     const char *name;
     int lanes;
-    tile_function tile16, tile32;
+    tile_function narrow, single;
     layout_function lay_up, lay_down;
 } InstructionSet;
 
@@ -264,16 +297,16 @@ static void find_sets(void)
 #ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        sets[set_count++] = (InstructionSet){"avx512", 16, tile16_avx512, tile32_avx512, lay_up_avx512, lay_down_avx512};
+        sets[set_count++] = (InstructionSet){"avx512", 16, tile_narrow_avx512, tile_single_avx512, lay_up_avx512, lay_down_avx512};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        sets[set_count++] = (InstructionSet){"avx2", 8, tile16_avx2, tile32_avx2, lay_up_avx2, lay_down_avx2};
+        sets[set_count++] = (InstructionSet){"avx2", 8, tile_narrow_avx2, tile_single_avx2, lay_up_avx2, lay_down_avx2};
 #endif
-    sets[set_count++] = (InstructionSet){"portable", 4, tile16_portable, tile32_portable, lay_up_portable, lay_down_portable};
+    sets[set_count++] = (InstructionSet){"portable", 4, tile_narrow_portable, tile_single_portable, lay_up_portable, lay_down_portable};
 }
 
 /* merge_tile(stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set) -> (changed, infinite)
  *
- * The fields of Tile, None for NULL; kind: 0 bfloat16, 1 float16, 2 float32. Buffers are checked for size. The answer is how many elements
+ * The fields of Tile, None for NULL; kind: 0 bfloat16, 1 float16, 2 float32, 3 float8_e4m3fn, 4 float8_e5m2. Buffers are checked for size. The answer is how many elements
  * changed and how many became infinite. */
 static PyObject *merge_tile(PyObject *module, PyObject *args)
 {
@@ -284,11 +317,11 @@ static PyObject *merge_tile(PyObject *module, PyObject *args)
     PyObject *answer = NULL;
     if (!PyArg_ParseTuple(args, "w*nny*z*y*y*ny*y*ipi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &exact, &set))
         return NULL;
-    if (set < 0 || set >= set_count || kind < BFLOAT || kind > SINGLE || rows < 0 || columns < 0 || rank < 0) {
+    if (set < 0 || set >= set_count || kind < BFLOAT || kind > E5M2 || rows < 0 || columns < 0 || rank < 0) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
         goto done;
     }
-    Py_ssize_t element = kind == SINGLE ? 4 : 2, factor = kind == SINGLE ? 8 : 4, width = (kind == SINGLE ? 1 : 2) * sets[set].lanes;
+    Py_ssize_t element = kind == SINGLE ? 4 : kind > SINGLE ? 1 : 2, factor = kind == SINGLE ? 8 : 4, width = (kind == SINGLE ? 1 : 2) * sets[set].lanes;
     Py_ssize_t count = (columns + width - 1) / width;
     if (stored.len < rows * columns * element || up.len < rows * EIGHTS(rank) * factor || (up64.buf && up64.len < rows * EIGHTS(rank) * 8)
         || panels.len < count * width * rank * factor || downs.len < columns * EIGHTS(rank) * (downs.itemsize == 8 ? 8 : factor) || bounds.len < rows * 4
@@ -299,7 +332,7 @@ static PyObject *merge_tile(PyObject *module, PyObject *args)
     Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, up64.buf, downs.buf, bounds.buf, norms.buf, kind, downs.itemsize == 8};
     long changed = 0, infinite = 0;
     Py_BEGIN_ALLOW_THREADS
-    (kind == SINGLE ? sets[set].tile32 : sets[set].tile16)(&tile, exact, &changed, &infinite);
+    (kind == SINGLE ? sets[set].single : sets[set].narrow)(&tile, exact, &changed, &infinite);
     Py_END_ALLOW_THREADS
     answer = Py_BuildValue("ll", changed, infinite);
 done:
@@ -325,7 +358,7 @@ static PyObject *lay(PyObject *args, int down)
     int kind, set, held = 0;
     if (!PyArg_ParseTuple(args, down ? "y*nndw*nniy*w*iw*" : "y*nndw*nniy*w*i", &from, &rows, &columns, &layout.factor, &to, &rank, &at, &kind, &weights, &squares, &set, &downs))
         return NULL;
-    int fits = set >= 0 && set < set_count && kind >= BFLOAT && kind <= SINGLE && rows >= 0 && columns >= 0 && at >= 0 && rank >= 0;
+    int fits = set >= 0 && set < set_count && kind >= BFLOAT && kind <= E5M2 && rows >= 0 && columns >= 0 && at >= 0 && rank >= 0;
     if (fits) {
         Py_ssize_t width = (kind == SINGLE ? 1 : 2) * sets[set].lanes, ranks = down ? rows : columns, lines = down ? columns : rows;
         Py_ssize_t padded = down ? (columns + width - 1) / width * width : rows;

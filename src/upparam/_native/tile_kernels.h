@@ -23,6 +23,7 @@ typedef uint32_t NAME(vu) __attribute__((vector_size(LANES * 4)));
 typedef int32_t NAME(vi) __attribute__((vector_size(LANES * 4)));
 typedef uint16_t NAME(vh) __attribute__((vector_size(LANES * 2)));
 typedef uint16_t NAME(vw) __attribute__((vector_size(LANES * 4)));
+typedef uint8_t NAME(vb) __attribute__((vector_size(LANES)));
 typedef double NAME(vd) __attribute__((vector_size(LANES * 4)));
 typedef uint64_t NAME(vul) __attribute__((vector_size(LANES * 4)));
 typedef int64_t NAME(vil) __attribute__((vector_size(LANES * 4)));
@@ -33,6 +34,7 @@ typedef uint32_t NAME(vus) __attribute__((vector_size(LANES * 2)));
 #define VU NAME(vu)
 #define VI NAME(vi)
 #define VH NAME(vh)
+#define VB NAME(vb)
 #define VW NAME(vw)
 #define VD NAME(vd)
 #define VUL NAME(vul)
@@ -173,25 +175,71 @@ TARGET static inline __attribute__((always_inline)) uint32_t NAME(half_row)(uint
 #define ROW_OF_HALF NAME(half_row)
 #endif
 
-/* A block of 16-bit weights whose sums are known and whose weights are still to be changed. */
+/* Codes of numbers of magnitude a in a format of 8 bits, rounded to nearest even. */
+TARGET static inline __attribute__((always_inline)) VU NAME(eight_code)(VF a, int kind)
+{
+    VU bits = (VU)a;
+    VU normal = ((bits + ((1u << (DROPPED(kind) - 1)) - 1u) + (bits >> DROPPED(kind) & 1u)) >> DROPPED(kind)) - REBIAS(kind);
+    VU small = (VU)(a + LEAST(kind)) - LEAST_BITS(kind);
+    VU is_small = (VU)(a < NORMAL(kind));
+    return (normal & ~is_small) | (small & is_small);
+}
+
+/* One row of a block of 8 bits, by magnitudes as `half_row`. */
+TARGET static inline __attribute__((always_inline)) uint32_t NAME(eight_row)(uint8_t *w, const VF *sum, float reach, int kind, int exact, long *changed)
+{
+    uint32_t mark = 0;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+        VB stored;
+        memcpy(&stored, w + j * LANES, sizeof stored);
+        VU old = __builtin_convertvector(stored, VU), size = old & 0x7Fu;
+        VU least = (VU)(size < (1u << (23 - DROPPED(kind)))); /* below the smallest normal number: as what is above it by so much */
+        VF value = (VF)((size << DROPPED(kind)) + REBIAS_BITS(kind) + (least & 1u << 23)) - (VF)(least & (VU)(NORMAL(kind) - (VF){0}));
+        VU bits = (VU)((VF)((VU)value | (old & 0x80u) << 24) + sum[j]);
+        VU sign = bits & 0x80000000u;
+        VF a = (VF)(bits ^ sign);
+        VU doubt = (VU)(a <= SURE(kind)) ^ 0xFFFFFFFFu; /* also true for NaN */
+        VU code;
+        if (exact) {
+            VI low = (VI)(a - reach) - 4;
+            code = NAME(eight_code)((VF)((VI)(a + reach) + 4), kind);
+            doubt |= (VU)(NAME(eight_code)((VF)low, kind) != code) | (VU)(low < 0);
+        } else
+            code = NAME(eight_code)(a, kind);
+        code |= sign >> 24;
+        doubt |= (VU)(size > (kind == E4M3 ? 0x7Eu : 0x7Bu)); /* what is no number came out as a large one */
+        code = (code & ~doubt) | (old & doubt);
+        *changed += __builtin_popcount(LANE_BITS((VU)(code != old)));
+        mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
+        stored = __builtin_convertvector(code, VB);
+        memcpy(w + j * LANES, &stored, sizeof stored);
+    }
+    return mark;
+}
+
+/* A block of narrow weights whose sums are known and whose weights are still to be changed. */
 typedef struct {
     VF sum[ROWS][2];
-    uint16_t *w[ROWS];
+    void *w[ROWS];
     float reach[ROWS];
     long row, column;
 } NAME(Held);
 
 /* Change row i of a held block: w = round(w + sum) where that is certain. Doubtful elements keep their old code and are marked. */
-TARGET static inline __attribute__((always_inline)) uint32_t NAME(finish_row)(const NAME(Held) *held, int i, int half, int exact, long *changed)
+TARGET static inline __attribute__((always_inline)) uint32_t NAME(finish_row)(const NAME(Held) *held, int i, int kind, int exact, long *changed)
 {
-    return half ? ROW_OF_HALF(held->w[i], held->sum[i], held->reach[i], exact, changed)
-                : ROW_OF_BFLOAT(held->w[i], held->sum[i], held->reach[i], exact, changed);
+    if (kind == BFLOAT)
+        return ROW_OF_BFLOAT(held->w[i], held->sum[i], held->reach[i], exact, changed);
+    if (kind == HALF)
+        return ROW_OF_HALF(held->w[i], held->sum[i], held->reach[i], exact, changed);
+    return NAME(eight_row)(held->w[i], held->sum[i], held->reach[i], kind, exact, changed);
 }
 
 /* sum = up . panel for ROWS rows and 2 * LANES columns, over the ranks from `from` to `to`. A block that is held is finished meanwhile, row
  * by row: what rounds and what multiplies are different units of a processor, and one block alone keeps only one of them busy. */
 TARGET static inline __attribute__((always_inline)) void NAME(sums16)(
-    VF (*sum)[2], const float *const *up, const float *panel, long from, long to, const NAME(Held) *held, int half, int exact, long *changed, uint32_t *marks)
+    VF (*sum)[2], const float *const *up, const float *panel, long from, long to, const NAME(Held) *held, int kind, int exact, long *changed, uint32_t *marks)
 {
     for (int i = 0; i < ROWS; i++)
         sum[i][0] = sum[i][1] = (VF){0};
@@ -207,25 +255,25 @@ TARGET static inline __attribute__((always_inline)) void NAME(sums16)(
             sum[i][1] = FMA(u, d1, sum[i][1]);
         }
         if (held && k * ROWS / CHUNK != (k + 1) * ROWS / CHUNK)
-            marks[k * ROWS / CHUNK] = NAME(finish_row)(held, (int)(k * ROWS / CHUNK), half, exact, changed);
+            marks[k * ROWS / CHUNK] = NAME(finish_row)(held, (int)(k * ROWS / CHUNK), kind, exact, changed);
     }
 }
 
-/* The sums of one block of 16-bit weights, CHUNK ranks at a time, while the block before is finished. */
+/* The sums of one block of narrow weights, CHUNK ranks at a time, while the block before is finished. */
 TARGET static inline __attribute__((always_inline)) void NAME(block16)(
-    VF (*sum)[2], const float *const *up, const float *panel, long rank, const NAME(Held) *held, int half, int exact, long *changed, uint32_t *marks)
+    VF (*sum)[2], const float *const *up, const float *panel, long rank, const NAME(Held) *held, int kind, int exact, long *changed, uint32_t *marks)
 {
     VF part[ROWS][2];
     if (rank >= CHUNK)
-        NAME(sums16)(sum, up, panel, 0, CHUNK, held, half, exact, changed, marks); /* of constant length: the compiler unrolls it */
+        NAME(sums16)(sum, up, panel, 0, CHUNK, held, kind, exact, changed, marks); /* of constant length: the compiler unrolls it */
     else {
-        NAME(sums16)(sum, up, panel, 0, rank, 0, half, exact, changed, marks);
+        NAME(sums16)(sum, up, panel, 0, rank, 0, kind, exact, changed, marks);
 #pragma GCC unroll 8
         for (int i = 0; held && i < ROWS; i++)
-            marks[i] = NAME(finish_row)(held, i, half, exact, changed);
+            marks[i] = NAME(finish_row)(held, i, kind, exact, changed);
     }
     for (long from = CHUNK; from < rank; from += CHUNK) {
-        NAME(sums16)(part, up, panel, from, from + CHUNK < rank ? from + CHUNK : rank, 0, half, exact, changed, marks);
+        NAME(sums16)(part, up, panel, from, from + CHUNK < rank ? from + CHUNK : rank, 0, kind, exact, changed, marks);
         for (int i = 0; i < ROWS; i++) {
             sum[i][0] += part[i][0];
             sum[i][1] += part[i][1];
@@ -346,14 +394,17 @@ TARGET static inline __attribute__((always_inline)) void NAME(settle_in)(const T
 /* The same for every kind and form of the factors; the places are forgotten. Many at a time: what one waits for, the next is begun meanwhile. */
 TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, Doubts *doubts, long *changed, long *infinite)
 {
-    const int wide_up = tile->up64 != 0, wide_down = tile->wide_downs;
-    if (tile->kind == SINGLE)
+    const int kind = tile->kind, wide_up = tile->up64 != 0, wide_down = tile->wide_downs;
+    if (kind == SINGLE)
         NAME(settle_in)(tile, doubts, SINGLE, 1, 1, changed, infinite);
     else if (wide_up || wide_down)
-        tile->kind == BFLOAT ? NAME(settle_in)(tile, doubts, BFLOAT, wide_up, wide_down, changed, infinite)
-                             : NAME(settle_in)(tile, doubts, HALF, wide_up, wide_down, changed, infinite);
+        NAME(settle_in)(tile, doubts, kind, wide_up, wide_down, changed, infinite);
+    else if (kind == BFLOAT)
+        NAME(settle_in)(tile, doubts, BFLOAT, 0, 0, changed, infinite);
+    else if (kind == HALF)
+        NAME(settle_in)(tile, doubts, HALF, 0, 0, changed, infinite);
     else
-        tile->kind == BFLOAT ? NAME(settle_in)(tile, doubts, BFLOAT, 0, 0, changed, infinite) : NAME(settle_in)(tile, doubts, HALF, 0, 0, changed, infinite);
+        NAME(settle_in)(tile, doubts, kind, 0, 0, changed, infinite);
     doubts->count = 0;
 }
 
@@ -378,25 +429,26 @@ TARGET static inline __attribute__((always_inline)) void NAME(put_aside)(
 
 /* Finish the block that is held, if one is. */
 TARGET static inline __attribute__((always_inline)) void NAME(finish)(
-    NAME(Held) *held, const Tile *tile, Doubts *doubts, int half, int exact, long *changed, long *infinite)
+    NAME(Held) *held, const Tile *tile, Doubts *doubts, int kind, int exact, long *changed, long *infinite)
 {
     uint32_t marks[ROWS];
     if (held->row < 0)
         return;
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
-        marks[i] = NAME(finish_row)(held, i, half, exact, changed);
-    NAME(put_aside)(tile, doubts, half, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
+        marks[i] = NAME(finish_row)(held, i, kind, exact, changed);
+    NAME(put_aside)(tile, doubts, kind == HALF, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
     held->row = -1;
 }
 
 /* Panels are taken in groups that fit the first-level cache beside what they change, so that a row's bytes are met in runs of several
  * cache lines: at a stride of 4 KiB single lines would all fight for one cache set. */
-TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const Tile *tile, int half, int exact, long *changed_out, long *infinite_out)
+TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Tile *tile, int kind, int exact, long *changed_out, long *infinite_out)
 {
     const long rows = tile->rows, columns = tile->columns, rank = tile->rank, group = GROUP(WIDE * sizeof(float), rank) * WIDE;
     const float *up = tile->up, *panels = tile->panels, *u[ROWS];
-    uint16_t *stored = tile->stored, edge[ROWS][WIDE];
+    const long size = kind > SINGLE ? 1 : 2;
+    char *stored = tile->stored, edge[ROWS][2 * WIDE];
     long changed = 0, uncounted = 0;
     uint32_t marks[ROWS];
     NAME(Held) held = {.row = -1}, partial;
@@ -414,13 +466,13 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
                 long wide = columns - j < WIDE ? columns - j : WIDE;
                 if (high == ROWS && wide == WIDE) {
                     if (held.row >= 0) {
-                        NAME(block16)(sum, u, panel, rank, &held, half, exact, &changed, marks);
-                        NAME(put_aside)(tile, &doubts, half, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
+                        NAME(block16)(sum, u, panel, rank, &held, kind, exact, &changed, marks);
+                        NAME(put_aside)(tile, &doubts, kind == HALF, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
                     } else
-                        NAME(block16)(sum, u, panel, rank, 0, half, exact, &changed, marks);
+                        NAME(block16)(sum, u, panel, rank, 0, kind, exact, &changed, marks);
                     memcpy(held.sum, sum, sizeof sum);
                     for (long r = 0; r < ROWS; r++) {
-                        held.w[r] = stored + (i + r) * columns + j;
+                        held.w[r] = stored + ((i + r) * columns + j) * size;
                         held.reach[r] = tile->row_bound[i + r] * norm + TINY;
                     }
                     held.row = i;
@@ -428,39 +480,43 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile16_of)(const T
                     continue;
                 }
                 memset(edge, 0, sizeof edge);
-                NAME(block16)(partial.sum, u, panel, rank, 0, half, exact, &changed, marks);
+                NAME(block16)(partial.sum, u, panel, rank, 0, kind, exact, &changed, marks);
                 for (long r = 0; r < ROWS; r++) {
                     partial.w[r] = edge[r];
                     partial.reach[r] = tile->row_bound[i + (r < high ? r : 0)] * norm + TINY;
                     if (r < high)
-                        memcpy(edge[r], stored + (i + r) * columns + j, (size_t)wide * sizeof **edge);
+                        memcpy(edge[r], stored + ((i + r) * columns + j) * size, (size_t)(wide * size));
                 }
                 for (int r = 0; r < ROWS; r++)
-                    marks[r] = NAME(finish_row)(&partial, r, half, exact, &uncounted); /* padding must not count */
+                    marks[r] = NAME(finish_row)(&partial, r, kind, exact, &uncounted); /* padding must not count */
                 for (long r = 0; r < high; r++)
                     for (long c = 0; c < wide; c++) {
-                        uint16_t *place = stored + (i + r) * columns + j + c;
-                        changed += *place != edge[r][c];
-                        *place = edge[r][c];
+                        char *place = stored + ((i + r) * columns + j + c) * size;
+                        changed += memcmp(place, edge[r] + c * size, (size_t)size) != 0;
+                        memcpy(place, edge[r] + c * size, (size_t)size);
                     }
-                NAME(put_aside)(tile, &doubts, half, marks, high, i, j, wide, &changed, infinite_out);
+                NAME(put_aside)(tile, &doubts, kind == HALF, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
-        NAME(finish)(&held, tile, &doubts, half, exact, &changed, infinite_out);
+        NAME(finish)(&held, tile, &doubts, kind, exact, &changed, infinite_out);
         NAME(settle)(tile, &doubts, &changed, infinite_out); /* while these panels are in the cache */
     }
     *changed_out = changed;
 }
 
-TARGET static void NAME(tile16)(const Tile *tile, int exact, long *changed, long *infinite)
+TARGET static void NAME(tile_narrow)(const Tile *tile, int exact, long *changed, long *infinite)
 {
     if (tile->kind == HALF)
-        exact ? NAME(tile16_of)(tile, 1, 1, changed, infinite) : NAME(tile16_of)(tile, 1, 0, changed, infinite);
+        exact ? NAME(tile_of)(tile, HALF, 1, changed, infinite) : NAME(tile_of)(tile, HALF, 0, changed, infinite);
+    else if (tile->kind == BFLOAT)
+        exact ? NAME(tile_of)(tile, BFLOAT, 1, changed, infinite) : NAME(tile_of)(tile, BFLOAT, 0, changed, infinite);
+    else if (tile->kind == E4M3)
+        exact ? NAME(tile_of)(tile, E4M3, 1, changed, infinite) : NAME(tile_of)(tile, E4M3, 0, changed, infinite);
     else
-        exact ? NAME(tile16_of)(tile, 0, 1, changed, infinite) : NAME(tile16_of)(tile, 0, 0, changed, infinite);
+        exact ? NAME(tile_of)(tile, E5M2, 1, changed, infinite) : NAME(tile_of)(tile, E5M2, 0, changed, infinite);
 }
 
-TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, long *infinite_out)
+TARGET static void NAME(tile_single)(const Tile *tile, int exact, long *changed_out, long *infinite_out)
 {
     const long rows = tile->rows, columns = tile->columns, rank = tile->rank, group = GROUP(LANES * sizeof(double), rank) * LANES;
     const double *up = tile->up, *panels = tile->panels, *u[ROWS];
@@ -510,6 +566,7 @@ TARGET static void NAME(tile32)(const Tile *tile, int exact, long *changed_out, 
 #undef VU
 #undef VI
 #undef VH
+#undef VB
 #undef VW
 #undef ROW_OF_BFLOAT
 #undef ROW_OF_HALF

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 UNIT = 2.0**-24
 TINY = 1e-37
 """Absolute slack for products that underflow float32, and what makes every zero sum doubtful (its sign is decided in float64)."""
-KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
+KINDS = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 """Dtypes the compiled kernel knows, by its numbers for them."""
 UP = 1 + 2.0**-16
 """What norms are multiplied by, so that they are never too small."""

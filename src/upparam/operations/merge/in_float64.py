@@ -49,8 +49,10 @@ def _slack(factors: LowRank) -> float:
     return (factors.rank + 2) * 2.0**-52 * norms + 1e-300 * (factors.rank + 1)
 
 
-_SPARE = {"bfloat16": (45, 2.0**-126), "float16": (42, 2.0**-14), "float32": (29, 2.0**-126)}
-"""The bits of a float64 that rounding takes away, from the smallest normal number of the type on."""
+_SPARE = {
+    "bfloat16": (45, 2.0**-126), "float16": (42, 2.0**-14), "float32": (29, 2.0**-126), "float8_e4m3fn": (49, 2.0**-6), "float8_e5m2": (50, 2.0**-14),
+}  # fmt: skip
+"""The bits of a float64 that rounding takes away, and the smallest normal number of the type."""
 
 
 def _close(true: NDArray[np.float64], slack: float, dtype: DType) -> NDArray[np.intp]:
@@ -58,10 +60,14 @@ def _close(true: NDArray[np.float64], slack: float, dtype: DType) -> NDArray[np.
     if dtype.name not in _SPARE:
         return np.arange(true.size)
     spare, smallest = _SPARE[dtype.name]
-    rest = true.view(np.int64) & np.int64((1 << spare) - 1)
+    size = np.abs(true)
+    least = size <= 2 * slack  # so that of a zero the sign is open
+    size += (size < smallest) * smallest  # what is subnormal has the spacing, and now the bits, of the smallest normal numbers
+    rest = size.view(np.int64) & np.int64((1 << spare) - 1)
     rest -= np.int64((1 << (spare - 1)) - (1 << 22))
     close = rest.view(np.uint64) <= np.uint64(1 << 23)
-    close |= np.abs(true) < max(smallest, slack * 2.0**32)
+    close |= size < slack * 2.0**32
+    close |= least
     return np.flatnonzero(close)
 
 

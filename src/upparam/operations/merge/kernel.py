@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from upparam._native import compiled
@@ -22,7 +21,9 @@ from upparam.operations.merge.in_float64 import add_in_float64
 
 TILE_ELEMENTS = 1 << 19
 """Elements of a tile: 1 MiB in 16 bits. Larger reads and writes take less of the kernel's time, larger tiles leave the second-level cache."""
-_INTERFACE = 4
+ON_DEVICE = ("bfloat16", "float16", "float32")
+"""Dtypes of tiles that a device computes."""
+_INTERFACE = 5
 """What the compiled module must say it speaks; one left over from older source does not."""
 
 
@@ -55,7 +56,7 @@ def best_route() -> Route:
 
 
 class Lane(Protocol):
-    """One thread's way to a device: tiles of KINDS go there instead of through the kernel here (see `on_device`)."""
+    """One thread's way to a device: tiles of ON_DEVICE go there instead of through the kernel here (see `on_device`)."""
 
     raw: Any
     """Memory of the host that tiles are read into: a writable buffer of bytes."""
@@ -92,7 +93,7 @@ def add_low_rank(
 
     Returns (elements whose bits changed, elements that became infinite). `exact=False` leaves out the float64 check of near-ties.
     """
-    if scratch.lane is not None and dtype.name in KINDS and stored.size:
+    if scratch.lane is not None and dtype.name in ON_DEVICE and stored.size:
         return scratch.lane.add_low_rank(stored, dtype, factors, start)
     if scratch.route.module is not None and dtype.name in KINDS:
         return _add_compiled(stored, dtype, factors, start, scratch, exact)
@@ -108,7 +109,7 @@ def _add_compiled(stored: NDArray[Any], dtype: DType, factors: LowRank, start: i
     changed: int
     infinite: int
     changed, infinite = route.module.merge_tile(
-        stored.view(np.uint32 if kind == KINDS["float32"] else np.uint16), rows, columns, form.up[part], None if form.up64 is None else form.up64[part],
+        stored.view(f"u{dtype.itemsize}"), rows, columns, form.up[part], None if form.up64 is None else form.up64[part],
         form.panels, form.downs, factors.rank, form.row_bound[part], form.panel_norm, kind, exact, route.number,
     )  # fmt: skip
     return changed, infinite

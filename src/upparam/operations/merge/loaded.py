@@ -79,6 +79,12 @@ class ScaledRows(BaseRows):
         self._grid = grid
         self._height, self._width = _block(self.count, grid.shape[0]), _block(self.columns, grid.shape[1])
 
+    @property
+    def by_row(self) -> NDArray[np.float64] | None:
+        """The scale of each row as a column (rows, 1); None where it differs within rows, or is 0 or no number somewhere."""
+        usable = self._grid.shape[1] == 1 and bool(np.isfinite(self._grid).all() and (self._grid != 0).all())
+        return self.scales(0, self.count) if usable else None
+
     def scales(self, start: int, stop: int) -> NDArray[np.float64]:
         """The scale of every element of rows [start, stop), broadcastable to them."""
         rows = self._grid[np.arange(start, stop) // self._height]
@@ -125,13 +131,19 @@ class Loaded:
             self._chain = BaseRows(work.replacement)
             return
         forms = [update.floats() if piece.delta.additive else None for piece, update in zip(work.pieces, self.updates, strict=True)]
-        if all(form is not None for form in forms) and work.scale is None and not work.packing:
-            self.segments = self._cut([form for form in forms if form is not None])
+        scales = self.base.by_row if isinstance(self.base, ScaledRows) else None
+        if all(form is not None for form in forms) and (work.scale is None or scales is not None) and not work.packing:
+            self.segments = self._cut([form for form in forms if form is not None], scales)
         else:
             self._chain = self._compose()
 
-    def _cut(self, forms: list[tuple[NDArray[Any], NDArray[Any]]]) -> list[tuple[int, int, LowRank | None]]:
-        """Row ranges of the stored weight with one pair of factors each: all deltas that reach them, side by side."""
+    def _cut(
+        self, forms: list[tuple[NDArray[Any], NDArray[Any]]], scales: NDArray[np.float64] | None
+    ) -> list[tuple[int, int, LowRank | None]]:
+        """Row ranges of the stored weight with one pair of factors each: all deltas that reach them, side by side.
+
+        What is stored times `scales` (rows, 1) is the weight, so what is added to it is divided by them.
+        """
         rows, columns = self.base.count, self.base.columns
         laid: list[tuple[int, int, Part]] = []
         for piece, update, (up, down) in zip(self.work.pieces, self.updates, forms, strict=True):
@@ -143,9 +155,10 @@ class Loaded:
             if piece.transposed:
                 wide = np.zeros((up.shape[1], columns))
                 wide[:, start:stop] = np.multiply(up, factor, dtype=np.float64).T
-                laid.append((0, rows, Part(down.T, wide)))
-            else:
-                laid.append((start, stop, Part(up, down, factor)))
+                up, down, factor, start, stop = down.T, wide, 1.0, 0, rows
+            if scales is not None:
+                up = up / scales[start:stop]
+            laid.append((start, stop, Part(up, down, factor)))
         marks = sorted({0, rows, *(mark for start, stop, _ in laid for mark in (start, stop))})
         segments: list[tuple[int, int, LowRank | None]] = []
         for first, last in pairwise(marks):
@@ -168,7 +181,7 @@ class Loaded:
             result = self._chain(start, stop)
             return result / self.base.scales(start, stop) if isinstance(self.base, ScaledRows) else result
         assert self.segments is not None
-        result = self.base(start, stop)
+        result = widen(self.base.stored(start, stop))
         for first, last, factors in self.segments:
             low, high = max(first, start), min(last, stop)
             if low < high and factors is not None:
@@ -232,6 +245,8 @@ class Loaded:
                 result[start:stop] += factor * (up @ down[:, row].astype(np.float64))
             elif start <= row < stop:
                 result[columns] += factor * _combined(up[row - start], down[:, columns])
+        if isinstance(self.base, ScaledRows):
+            result = result / self.base.scales(row, row + 1)[0]
         row_part: NDArray[np.float64] = result[columns]
         return row_part
 

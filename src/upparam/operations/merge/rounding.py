@@ -1,13 +1,14 @@
 """From float64 (or float32) to a stored dtype with one rounding to nearest, ties to even, and the way back.
 
-Casting float64 to bfloat16 or fp8 through float32 would round twice; the elements where that matters are those whose float32 value
+Casting float64 to bfloat16 through float32 would round twice; the elements where that matters are those whose float32 value
 lies exactly between two neighbours of the narrow type, and only they are rounded to odd first (Boldo & Melquiond, "Emulation of FMA
 and correctly rounded sums: proved algorithms using rounding to odd", 2008: rounding to odd with two spare bits makes the second
-rounding exact).
+rounding exact). The usual fp8 types are rounded in the bits of float64, which takes a tenth of the time of a cast.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ def narrow(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype.name in ("float64", "float32", "float16"):
             return values.astype(dtype.numpy)
+        if dtype.name in _EIGHT:
+            return _eight(values.astype(np.float64, copy=False), dtype)
         if dtype.name in NO_INFINITY:
             values = np.clip(values, -largest(dtype), largest(dtype))
         if values.dtype == np.float32:  # the cast below is the only rounding
@@ -39,6 +42,34 @@ def narrow(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
         else:
             single = round_to_odd(values)
         return single.astype(dtype.numpy)
+
+
+_EIGHT = {"float8_e4m3fn": (3, 7, 0x7E), "float8_e5m2": (2, 15, 0x7C)}
+"""fp8 types by the bits of their fraction, the bias of their exponent, and the code of what is too large."""
+
+
+def _eight(values: NDArray[np.float64], dtype: DType) -> NDArray[Any]:
+    """float64 to an fp8 type: the fraction is rounded where it lies, that of subnormal results by adding what has their spacing as its last place."""
+    fraction, bias, last = _EIGHT[dtype.name]
+    dropped = 52 - fraction
+    bits = values.view(np.uint64)
+    signs = (bits >> np.uint64(56)).astype(np.uint8)
+    signs &= np.uint8(0x80)
+    bits = bits & np.uint64((1 << 63) - 1)
+    sizes = bits.view(np.float64)
+    small = sizes < 2.0 ** (1 - bias)
+    least = (sizes + 2.0 ** (53 - bias - fraction)).view(np.uint64).astype(np.uint8)
+    codes = bits >> np.uint64(dropped)
+    codes &= np.uint64(1)
+    codes += bits
+    codes += np.uint64(((1 << (dropped - 1)) - 1 - ((1023 - bias) << 52)) % (1 << 64))
+    codes >>= np.uint64(dropped)
+    result = np.where(small, least, np.minimum(codes, np.uint64(last)).astype(np.uint8))
+    result |= signs
+    found: NDArray[Any] = result.view(dtype.numpy)
+    if (none := np.isnan(values)).any():
+        found[none] = values[none].astype(np.float32).astype(dtype.numpy)
+    return found
 
 
 def largest(dtype: DType) -> float:
@@ -65,8 +96,15 @@ def widen(stored: NDArray[Any]) -> NDArray[np.float64]:
     """Stored values as float64, exactly."""
     with np.errstate(invalid="ignore"):  # signalling NaN
         if stored.dtype.itemsize == 1:
-            return stored.astype(np.float32).astype(np.float64)
+            found: NDArray[np.float64] = _values(stored.dtype).take(stored.view(np.uint8))
+            return found
         return stored.astype(np.float64)
+
+
+@cache
+def _values(dtype: np.dtype[Any]) -> NDArray[np.float64]:
+    """What each code of an 8-bit type stands for."""
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32).astype(np.float64)
 
 
 def ordered(stored: NDArray[Any]) -> NDArray[np.int64]:
