@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tests.dialects import pipelines  # noqa: E402
 from tests.dialects.test_diffusers_readers import close, everything, loaded  # noqa: E402
 
@@ -205,6 +205,67 @@ def test_halves_of_a_down_that_it_swaps(base: str, pipeline: str, tmp_path: Path
     up, down = made.pop("transformer.norm_out.linear")
     assert not np.allclose(up[:3] @ down, ours.up.read()[:3] @ ours.down.read())
     same(adapter, made)
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline", "block"),
+    [
+        ("flux.1-dev", "FluxPipeline", "transformer.transformer_blocks.0.attn"), ("chroma", "ChromaPipeline", "transformer.transformer_blocks.0.attn"),
+        ("sd3-medium", "StableDiffusion3Pipeline", "transformer.transformer_blocks.0.attn"), ("z-image", "ZImagePipeline", "transformer.layers.0.attention"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", [True, False])
+def test_parts_of_fused_weights_under_its_own_names(base: str, pipeline: str, block: str, beside: bool, tmp_path: Path) -> None:
+    """q, k and v whose scales differ stay apart in a file for ComfyUI, under diffusers' names."""
+    known = inventory.load(base)
+    ends = ("to_q", "to_k", "to_v", *(["to_out.0"] if beside else []))
+    adapter = whole(known, lambda path: path.startswith(f"{block}.") and path.endswith(ends), 2.0)
+    adapter.deltas |= whole(known, lambda path: path == f"{block}.to_k", 1.0).deltas
+    (message,) = foreseen(write_adapter(adapter, tmp_path / "a.safetensors", "comfyui", read=ReadOptions(base=known), verify=False))
+    assert message.startswith("diffusers does not read all of this file: 3 modules are under its own names")
+    made, others = products(pipeline, tmp_path / "a.safetensors")
+    with pytest.raises((AssertionError, KeyError)):
+        assert base != "sd3-medium" or all("lora" in name for name in others), "Invalid LoRA checkpoint"
+        same(adapter, made)
+    again = convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", read=ReadOptions(base=known), verify=False)
+    if beside:
+        assert foreseen(again) == []
+        assert set(products(pipeline, tmp_path / "b/pytorch_lora_weights.safetensors")[0]) == {target.module for target in adapter.deltas}
+    else:  # which is a file in diffusers' names
+        assert "takes no alpha" in foreseen(again)[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "pipeline"),
+    [
+        ("sd1.5", "StableDiffusionPipeline"), ("sd3-medium", "StableDiffusion3Pipeline"), ("flux.1-dev", "FluxPipeline"), ("flux.2-dev", "Flux2Pipeline"),
+        ("wan2.1-t2v-1.3b", "WanPipeline"), ("qwen-image", "QwenImagePipeline"), ("z-image", "ZImagePipeline"), ("lumina2", "Lumina2Pipeline"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("words", ["lora_A lora_B", "lora_down lora_up"])
+def test_alphas_beside_its_own_names(base: str, pipeline: str, words: str, tmp_path: Path) -> None:
+    """No pipeline takes them, in whatever words; by way of PEFT they get into the header, where it does."""
+    known, (down, up) = inventory.load(base), words.split()
+    adapter = whole(known, inner, 1.0)
+    adapter.deltas = dict(list(adapter.deltas.items())[:2])
+    tensors = {}
+    for target, delta in adapter.deltas.items():
+        assert isinstance(delta, LoRA)
+        factors = {f"{down}.weight": delta.down.read(), f"{up}.weight": delta.up.read(), "alpha": np.array(1.0, np.float32)}
+        tensors |= {f"{target.module}.{word}": torch.from_numpy(value) for word, value in factors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    made, others = products(pipeline, tmp_path / "a.safetensors")
+    with pytest.raises((AssertionError, KeyError)):
+        assert base.startswith("flux.1") or all("lora" in name for name in others), "Invalid LoRA checkpoint"
+        same(adapter, made)
+    read = ReadOptions(base=known)
+    (said,) = [finding for finding in verify(tmp_path / "a.safetensors", options=read).findings if finding.code == "diffusers-differs"]
+    assert said.message.startswith("diffusers takes no alpha stored beside factors under its own names, as of 2 modules here")
+    assert foreseen(convert(tmp_path / "a.safetensors", tmp_path / "again", "diffusers", read=read)) == [said.message]
+    convert(tmp_path / "a.safetensors", tmp_path / "p", "peft", read=read)
+    assert foreseen(convert(tmp_path / "p", tmp_path / "b", "diffusers", read=read)) == []
+    state = getattr(diffusers, pipeline).lora_state_dict(str(tmp_path / "b"), use_safetensors=True, return_lora_metadata=True)
+    assert state[-1]["unet.lora_alpha" if base == "sd1.5" else "transformer.lora_alpha"] == 1.0
 
 
 def test_a_token_refiner_that_it_takes_apart(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from upparam.containers.base import TensorFile
 
 _KOHYA = ("kohya", "lycoris")
-JUDGED = (*_KOHYA, "comfyui")
+_OTHERS = (*_KOHYA, "comfyui")
+JUDGED = (*_OTHERS, "diffusers")
 """The dialects of whose files there is something to say."""
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
 _MAGNITUDE = ".dora_scale"
@@ -32,15 +33,15 @@ _ATTENTION = regex(r".+_attn[12]_to_(q|k|v|out_0)")
 _TEXT = ("lora_te_", "lora_te1_", "lora_te2_")
 _SECOND = "lora_te2_"
 _UNREAD = {
-    "flux": (regex(r"(lora_unet_|diffusion_model\.)((time|vector|guidance|img|txt)_in|final_layer).*"), JUDGED),
-    "chroma": (regex(r"(lora_unet_|diffusion_model\.)((img|txt)_in|final_layer).*"), JUDGED),
+    "flux": (regex(r"(lora_unet_|diffusion_model\.)((time|vector|guidance|img|txt)_in|final_layer).*"), _OTHERS),
+    "chroma": (regex(r"(lora_unet_|diffusion_model\.)((img|txt)_in|final_layer).*"), _OTHERS),
     "flux.2": (regex(r"lora_unet_(guidance_in|(double|single)_stream_modulation|final_layer_adaLN).*"), _KOHYA),
-    "z-image": (regex(r"(lora_unet_|diffusion_model\.)(final_layer|x_embedder).*"), JUDGED),
+    "z-image": (regex(r"(lora_unet_|diffusion_model\.)(final_layer|x_embedder).*"), _OTHERS),
     "ltx": (regex(r"diffusion_model\.(patchify_proj|adaln_single).*"), ("comfyui",)),
 }
 """Kind of base -> modules whose names diffusers' converter leaves as no module of its own is called, and the dialects that name them so."""
 _UNKNOWN = {
-    "sd": ("comfyui",), "sd3": JUDGED, "lumina2": _KOHYA, "ltx": _KOHYA, "krea": _KOHYA, "auraflow": _KOHYA, "cogvideox": _KOHYA,
+    "sd": ("comfyui",), "sd3": _OTHERS, "lumina2": _KOHYA, "ltx": _KOHYA, "krea": _KOHYA, "auraflow": _KOHYA, "cogvideox": _KOHYA,
     "sana": _KOHYA, "mochi": _KOHYA, "hidream": _KOHYA,
 }  # fmt: skip
 """Kind of base -> dialects in whose names diffusers finds no module of it: nothing is changed, or the file refused."""
@@ -71,14 +72,16 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
 
     Of a file for ComfyUI, which is not diffusers', it is by the way; kohya's is what diffusers is mostly given.
     """
+    if dialect == "diffusers":
+        return _alphas(tensors)
     every, tensors = tensors, {name: tensor for name, tensor in tensors.items() if not name.endswith(_MAGNITUDE)}
     if base is None or not (downs := _downs(tensors)):
         return []
     kind = kind_of(base)
     unmarked = kind == "hunyuan-video" and dialect == "comfyui" and not any("img_attn_qkv" in module for module in downs)
-    if unmarked or dialect in _UNKNOWN.get(kind, ()):
-        if any(module.startswith(_COMPONENTS) for module in downs):
-            return []
+    own = [module for module in downs if module.startswith(_COMPONENTS)]
+    unknown = dialect in _UNKNOWN.get(kind, ())
+    if not own and (unmarked or unknown):
         does = "changes nothing with this file" if all("lora" in name for name in tensors) else "fails to load this file"
         only = (
             "it takes these names for ComfyUI's only where an img_attn_qkv is"
@@ -88,6 +91,14 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
         return [_differs(dialect, dialect, f"diffusers {does}: {only}; {_INSTEAD}")]
     if (why := _failing(base, dialect, tensors, downs)) is not None:
         return [_differs(dialect, dialect, f"diffusers fails to load this file: {why}; {_INSTEAD}")]
+    if own and (len(own) < len(downs) or any(f"{module}.alpha" in tensors for module in own)):
+        message = (
+            f"diffusers does not read all of this file: {counted(len(own), 'module', 'is', 'are')} under its own names, of which it takes no "
+            f"stored alpha, and beside ComfyUI's it reads only the one or the other; {_INSTEAD}"
+        )
+        return [_differs(dialect, own[0], message, *own[1:4])]
+    if own and (unmarked or unknown):
+        return []
     found = _magnitudes(dialect, every)
     if base.family == "sd" and dialect in _KOHYA:
         found += _scales(dialect, rescaled(layout_order(tensors)))
@@ -114,10 +125,12 @@ def remarks(dialect: str, base: Base | None, tensors: Mapping[str, Tensor]) -> l
 
 
 def on_reading(dialect: str, base: Base | None, file: TensorFile) -> list[Finding]:
-    """What diffusers silently makes otherwise of a file of SD in kohya's names, whoever wrote it.
+    """What diffusers makes otherwise of a file of SD in kohya's names, and of one in its own, whoever wrote it.
 
-    Of other bases these names come in more spellings than ours, and `remarks` knows ours.
+    Of other bases kohya's names come in more spellings than ours, and `remarks` knows ours.
     """
+    if dialect == "diffusers":
+        return _alphas(file.tensors)
     if base is None or base.family != "sd" or dialect not in _KOHYA:
         return []
     # Of alphas equally common it takes the first, and it reads the tensors of a safetensors file as they lie.
@@ -211,6 +224,18 @@ def _wholly_named(tensors: Mapping[str, Tensor]) -> bool:
     downs = [name.removesuffix(_DOWN[0]) for name in tensors if name.startswith(("lora_unet_", *_TEXT)) and name.endswith(_DOWN[0])]
     alphas = sum(f"{module}.alpha" in tensors for module in downs)
     return all(f"{module}.lora_up.weight" in tensors for module in downs) and 2 * len(downs) + alphas == len(tensors)
+
+
+def _alphas(tensors: Mapping[str, Tensor]) -> list[Finding]:
+    """Of files in its own names: no pipeline takes an alpha that lies beside the factors."""
+    modules = [name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")]
+    if not modules:
+        return []
+    message = (
+        f"diffusers takes no alpha stored beside factors under its own names, as of {counted(len(modules), 'module')} here: by pipeline it fails to "
+        "load the file, changes nothing, or leaves the scale out; for diffusers convert --to peft, and that --to diffusers"
+    )
+    return [warning("diffusers-differs", modules[0], message, *modules[1:4])]
 
 
 def _magnitudes(dialect: str, tensors: Mapping[str, Tensor]) -> list[Finding]:
