@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,34 @@ def test_the_same_file_under_another_name_of_the_base_is_not_merged_twice(tmp_pa
     undo(base / "model-00002-of-00003.safetensors")
     undo(base.parent)
     assert digests(base) == before
+
+
+def test_undo_under_another_name_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "pipe").mkdir()
+    base, item = model(tmp_path / "pipe" / "unet")
+    first = base / "model-00001-of-00003.safetensors"
+    names = {
+        f"layers.{layer}.{part}.weight": f"model-{layer + 1:05}-of-00003.safetensors" for layer in range(3) for part in ("q", "k", "v")
+    }
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    before = digests(base)
+    merge(index, item, in_place=True)
+    undo(index)  # the folder is what was merged
+    assert digests(base) == before
+    for one, merged, others in (
+        (first, only_layer(item, 0), (base, base.parent)),
+        (base, item, (first, base.parent)),
+        (base.parent, item, (first, base)),
+    ):
+        merge(one, merged, in_place=True)
+        for other in others:
+            with pytest.raises(UnreadableError, match=f"no undo journal.*upparam undo {one}'"):
+                undo(other)
+        undo(one)
+    with pytest.raises(UnreadableError) as raised:
+        undo(base)
+    assert raised.value.remedy is None
 
 
 def test_old_weights_whose_journal_is_gone_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

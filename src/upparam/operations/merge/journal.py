@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upparam.checkpoint import INDEX_SUFFIX
 from upparam.containers.writing import write_at
 from upparam.errors import MalformedError, RefusedError, UnreadableError
 from upparam.findings import Finding, warning
@@ -121,7 +122,11 @@ class Journal:
         """The journal of a base. Raises UnreadableError when there is none, MalformedError when it is damaged."""
         path = journal_path(base)
         if not path.is_file():
-            raise UnreadableError("no undo journal lies here", file=base, expected=str(path))
+            other = _merged_otherwise(base)
+            raise UnreadableError(
+                "no undo journal lies here", file=base, expected=str(path),
+                remedy=None if other is None else f"what was merged under another name of the base is taken back with 'upparam undo {other}'",
+            )  # fmt: skip
         source = FileSource(path)
         if source.size < HEAD + 8 or source.read(0, len(MAGIC)) != MAGIC:
             return Journal(path, PARTIAL)
@@ -173,18 +178,30 @@ def _named(base: Path, name: str) -> Path:
     return path
 
 
-def merged_as(file: Path) -> Path | None:
-    """The base (the file itself, or a folder above it) by whose name a merge changed this file that can still be taken back; None where there is none."""
-    file = file.parent.resolve() / file.name
-    return next((base for base in (file, *file.parents) if journal_path(base).is_file() and _may_concern(base, file)), None)
+def merged_as(part: Path) -> Path | None:
+    """The base (a file or folder itself, or a folder above it) by whose name a merge changed it that can still be taken back; None where there is none."""
+    part = part.parent.resolve() / part.name
+    return next((base for base in (part, *part.parents) if journal_path(base).is_file() and _may_concern(base, part)), None)
 
 
-def _may_concern(base: Path, file: Path) -> bool:
+def _merged_otherwise(base: Path) -> Path | None:
+    """Another name under which a base that has no journal was merged: a file or component of it, or a folder above."""
+    ending = "upparam-undo"
+    for path in sorted((*base.glob(f".*{ending}"), *base.glob(f"*/.*{ending}"))):
+        name = path.name.removesuffix(ending).strip(".")
+        if journal_path(path.parent / name) == path:
+            return path.parent / name
+    return merged_as(base) if base.exists() else None
+
+
+def _may_concern(base: Path, part: Path) -> bool:
     try:
         journal = Journal.read(base)
     except MalformedError:
         return True
-    return journal.state == PARTIAL or file in journal.replaced or any(path == file for path, *_ in journal.ranges)
+    return journal.state == PARTIAL or any(
+        path.is_relative_to(part) for path in (*journal.replaced, *(path for path, *_ in journal.ranges))
+    )
 
 
 def set_state(path: Path, state: bytes, sync: bool = True) -> None:
@@ -221,6 +238,8 @@ def undo(base: Path | str, *, discard: bool = False, force: bool = False) -> Rec
     the journal of a merge that was interrupted, and, unless `force` is given, where the files were changed after the merge.
     """
     base = Path(base)
+    if base.name.endswith(INDEX_SUFFIX) and base.is_file():
+        base = base.parent  # as `Checkpoint.open` takes it
     journal = Journal.read(base)
     if discard and journal.state == COMPLETE:
         raise RefusedError(
