@@ -145,6 +145,18 @@ def test_a_folder_in_another_dtype_gets_a_true_index(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == 48 * 2 + 8 * 2 + 4 * 8
 
 
+@pytest.mark.parametrize(("stated", "dtype", "said"), [
+    ({"torch_dtype": "bfloat16"}, "fp32", ["config.json: bfloat16"]), ({"dtype": "float32"}, "fp32", []), ({"dtype": "torch.float16"}, None, []), ({}, "bf16", []),
+])  # fmt: skip
+def test_a_config_that_states_another_dtype_is_said(tmp_path: Path, stated: dict[str, str], dtype: str | None, said: list[str]) -> None:
+    """transformers 5 would load the float32 asked for as the bfloat16 stated."""
+    base = tmp_path / "base"
+    save(base / "model.safetensors", {"a.weight": normal(6, 8)})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **stated}))
+    receipt = merge(base, adapter({"a": rank2(6, 8)}), tmp_path / "out", dtype=dtype)
+    assert [text for finding in receipt.findings if finding.code == "stated-dtype" for text in finding.evidence] == said
+
+
 def test_diffusers_folder(tmp_path: Path) -> None:
     base = tmp_path / "pipe"
     unet, text = normal(6, 8, dtype="float16"), normal(4, 8, dtype="float16")

@@ -17,7 +17,15 @@ from upparam.operations.merge import matching, misfits
 from upparam.operations.merge.misfits import Misfit
 from upparam.operations.merge.packing import PACKINGS
 from upparam.operations.merge.planned import Ingredient, Piece, Plan, Work
-from upparam.operations.merge.remarks import idle_blocks, idle_globs, order_matters, other_weights, replaced_and_changed, tied_apart
+from upparam.operations.merge.remarks import (
+    idle_blocks,
+    idle_globs,
+    order_matters,
+    other_weights,
+    replaced_and_changed,
+    stated_dtypes,
+    tied_apart,
+)
 from upparam.operations.merge.rounding import MERGEABLE
 from upparam.tensors import Tensor
 from upparam.wording import counted
@@ -60,7 +68,7 @@ def make_plan(
             else "no deltas",
         )
     plan.findings += [*other_weights(plan), *idle_blocks(plan), *idle_globs(plan, only, skip)]
-    plan.findings += [*order_matters(plan), *replaced_and_changed(plan), *tied_apart(plan)]
+    plan.findings += [*order_matters(plan), *replaced_and_changed(plan), *tied_apart(plan), *stated_dtypes(plan)]
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     plan.works = dict(sorted(plan.works.items(), key=lambda item: order[item[0]]))
     return plan

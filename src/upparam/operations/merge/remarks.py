@@ -48,6 +48,21 @@ def idle_globs(plan: Plan, only: Sequence[str], skip: Sequence[str]) -> list[Fin
     return [warning("idle-glob", glob, "a glob over target modules, and it matches none") for glob in idle]
 
 
+def stated_dtypes(plan: Plan) -> list[Finding]:
+    """A warning where configs that are carried along state another dtype than the one asked for: transformers 5 loads weights in the dtype stated."""
+    if plan.dtype is None or not plan.checkpoint.is_folder:
+        return []
+    stated = {
+        f"{component}/config.json".lstrip("/"): str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+        for component, config in plan.checkpoint.configs.items()
+    }
+    other = [f"{name}: {dtype}" for name, dtype in stated.items() if dtype not in ("", plan.dtype.name)]
+    if not other:
+        return []
+    said = f"the config states another dtype and is carried as it is; loaders that follow it undo --dtype: state {plan.dtype} there, or load with that dtype"
+    return [warning("stated-dtype", other[0].partition(":")[0], said, *other)]
+
+
 def tied_apart(plan: Plan) -> list[Finding]:
     """A warning where the base's config ties its output head to its embedding, both are stored, and one of them changes."""
     if not ties_head(plan.checkpoint):
