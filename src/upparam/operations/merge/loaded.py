@@ -18,7 +18,7 @@ from upparam.operations.merge.in_float64 import store, too_large
 from upparam.operations.merge.kernel import Scratch, add_low_rank
 from upparam.operations.merge.packing import decode, encode
 from upparam.operations.merge.planned import Piece, Work
-from upparam.operations.merge.rounding import narrow, widen
+from upparam.operations.merge.rounding import lifted, narrow, widen
 from upparam.tensors import Tensor
 
 Rows = Callable[[int, int], NDArray[np.float64]]
@@ -215,7 +215,7 @@ class Loaded:
             packed = encode(self.true(start, stop))
             return packed, int(np.count_nonzero(decode(packed) != decode(stored))), 0
         if dtype != self.base.tensor.dtype:
-            plain, true = narrow(widen(stored), dtype), self.true(start, stop)
+            plain, true = narrow(lifted(stored), dtype), self.true(start, stop)
             changed, _ = store(plain, true, dtype)
             return plain, changed, too_large(plain, stored, true, dtype)  # also where the base's own value is what is too large
         if self.segments is None:
