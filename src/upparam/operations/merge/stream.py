@@ -27,6 +27,8 @@ from upparam.tensors import Tensor
 COPY_CHUNK = 1 << 20
 TASK_BYTES = 32 << 20
 """Bytes of base weight one task covers; large tensors are shared by threads in tasks of this size."""
+_IN_FLOAT64 = 1 << 17
+"""Elements of a tile that is computed in float64: several arrays of 1 MiB each."""
 
 
 class Buffers:
@@ -166,7 +168,7 @@ class Change:
 def tiles(loaded: Loaded, start: int, stop: int, buffers: Buffers) -> Iterator[tuple[int, Any]]:
     """Tiles of the base's rows [start, stop), each (first row, stored elements in the thread's buffer)."""
     base = loaded.base
-    step = max(1, (buffers.tile if loaded.through_kernel else TILE_ELEMENTS) // max(1, base.columns))
+    step = max(1, (buffers.tile if loaded.through_kernel else _IN_FLOAT64) // max(1, base.columns))
     view = memoryview(buffers.raw)
     for at in range(start, stop, step):
         count = min(step, stop - at)
