@@ -82,6 +82,32 @@ def test_dry_run_says_how_many_bytes_a_run_writes(
     assert code == 0 and json.loads(out)["counts"]["bytes"] == said == (tmp_path / "o/model.safetensors").stat().st_size
 
 
+def test_dry_run_says_what_is_found_in_the_adapters_too(
+    model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _ = model
+    factors = {"lora_up.weight": RNG.standard_normal((12, 2)), "lora_down.weight": RNG.standard_normal((2, 16))}
+    tensors = {f"lycoris_model_layers_0_self_attn_q_proj.{role}": array.astype(np.float32) for role, array in factors.items()}
+    adapter = save(tmp_path / "a.safetensors", tensors, {"ss_network_dim": "64", "ss_network_module": "networks.lora"})
+    code, out, _ = run(capsys, "merge", base, adapter, "--dry-run", "--json")
+    planned = json.loads(out)["findings"]
+    assert code == 0 and any("ss_network_dim" in str(finding) for finding in planned)
+    code, out, _ = run(capsys, "merge", base, adapter, "-o", tmp_path / "o", "--json")
+    assert code == 0 and json.loads(out)["findings"] == planned
+
+
+def test_names_that_are_the_bases_are_not_said_to_be_unknown(
+    model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = {"lora_B.weight": RNG.standard_normal((12, 2)), "lora_A.weight": RNG.standard_normal((2, 16))}
+    own = "diffusion_model.blocks.0.mixer"
+    adapter = save(tmp_path / "a.safetensors", {f"{own}.{role}": array.astype(np.float32) for role, array in factors.items()})
+    base = save(tmp_path / "b.safetensors", {f"model.{own}.weight": RNG.standard_normal((12, 16)).astype(np.float16)})
+    assert "base-unknown" in run(capsys, "inspect", adapter, "--json")[1]
+    code, out, _ = run(capsys, "merge", base, adapter, "-o", tmp_path / "o.safetensors", "--json")
+    assert code == 0 and json.loads(out)["findings"] == []
+
+
 def test_in_place_undo_and_unmerge(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = model
     before = (base / "model.safetensors").read_bytes()

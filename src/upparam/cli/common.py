@@ -14,6 +14,7 @@ from upparam.progress import Progress, silent
 
 if TYPE_CHECKING:
     from upparam.dialects.base import ReadOptions
+    from upparam.findings import Finding
     from upparam.operations.receipt import Receipt
 
 
@@ -120,13 +121,19 @@ def emit_receipt(args: argparse.Namespace, receipt: Receipt) -> int:
     from upparam.findings import exit_code
     from upparam.report.text import finding_lines, one_line
 
-    if any("--" in told for finding in receipt.findings for told in (finding.message, *finding.evidence)):
-        from upparam.cli.offering import findings_in_its_options
-
-        receipt.findings = findings_in_its_options(receipt.findings, args.command)
+    receipt.findings = in_its_options(args, receipt.findings)
     if args.json or not args.quiet:
         emit(args, receipt.facts(), lambda: "\n".join(map(one_line, [*finding_lines(receipt.findings), *receipt.lines()])))
     return exit_code(receipt.findings)
+
+
+def in_its_options(args: argparse.Namespace, findings: list[Finding]) -> list[Finding]:
+    """The findings, with what they advise said in options that the command has."""
+    if not any("--" in told for finding in findings for told in (finding.message, *finding.evidence)):
+        return findings
+    from upparam.cli.offering import findings_in_its_options
+
+    return findings_in_its_options(findings, args.command)
 
 
 def progress_for(args: argparse.Namespace) -> Progress:

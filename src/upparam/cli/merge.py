@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upparam.cli.common import add_common, add_drop, add_dtype, add_threads, emit, emit_receipt, progress_for
+from upparam.cli.common import add_common, add_drop, add_dtype, add_threads, emit, emit_receipt, in_its_options, progress_for
 
 if TYPE_CHECKING:
     from upparam.operations.merge.planned import BlockWeight
@@ -95,12 +95,14 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         plan = prepare(args.base, adapters, **choice)
+        from upparam.findings import exit_code
         from upparam.operations.merge.write import output_bytes
         from upparam.report.merge import plan_text
 
         size = output_bytes(plan)
+        plan.findings = in_its_options(args, plan.findings)
         emit(args, plan.facts(size), lambda: plan_text(plan, size))
-        return 0
+        return exit_code(plan.findings)
     if args.out is None and not args.in_place:
         raise UsageError("nowhere to write", remedy="give -o OUT, --in-place or --dry-run")
     receipt = merge(

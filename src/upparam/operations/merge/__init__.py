@@ -85,7 +85,7 @@ def merge(
 
         outcome = write(plan, Path(out), force=force, verify=verify, exact=exact, sync=sync, threads=threads, progress=progress)
     place = str(base if out is None else out)
-    findings = [finding for item in plan.ingredients for finding in item.adapter.findings if finding.severity]
+    findings: list[Finding] = []
     if where is not None:
         total = sum(work.tensor.numel for work in plan.works.values())
         said = f"{where.elements:,} of {total:,} elements of changed tensors were computed on {where.name}, the others on the processor"
@@ -140,6 +140,7 @@ def prepare(
         raise UsageError("no adapter to merge")
     plan = make_plan(checkpoint, ingredients, dtype=wanted, only=only, skip=skip)
     plan.findings[:0] = given_up
+    plan.findings += [finding for item in plan.ingredients for finding in item.adapter.findings if finding.severity]
     return plan
 
 
@@ -182,11 +183,16 @@ def _ingredient(item: Scaled, checkpoint: Checkpoint, block_weight: BlockWeight 
     try:
         adapter = open_without(path, initial)
         if adapter.deltas and not place(adapter.deltas, checkpoint.shapes, None)[1]:
+            adapter.findings = [finding for finding in adapter.findings if finding.code not in _OF_NAMES]
             return Ingredient(adapter, float(multiplier), path, block_weight)
     except (UsageError, DeadAdapterError):
         pass  # names, or parts, that only the base can settle
     base = base_from_shapes(checkpoint.shapes, config=checkpoint.config, name=str(checkpoint.path))
     return Ingredient(open_without(path, initial, ReadOptions(base=base)), float(multiplier), path, block_weight, base)
+
+
+_OF_NAMES = ("base-open", "base-unknown")
+"""Findings that an adapter's names may not be those of its base: of no matter where the base has them all."""
 
 
 def _refuse_zero(ingredient: Ingredient) -> None:
