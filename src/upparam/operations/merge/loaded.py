@@ -293,8 +293,11 @@ def _changed(before: Rows, piece: Piece, update: Update, count: int) -> Rows:
                 part += piece.multiplier * update.rows(low - first, high - first)
             else:
                 merged = update.merged(lambda a, b: before(first + a, first + b), low - first, high - first).reshape(part.shape)
-                with np.errstate(invalid="ignore"):
-                    part[...] = np.where(np.isfinite(part), part + piece.multiplier * (merged - part), merged)  # Inf - Inf is none
+                if piece.multiplier == 1.0:
+                    part[...] = merged
+                else:
+                    with np.errstate(invalid="ignore"):
+                        part[...] = np.where(np.isfinite(part), part + piece.multiplier * (merged - part), merged)  # Inf - Inf is none
             _check_finite(part, piece, lambda: before(low, high))
         return result
 
