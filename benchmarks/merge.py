@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--cases", default="llama,qv,r128,ten,sd15,growth")
+    parser.add_argument("--cases", default="llama,qv,r128,ten,sd15,fp8,dora,growth")
     parser.add_argument("--sd-scripts", type=Path, help="a checkout of kohya-ss/sd-scripts, to run its merge_lora.py as well")
     parser.add_argument("--device", help="a CUDA device, to merge on it as well (the whole command: its start with torch takes seconds)")
     parser.add_argument("--no-peft", dest="peft", action="store_false")
@@ -183,7 +183,7 @@ def main() -> None:
     def made(name: str, call: str) -> Path:
         return generate(call, args.scratch / name)
 
-    llama = made("llama", "llama(path)") if {"llama", "qv", "r128", "ten"} & set(wanted) else Path()
+    llama = made("llama", "llama(path)") if {"llama", "qv", "r128", "ten", "dora"} & set(wanted) else Path()
     if "llama" in wanted:
         case("2.43 GB bf16, r=16 on all linears", llama, [made("r16", "peft(path)")], args, peft=True)
     if "qv" in wanted:
@@ -202,6 +202,11 @@ def main() -> None:
                 command = [sys.executable, str(HERE / "sd_scripts.py"), str(args.sd_scripts), "checkpoint", str(base)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         case("2.13 GB SD1.5 fp16, kohya r=32", base, [made("kohya.safetensors", "kohya(path)")], args, suffix=".safetensors")
+    if "fp8" in wanted:
+        base = made("llama-fp8", "llama(path, dtype=m.ml_dtypes.float8_e4m3fn)")
+        case("1.21 GB float8_e4m3fn, r=16 on all linears", base, [made("r16", "peft(path)")], args)
+    if "dora" in wanted:
+        case("2.43 GB bf16, DoRA of r=16 on all linears", llama, [made("dora", "peft(path, dora=True)")], args, peft=True)
     if "growth" in wanted:
         print("\n## peak memory against the size of the base (all linears, r=16)")
         for layers in (3, 24, 90):

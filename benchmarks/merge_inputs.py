@@ -15,7 +15,12 @@ LINEARS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HEADS_KV, HIDDEN), "self_attn.v_proj": (HEADS_KV, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (MIDDLE, HIDDEN), "mlp.up_proj": (MIDDLE, HIDDEN), "mlp.down_proj": (HIDDEN, MIDDLE),
 }  # fmt: skip
-CODES = {np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+CODES = {
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.float32): "F32",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+}
 
 
 class Noise:
@@ -80,8 +85,10 @@ def llama(folder: Path, layers: int = 24, shards: int = 3, dtype: object = ml_dt
     return folder
 
 
-def peft(folder: Path, layers: int = 24, rank: int = 16, modules: tuple[str, ...] = tuple(LINEARS), seed: int = 2) -> Path:
-    """A PEFT LoRA in float32 on `modules` of every layer."""
+def peft(
+    folder: Path, layers: int = 24, rank: int = 16, modules: tuple[str, ...] = tuple(LINEARS), seed: int = 2, dora: bool = False
+) -> Path:
+    """A PEFT LoRA in float32 on `modules` of every layer, or a DoRA (whose magnitudes are noise)."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {}
     for layer in range(layers):
@@ -89,10 +96,12 @@ def peft(folder: Path, layers: int = 24, rank: int = 16, modules: tuple[str, ...
             out, inn = LINEARS[name]
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             shapes |= {f"{prefix}.lora_A.weight": (rank, inn), f"{prefix}.lora_B.weight": (out, rank)}
+            if dora:
+                shapes[f"{prefix}.lora_magnitude_vector"] = (out,)
     write(folder / "adapter_model.safetensors", shapes, Noise(np.float32, 0.02, seed))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted({name.rpartition(".")[2] for name in modules}), "base_model_name_or_path": "base", "inference_mode": True,
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}), "base_model_name_or_path": "base", "inference_mode": True, "use_dora": dora,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
