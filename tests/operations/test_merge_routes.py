@@ -17,8 +17,9 @@ from tests.operations.merging import NUMPY, TileCase, round_once, tile_cases
 from upparam.dtypes import DTYPES
 from upparam.operations.merge import in_float32
 from upparam.operations.merge.factors import LowRank, Part
-from upparam.operations.merge.in_float64 import add_in_float64
-from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, routes
+from upparam.operations.merge.in_float64 import add_in_float64, store, too_large
+from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, convert_low_rank, routes
+from upparam.operations.merge.rounding import lifted, narrow
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,11 +98,12 @@ def test_the_kernel_refuses_buffers_that_are_too_small() -> None:
     if route.module is None:
         pytest.skip("the compiled kernel is not built here")
     stored, good, double = np.zeros(16, np.uint16), np.zeros(64, np.float32), np.zeros(64)
-    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set
-    whole = (stored, 4, 4, good, double, good, double, 1, good, good, 0, True, route.number)
+    # a 4 x 4 tile of rank 1: stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set, given
+    whole = (stored, 4, 4, good, double, good, double, 1, good, good, 0, True, route.number, good)
     assert route.module.merge_tile(*whole) == (0, 0)
     assert route.module.merge_tile(*whole[:4], None, good, good, *whole[7:]) == (0, 0)
-    for place in (0, 3, 4, 5, 6, 8, 9):
+    assert route.module.merge_tile(*whole[:13], None) == (0, 0)
+    for place in (0, 3, 4, 5, 6, 8, 9, 13):
         short = [*whole]
         short[place] = short[place][:0]
         with pytest.raises(ValueError, match="too small"):
@@ -152,6 +154,29 @@ def test_factors_laid_side_by_side_give_the_bytes_of_joined_ones(case: TileCase,
             counts = add_low_rank(tile, DTYPES[dtype], factors, start, Scratch(tile.size, route))
             results.add((tile.tobytes(), counts))
     assert len(results) == 1
+
+
+@settings(max_examples=120, deadline=None)
+@given(tile_cases(), st.sampled_from(["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]))
+def test_what_becomes_another_dtype_is_what_float64_says(case: TileCase, name: str) -> None:
+    """Weights of every code of theirs, summed and rounded once into a narrower type than float32, and counted against themselves rounded."""
+    dtype, (_, weight, up, down, start) = DTYPES[name], case
+    given = lifted(weight)
+    given[~np.isfinite(given)] = 0
+    factors = LowRank(up, down)
+    with np.errstate(all="ignore"):
+        expected, true = narrow(given, dtype), given.astype(np.float64)
+        add = factors.elements(np.arange(weight.size), start, weight.shape[1])  # in the order that decides
+        true += add.reshape(weight.shape)
+        changed, _ = store(expected, true, dtype)
+        beyond = too_large(expected, given, true, dtype)
+    for route in routes().values():
+        out = np.empty(weight.shape, dtype.numpy)
+        found = convert_low_rank(given, out, dtype, factors, start, Scratch(weight.size, route))
+        if route.module is None:
+            assert found is None
+            continue
+        assert found == (changed, beyond) and out.tobytes() == expected.tobytes()
 
 
 def test_what_float32_does_not_hold_is_said() -> None:

@@ -10,14 +10,14 @@
 
 #define CHUNK 16
 #define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
-#define INTERFACE 5 /* counts changes of what Python passes: a module built from older source is not used */
+#define INTERFACE 6 /* counts changes of what Python passes: a module built from older source is not used */
 #define WIDEST 32 /* columns of a panel */
 #define EIGHTS(rank) (((rank) + 7) / 8 * 8)
 #define GROUP_BYTES (16 << 10)
 #define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
 #define TINY 2e-37f
 
-enum { BFLOAT, HALF, SINGLE, E4M3, E5M2 };
+enum { BFLOAT, HALF, SINGLE, E4M3, E5M2, GIVEN = 8 /* with a narrow one: the weights are given in float32, and become that */ };
 
 /* The formats of 8 bits: how far their bits lie above those of a float, the float that moves their exponent to a float's, the float whose unit in
  * the last place is their smallest number, that number's power of 2 times 8 or 4 (from where on they are normal), the largest of their codes that is
@@ -80,7 +80,7 @@ static inline double as_stored(uint16_t code, int kind)
     return __builtin_copysign(wide, code & (eight ? 0x80u : 0x8000u) ? -1.0 : 1.0);
 }
 
-/* One tile: `stored` (rows, columns) of weights of its kind, `up` (rows, rank), `panels` (see tile_layout.h) and `downs`, which is down as
+/* One tile: `stored` (rows, columns) of weights of its kind, or where to put them when they are `given` in float32, all finite, `up` (rows, rank), `panels` (see tile_layout.h) and `downs`, which is down as
  * (columns, rank), in float (float32 weights: double); the ranks of up and downs are padded with zeros to a multiple of 8. Where float does not
  * hold the values, `up64`, else NULL, and `downs` have them in double. A sum over row i and a panel p is within row_bound[i] * panel_norm[p] of
  * the true one (float32 weights: that times 2^-28). */
@@ -92,6 +92,7 @@ typedef struct {
     const void *downs;
     const float *row_bound, *panel_norm;
     int kind, wide_downs;
+    const float *given;
 } Tile;
 
 /* Eight numbers of a row, whatever the instruction set; and the order in which their sums are added up, which numpy's path uses too. */
@@ -140,7 +141,7 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
     uint8_t *const small = (uint8_t *)tile->stored + at;
     uint16_t *const place = (uint16_t *)tile->stored + at;
     const uint16_t before = eight ? *small : *place;
-    const double value = as_stored(before, kind);
+    const double value = tile->given ? (double)tile->given[at] : as_stored(before, kind);
     if (value != value)
         return;
     const uint16_t after = rounded(value + sum, kind), top = kind == HALF ? 0x7C00u : eight ? 0x7Cu : 0x7F80u, sized = eight ? 0x7Fu : 0x7FFFu;
@@ -148,7 +149,7 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
     if (kind == E4M3)
         *infinite += __builtin_fabs(value + sum) > 448.0;
     else
-        *infinite += (after & sized) == top && (before & sized) != top;
+        *infinite += (after & sized) == top && (tile->given || (before & sized) != top);
     if (eight)
         *small = (uint8_t)after;
     else
@@ -304,18 +305,19 @@ static void find_sets(void)
     sets[set_count++] = (InstructionSet){"portable", 4, tile_narrow_portable, tile_single_portable, lay_up_portable, lay_down_portable};
 }
 
-/* merge_tile(stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set) -> (changed, infinite)
+/* merge_tile(stored, rows, columns, up, up64, panels, downs, rank, row_bound, panel_norm, kind, exact, set, given) -> (changed, infinite)
  *
- * The fields of Tile, None for NULL; kind: 0 bfloat16, 1 float16, 2 float32, 3 float8_e4m3fn, 4 float8_e5m2. Buffers are checked for size. The answer is how many elements
+ * The fields of Tile, None for NULL; kind: 0 bfloat16, 1 float16, 2 float32, 3 float8_e4m3fn, 4 float8_e5m2. `given`: the weights
+ * in float32 where they become the kind (a narrow one, whose panels are not split) only now, else None. Buffers are checked for size. The answer is how many elements
  * changed and how many became infinite. */
 static PyObject *merge_tile(PyObject *module, PyObject *args)
 {
     (void)module;
-    Py_buffer stored, up, up64, panels, downs, bounds, norms;
+    Py_buffer stored, up, up64, panels, downs, bounds, norms, given;
     Py_ssize_t rows, columns, rank;
     int kind, exact, set;
     PyObject *answer = NULL;
-    if (!PyArg_ParseTuple(args, "w*nny*z*y*y*ny*y*ipi", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &exact, &set))
+    if (!PyArg_ParseTuple(args, "w*nny*z*y*y*ny*y*ipiz*", &stored, &rows, &columns, &up, &up64, &panels, &downs, &rank, &bounds, &norms, &kind, &exact, &set, &given))
         return NULL;
     if (set < 0 || set >= set_count || kind < BFLOAT || kind > E5M2 || rows < 0 || columns < 0 || rank < 0) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: no such kind or instruction set");
@@ -325,11 +327,11 @@ static PyObject *merge_tile(PyObject *module, PyObject *args)
     Py_ssize_t count = (columns + width - 1) / width;
     if (stored.len < rows * columns * element || up.len < rows * EIGHTS(rank) * factor || (up64.buf && up64.len < rows * EIGHTS(rank) * 8)
         || panels.len < count * width * rank * factor || downs.len < columns * EIGHTS(rank) * (downs.itemsize == 8 ? 8 : factor) || bounds.len < rows * 4
-        || norms.len < count * 4) {
+        || norms.len < count * 4 || (given.buf && (given.len < rows * columns * 4 || kind == SINGLE))) {
         PyErr_SetString(PyExc_ValueError, "merge_tile: a buffer is too small");
         goto done;
     }
-    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, up64.buf, downs.buf, bounds.buf, norms.buf, kind, downs.itemsize == 8};
+    Tile tile = {stored.buf, rows, columns, rank, up.buf, panels.buf, up64.buf, downs.buf, bounds.buf, norms.buf, kind, downs.itemsize == 8, given.buf};
     long changed = 0, infinite = 0;
     Py_BEGIN_ALLOW_THREADS
     (kind == SINGLE ? sets[set].single : sets[set].narrow)(&tile, exact, &changed, &infinite);
@@ -343,6 +345,7 @@ done:
     PyBuffer_Release(&downs);
     PyBuffer_Release(&bounds);
     PyBuffer_Release(&norms);
+    PyBuffer_Release(&given);
     return answer;
 }
 

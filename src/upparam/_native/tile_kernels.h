@@ -218,10 +218,54 @@ TARGET static inline __attribute__((always_inline)) uint32_t NAME(eight_row)(uin
     return mark;
 }
 
+/* Codes of numbers of magnitude a in a narrow type, rounded to nearest even; what is too large gets the code that is for that. */
+TARGET static inline __attribute__((always_inline)) VU NAME(code_of)(VF a, int kind)
+{
+    if (kind == BFLOAT)
+        return ((VU)a + 0x7FFFu + ((VU)a >> 16 & 1u)) >> 16;
+    VU code = kind == HALF ? NAME(half_code)(a) : NAME(eight_code)(a, kind), last = (kind == HALF ? 0x7C00u : LAST(kind)) - (VU){0};
+    VU over = (VU)(code > last);
+    return (last & over) | (code & ~over);
+}
+
+/* One row of narrow codes of what is given in float32, plus the sums. Marked elements get the code of what is given. All is finite. */
+TARGET static inline __attribute__((always_inline)) uint32_t NAME(given_row)(void *w, const float *given, const VF *sum, float reach, int kind, long *changed)
+{
+    const uint32_t shift = kind > SINGLE ? 24 : 16;
+    uint32_t mark = 0;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+        VF value;
+        memcpy(&value, given + j * LANES, sizeof value);
+        VU sign = (VU)value & 0x80000000u;
+        VU plain = NAME(code_of)((VF)((VU)value ^ sign), kind) | sign >> shift;
+        VU bits = (VU)(value + sum[j]);
+        sign = bits & 0x80000000u;
+        VF a = (VF)(bits ^ sign);
+        VI low = (VI)(a - reach) - 4;
+        VU code = NAME(code_of)((VF)((VI)(a + reach) + 4), kind);
+        VU doubt = (VU)(a <= (kind == BFLOAT ? 3.3e38f : kind == HALF ? 65472.0f : SURE(kind))) ^ 0xFFFFFFFFu;
+        doubt |= (VU)(NAME(code_of)((VF)low, kind) != code) | (VU)(low < 0);
+        code |= sign >> shift;
+        code = (code & ~doubt) | (plain & doubt);
+        *changed += __builtin_popcount(LANE_BITS((VU)(code != plain)));
+        mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
+        if (kind > SINGLE) {
+            VB out = __builtin_convertvector(code, VB);
+            memcpy((uint8_t *)w + j * LANES, &out, sizeof out);
+        } else {
+            VH out = NARROW(code);
+            memcpy((uint16_t *)w + j * LANES, &out, sizeof out);
+        }
+    }
+    return mark;
+}
+
 /* A block of narrow weights whose sums are known and whose weights are still to be changed. */
 typedef struct {
     VF sum[ROWS][2];
     void *w[ROWS];
+    const float *given[ROWS];
     float reach[ROWS];
     long row, column;
 } NAME(Held);
@@ -229,6 +273,8 @@ typedef struct {
 /* Change row i of a held block: w = round(w + sum) where that is certain. Doubtful elements keep their old code and are marked. */
 TARGET static inline __attribute__((always_inline)) uint32_t NAME(finish_row)(const NAME(Held) *held, int i, int kind, int exact, long *changed)
 {
+    if (kind & GIVEN)
+        return NAME(given_row)(held->w[i], held->given[i], held->sum[i], held->reach[i], kind & ~GIVEN, changed);
     if (kind == BFLOAT)
         return ROW_OF_BFLOAT(held->w[i], held->sum[i], held->reach[i], exact, changed);
     if (kind == HALF)
@@ -447,7 +493,9 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
 {
     const long rows = tile->rows, columns = tile->columns, rank = tile->rank, group = GROUP(WIDE * sizeof(float), rank) * WIDE;
     const float *up = tile->up, *panels = tile->panels, *u[ROWS];
-    const long size = kind > SINGLE ? 1 : 2;
+    const int to = kind & ~GIVEN;
+    const long size = to > SINGLE ? 1 : 2;
+    float beyond[ROWS][WIDE];
     char *stored = tile->stored, edge[ROWS][2 * WIDE];
     long changed = 0, uncounted = 0;
     uint32_t marks[ROWS];
@@ -467,12 +515,13 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
                 if (high == ROWS && wide == WIDE) {
                     if (held.row >= 0) {
                         NAME(block16)(sum, u, panel, rank, &held, kind, exact, &changed, marks);
-                        NAME(put_aside)(tile, &doubts, kind == HALF, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
+                        NAME(put_aside)(tile, &doubts, to == HALF, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
                     } else
                         NAME(block16)(sum, u, panel, rank, 0, kind, exact, &changed, marks);
                     memcpy(held.sum, sum, sizeof sum);
                     for (long r = 0; r < ROWS; r++) {
                         held.w[r] = stored + ((i + r) * columns + j) * size;
+                        held.given[r] = tile->given + (kind & GIVEN ? (i + r) * columns + j : 0);
                         held.reach[r] = tile->row_bound[i + r] * norm + TINY;
                     }
                     held.row = i;
@@ -480,22 +529,26 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
                     continue;
                 }
                 memset(edge, 0, sizeof edge);
+                memset(beyond, 0, sizeof beyond);
                 NAME(block16)(partial.sum, u, panel, rank, 0, kind, exact, &changed, marks);
                 for (long r = 0; r < ROWS; r++) {
                     partial.w[r] = edge[r];
+                    partial.given[r] = beyond[r];
                     partial.reach[r] = tile->row_bound[i + (r < high ? r : 0)] * norm + TINY;
-                    if (r < high)
+                    if (r < high && kind & GIVEN)
+                        memcpy(beyond[r], tile->given + (i + r) * columns + j, (size_t)wide * sizeof(float));
+                    else if (r < high)
                         memcpy(edge[r], stored + ((i + r) * columns + j) * size, (size_t)(wide * size));
                 }
                 for (int r = 0; r < ROWS; r++)
-                    marks[r] = NAME(finish_row)(&partial, r, kind, exact, &uncounted); /* padding must not count */
+                    marks[r] = NAME(finish_row)(&partial, r, kind, exact, kind & GIVEN && r < high ? &changed : &uncounted); /* padding must not count */
                 for (long r = 0; r < high; r++)
                     for (long c = 0; c < wide; c++) {
                         char *place = stored + ((i + r) * columns + j + c) * size;
-                        changed += memcmp(place, edge[r] + c * size, (size_t)size) != 0;
+                        changed += !(kind & GIVEN) && memcmp(place, edge[r] + c * size, (size_t)size) != 0;
                         memcpy(place, edge[r] + c * size, (size_t)size);
                     }
-                NAME(put_aside)(tile, &doubts, kind == HALF, marks, high, i, j, wide, &changed, infinite_out);
+                NAME(put_aside)(tile, &doubts, to == HALF, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
         NAME(finish)(&held, tile, &doubts, kind, exact, &changed, infinite_out);
@@ -506,7 +559,16 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
 
 TARGET static void NAME(tile_narrow)(const Tile *tile, int exact, long *changed, long *infinite)
 {
-    if (tile->kind == HALF)
+    if (tile->given) {
+        if (tile->kind == BFLOAT)
+            NAME(tile_of)(tile, BFLOAT | GIVEN, 1, changed, infinite);
+        else if (tile->kind == HALF)
+            NAME(tile_of)(tile, HALF | GIVEN, 1, changed, infinite);
+        else if (tile->kind == E4M3)
+            NAME(tile_of)(tile, E4M3 | GIVEN, 1, changed, infinite);
+        else
+            NAME(tile_of)(tile, E5M2 | GIVEN, 1, changed, infinite);
+    } else if (tile->kind == HALF)
         exact ? NAME(tile_of)(tile, HALF, 1, changed, infinite) : NAME(tile_of)(tile, HALF, 0, changed, infinite);
     else if (tile->kind == BFLOAT)
         exact ? NAME(tile_of)(tile, BFLOAT, 1, changed, infinite) : NAME(tile_of)(tile, BFLOAT, 0, changed, infinite);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from upparam._native import compiled
@@ -23,7 +24,7 @@ TILE_ELEMENTS = 1 << 19
 """Elements of a tile: 1 MiB in 16 bits. Larger reads and writes take less of the kernel's time, larger tiles leave the second-level cache."""
 ON_DEVICE = ("bfloat16", "float16", "float32")
 """Dtypes of tiles that a device computes."""
-_INTERFACE = 5
+_INTERFACE = 6
 """What the compiled module must say it speaks; one left over from older source does not."""
 
 
@@ -96,20 +97,38 @@ def add_low_rank(
     if scratch.lane is not None and dtype.name in ON_DEVICE and stored.size:
         return scratch.lane.add_low_rank(stored, dtype, factors, start)
     if scratch.route.module is not None and dtype.name in KINDS:
-        return _add_compiled(stored, dtype, factors, start, scratch, exact)
+        return _compiled(stored, KINDS[dtype.name], KINDS[dtype.name], factors, start, scratch, exact, None)
     if scratch.buffers is not None and dtype.name in ROUNDINGS and stored.size:
         return add_in_float32(stored, dtype, factors, start, scratch.buffers, exact)
     return add_in_float64(stored, dtype, factors, start)
 
 
-def _add_compiled(stored: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch, exact: bool) -> tuple[int, int]:
-    route, kind = scratch.route, KINDS[dtype.name]
-    rows, columns = stored.shape
-    form, part = factors.packed(route, kind), slice(start, start + rows)
+def convert_low_rank(
+    given: NDArray[np.float32], out: NDArray[Any], dtype: DType, factors: LowRank, start: int, scratch: Scratch
+) -> tuple[int, int] | None:
+    """Put round(W + up @ down) into `out` (rows, columns) of another, narrower dtype than the weights, which are `given` and finite.
+
+    Returns (elements that differ from W rounded alone, elements that became infinite), or None where this is not compiled.
+    """
+    if scratch.route.module is None or dtype.name not in KINDS or dtype.itemsize > 2:
+        return None
+    return _compiled(out, KINDS[dtype.name], KINDS["float16"], factors, start, scratch, True, given)
+
+
+def _compiled(
+    stored: NDArray[Any], kind: int, layout: int, factors: LowRank, start: int, scratch: Scratch, exact: bool, given: NDArray[Any] | None
+) -> tuple[int, int]:
+    """`kind` is that of `stored`, `layout` that for which the factors are laid out."""
+    route, (rows, columns), form, part = (
+        scratch.route,
+        stored.shape,
+        factors.packed(scratch.route, layout),
+        slice(start, start + len(stored)),
+    )
     changed: int
     infinite: int
     changed, infinite = route.module.merge_tile(
-        stored.view(f"u{dtype.itemsize}"), rows, columns, form.up[part], None if form.up64 is None else form.up64[part],
-        form.panels, form.downs, factors.rank, form.row_bound[part], form.panel_norm, kind, exact, route.number,
+        stored.view(f"u{stored.itemsize}"), rows, columns, form.up[part], None if form.up64 is None else form.up64[part],
+        form.panels, form.downs, factors.rank, form.row_bound[part], form.panel_norm, kind, exact, route.number, given,
     )  # fmt: skip
     return changed, infinite

@@ -15,7 +15,7 @@ from upparam.algorithms.base import Update
 from upparam.errors import MalformedError
 from upparam.operations.merge.factors import LowRank, Part
 from upparam.operations.merge.in_float64 import store, too_large
-from upparam.operations.merge.kernel import Scratch, add_low_rank
+from upparam.operations.merge.kernel import Scratch, add_low_rank, convert_low_rank
 from upparam.operations.merge.packing import decode, encode
 from upparam.operations.merge.planned import Piece, Work
 from upparam.operations.merge.rounding import lifted, narrow, widen
@@ -215,9 +215,7 @@ class Loaded:
             packed = encode(self.true(start, stop))
             return packed, int(np.count_nonzero(decode(packed) != decode(stored))), 0
         if dtype != self.base.tensor.dtype:
-            plain, true = narrow(lifted(stored), dtype), self.true(start, stop)
-            changed, _ = store(plain, true, dtype)
-            return plain, changed, too_large(plain, stored, true, dtype)  # also where the base's own value is what is too large
+            return self._converted(stored, start, scratch)
         if self.segments is None:
             return stored, *store(stored, self.true(start, stop), dtype)
         changed = infinite = 0
@@ -227,6 +225,35 @@ class Loaded:
                 more, over = add_low_rank(stored[low - start : high - start], dtype, factors, low - first, scratch, exact=exact)
                 changed, infinite = changed + more, infinite + over
         return stored, changed, infinite
+
+    def _converted(self, stored: NDArray[Any], start: int, scratch: Scratch) -> tuple[NDArray[Any], int, int]:
+        """`change` where the result has another dtype than the base."""
+        dtype, given = self.work.dtype, lifted(stored)
+        if self.segments is not None and given.dtype == np.float32 and np.isfinite(given).all():
+            out = np.empty(stored.shape, dtype.numpy)
+            found = [self._convert_segment(given, out, start, segment, scratch) for segment in self.segments]
+            counts = [one for one in found if one is not None]
+            if len(counts) == len(found):
+                return out, sum(changed for changed, _ in counts), sum(infinite for _, infinite in counts)
+        plain, true = narrow(given, dtype), self.true(start, start + len(stored))
+        changed, _ = store(plain, true, dtype)
+        return plain, changed, too_large(plain, stored, true, dtype)  # also where the base's own value is what is too large
+
+    def _convert_segment(
+        self, given: NDArray[np.float32], out: NDArray[Any], start: int, segment: tuple[int, int, LowRank | None], scratch: Scratch
+    ) -> tuple[int, int] | None:
+        """Elements changed and too large in the rows of one segment; None where the kernel does not convert."""
+        first, last, factors = segment
+        part = slice(max(first, start) - start, max(0, min(last - start, len(given))))
+        if part.start >= part.stop:
+            return 0, 0
+        if factors is not None and self.work.dtype.name == "float32":
+            out[part] = given[part]
+            return add_low_rank(out[part], self.work.dtype, factors, start + part.start - first, scratch)
+        if factors is not None:
+            return convert_low_rank(given[part], out[part], self.work.dtype, factors, start + part.start - first, scratch)
+        out[part] = narrow(given[part], self.work.dtype)
+        return 0, too_large(out[part], given[part], widen(given[part]), self.work.dtype)
 
     def reference(self, row: int, columns: slice) -> NDArray[np.float64]:
         """One row of the result in float64 (of a quantised weight: its bytes), straight from the deltas: no segments, no tiles, nothing shared with the fast path."""
