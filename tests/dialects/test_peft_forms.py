@@ -25,6 +25,7 @@ from upparam.bases.find import find_base  # noqa: E402
 from upparam.containers import open_file  # noqa: E402
 from upparam.dialects import get  # noqa: E402
 from upparam.dialects.base import ReadOptions  # noqa: E402
+from upparam.dialects.peft_names import sort  # noqa: E402
 from upparam.errors import DeadAdapterError, NotAnAdapterError, RefusedError  # noqa: E402
 from upparam.operations.convert import convert, write_adapter  # noqa: E402
 from upparam.operations.extract import extract  # noqa: E402
@@ -353,3 +354,15 @@ def test_factors_stored_as_their_blocks_are_not_called_broken(tmp_path: Path) ->
     again().save_pretrained(tmp_path / "base")
     extract(tmp_path / "merged", tmp_path / "base", tmp_path / "ours", "peft", RankRule(4))
     assert torch.allclose(output(loaded_strictly(again(), tmp_path / "ours"), TOKENS), expected, atol=1e-5)
+
+
+def test_a_listed_module_is_taken_with_all_that_lies_in_it() -> None:
+    """Also beside an adapted embedding and its weight, which look like a training checkpoint's own weights."""
+    shapes = {
+        "embed_tokens.lora_embedding_A": (2, 9), "embed_tokens.lora_embedding_B": (4, 2), "embed_tokens.weight": (9, 4),
+        "score.0.weight": (3, 4), "score.1.running_mean": (3,),
+    }  # fmt: skip
+    tensors = {f"base_model.model.{name}": Tensor.of(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
+    found = sort(tensors, ["score"])
+    assert list(found.saved) == ["embed_tokens.weight", "score.0.weight", "score.1.running_mean"]
+    assert not found.base and not found.unknown

@@ -130,3 +130,33 @@ def test_conv_nets(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "ours.safetensors").shapes.keys() == theirs.keys()
     for name, value in theirs.items():
         assert float(np.abs(value.numpy() - ours[name]).max()) <= 2.0**-21, name
+
+
+def test_saved_modules_with_modules_and_statistics_inside(tmp_path: Path) -> None:
+    """A head of several layers: what its batch norm counts and averages is saved under names of modules that no config lists."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = torch.nn.Embedding(12, 6)
+            self.score = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+
+        def forward(self, x: Any) -> Any:
+            return self.score(self.embed_tokens(x).mean(1))
+
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    net = Net()
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    wrapped = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["embed_tokens"], modules_to_save=["score"]))
+    randomise(wrapped)
+    wrapped.train()
+    wrapped(torch.randint(0, 12, (4, 3)))  # moves the running mean and counts
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    theirs = wrapped.merge_and_unload().state_dict()
+    merge(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "ours.safetensors")
+    ours = load(tmp_path / "ours.safetensors")
+    assert ours["score.1.num_batches_tracked"] == 1 and np.abs(ours["score.1.running_mean"]).max() > 0
+    for name, value in theirs.items():
+        assert float(np.abs(value.numpy() - ours[name]).max()) <= 2.0**-21, name

@@ -231,8 +231,13 @@ def is_checkpoint(rest: Iterable[str], parts: Iterable[Part], listed: Sequence[s
 
 
 def _listed(module: str, words: Sequence[str]) -> bool:
-    """PEFT's rule for modules_to_save: the end of the path, also of a word in it (peft src/peft/utils/other.py _set_trainable)."""
-    return module.endswith(tuple(words))
+    """PEFT's rule for modules_to_save: the end of the path, also of a word in it (peft src/peft/utils/other.py _set_trainable), with all that lies in it."""
+    ends = tuple(words)
+    while module:
+        if module.endswith(ends):
+            return True
+        module = module.rpartition(".")[0]
+    return False
 
 
 def _saved(path: str, adapter: str) -> str | None:
