@@ -14,7 +14,7 @@ setup(
             optional=True,
         )
         for name, headers in (
-            ("tile", ("native", "tile_layout", "tile_kernels")),
+            ("tile", ("native", "tile_formats", "tile_layout", "tile_rows", "tile_kernels")),
             ("gram", ("native", "gram_kernels", "spaces_kernels")),
             ("spread", ("native",)),
             ("carry", ("native",)),

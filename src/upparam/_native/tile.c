@@ -6,7 +6,7 @@
  */
 
 #include "native.h"
-#include <math.h>
+#include "tile_formats.h"
 
 #define CHUNK 16
 #define ROWS 4 /* of a block: its sums leave registers to what rounds the block before */
@@ -16,69 +16,6 @@
 #define GROUP_BYTES (16 << 10)
 #define GROUP(bytes, rank) (GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) > 1 ? GROUP_BYTES / ((long)(bytes) * ((rank) ? (rank) : 1)) : 1)
 #define TINY 2e-37f
-
-enum { BFLOAT, HALF, SINGLE, E4M3, E5M2, GIVEN = 8 /* with a narrow one: the weights are given in float32, and become that */ };
-
-/* The formats of 8 bits: how far their bits lie above those of a float, the float that moves their exponent to a float's, the float whose unit in
- * the last place is their smallest number, that number's power of 2 times 8 or 4 (from where on they are normal), the largest of their codes that is
- * a number, and the largest number for which both ends of an interval are sure to be numbers. E4M3 (`fn`) has no infinity and saturates. */
-#define DROPPED(kind) ((kind) == E4M3 ? 20 : 21)
-#define MOVE(kind) ((kind) == E4M3 ? 1.329227995784916e+36f : 5.192296858534828e+33f)
-#define LEAST(kind) ((kind) == E4M3 ? 16384.0f : 128.0f)
-#define LEAST_BITS(kind) ((kind) == E4M3 ? 0x46800000u : 0x43000000u)
-#define NORMAL(kind) ((kind) == E4M3 ? 0.015625f : 6.103515625e-05f)
-#define REBIAS(kind) ((kind) == E4M3 ? 120u << 3 : 112u << 2)
-#define REBIAS_BITS(kind) (REBIAS(kind) << DROPPED(kind))
-#define LAST(kind) ((kind) == E4M3 ? 0x7Eu : 0x7Cu)
-#define SURE(kind) ((kind) == E4M3 ? 416.0f : 49152.0f)
-
-/* Rounding of one double (no NaN) to nearest even in a narrow type: to odd in float first, which keeps on which side of a tie it lies.
- * Without branches on signs and sizes, which no processor foresees. */
-static inline uint16_t rounded(double value, int kind)
-{
-    const double magnitude = __builtin_fabs(value);
-    const float nearest = (float)magnitude;
-    const double back = (double)nearest;
-    const int eight = kind == E4M3 || kind == E5M2;
-    const uint16_t sign = __builtin_signbit(value) ? (eight ? 0x80u : 0x8000u) : 0;
-    uint32_t bits, least, normal;
-    float small;
-    memcpy(&bits, &nearest, sizeof bits);
-    bits = (bits - (back > magnitude)) | (back != magnitude);
-    if (kind == BFLOAT)
-        return sign | (uint16_t)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-    memcpy(&small, &bits, sizeof small);
-    if (kind == HALF) {
-        const uint32_t subnormal = bits < 0x38800000u; /* 2^-14 */
-        small += 0.5f; /* whose unit in the last place is the spacing of fp16 subnormals */
-        memcpy(&least, &small, sizeof least);
-        normal = (bits + 0xFFFu + (bits >> 13 & 1u) - (112u << 23)) >> 13;
-        normal = normal < 0x7C00u ? normal : 0x7C00u;
-        return sign | (uint16_t)(subnormal ? least - 0x3F000000u : normal);
-    }
-    const int subnormal = small < NORMAL(kind), dropped = DROPPED(kind);
-    small += LEAST(kind);
-    memcpy(&least, &small, sizeof least);
-    normal = ((bits + (1u << (dropped - 1)) - 1u + (bits >> dropped & 1u)) >> dropped) - REBIAS(kind);
-    normal = normal < LAST(kind) ? normal : LAST(kind);
-    return sign | (uint16_t)(subnormal ? least - LEAST_BITS(kind) : normal);
-}
-
-static inline double as_stored(uint16_t code, int kind)
-{
-    const int eight = kind == E4M3 || kind == E5M2;
-    uint32_t bits = kind == BFLOAT ? (uint32_t)code << 16 : eight ? (uint32_t)(code & 0x7Fu) << DROPPED(kind) : (uint32_t)(code & 0x7FFFu) << 13;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    if (kind == BFLOAT)
-        return (double)value;
-    double wide = (double)value * (eight ? (double)MOVE(kind) : 5.192296858534828e+33); /* 2^120, 2^112 */
-    if (kind == HALF && (code & 0x7C00u) == 0x7C00u)
-        wide = (code & 0x3FFu) ? __builtin_nan("") : __builtin_inf();
-    if (eight && (code & 0x7Fu) > (kind == E4M3 ? 0x7Eu : 0x7Bu))
-        wide = (code & 0x7Fu) == 0x7Cu ? __builtin_inf() : __builtin_nan("");
-    return __builtin_copysign(wide, code & (eight ? 0x80u : 0x8000u) ? -1.0 : 1.0);
-}
 
 /* One tile: `stored` (rows, columns) of weights of its kind, or where to put them when they are `given` in float32, all finite, `up` (rows, rank), `panels` (see tile_layout.h) and `downs`, which is down as
  * (columns, rank), in float (float32 weights: double); the ranks of up and downs are padded with zeros to a multiple of 8. Where float does not
@@ -162,6 +99,7 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define FMAD(a, b, c) ((a) * (b) + (c))
 #include "tile_layout.h"
+#include "tile_rows.h"
 #include "tile_kernels.h"
 #undef LANES
 #undef NAME
@@ -188,6 +126,7 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
 #define HALF_UP(code) ((VF)_mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128((__m256i)(code)), _mm256_extracti128_si256((__m256i)(code), 1))))
 #define HALF_DOWN(a) ((VU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)(a), _MM_FROUND_TO_NEAREST_INT)))
 #include "tile_layout.h"
+#include "tile_rows.h"
 #include "tile_kernels.h"
 #undef LANES
 #undef NAME
@@ -274,6 +213,7 @@ TARGET static inline __attribute__((always_inline)) uint32_t half_row_avx512(uin
 #define HALF_UP(code) ((VF)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(code))))
 #define HALF_DOWN(a) ((VU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)))
 #include "tile_layout.h"
+#include "tile_rows.h"
 #include "tile_kernels.h"
 #undef HALF_UP
 #undef HALF_DOWN
