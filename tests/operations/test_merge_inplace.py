@@ -11,6 +11,7 @@ import pytest
 from tests.operations.merging import NUMPY, adapter, load, lora, ordered_distance, save
 
 from upparam.adapter import Adapter
+from upparam.containers import open_file
 from upparam.errors import MalformedError, OutputExistsError, RefusedError, UnreadableError
 from upparam.operations.merge import inplace, journal, merge, stream
 from upparam.operations.merge.journal import Journal, journal_path, undo
@@ -74,6 +75,15 @@ def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path, w
     assert digests(base) == before
     with pytest.raises(UnreadableError, match="no undo journal"):
         undo(base)
+
+
+def test_a_hash_of_the_data_that_stays_in_place_is_said_to_be_of_the_old(tmp_path: Path) -> None:
+    weight = np.ones((8, 8), np.float32)
+    base = save(tmp_path / "b.safetensors", {"m.weight": weight}, {"sshs_model_hash": "abc"})
+    item = adapter({"m": lora(np.ones((8, 1), np.float32), np.ones((1, 8), np.float32))})
+    found = [finding for finding in merge(base, item, in_place=True).findings if finding.code == "stale-metadata"]
+    assert [finding.severity.name for finding in found] == ["WARNING"] and found[0].evidence == ("sshs_model_hash",)
+    assert open_file(base).metadata == {"sshs_model_hash": "abc"}
 
 
 def test_only_files_that_mostly_change_are_written_anew(tmp_path: Path) -> None:

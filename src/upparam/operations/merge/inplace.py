@@ -38,7 +38,7 @@ from upparam.operations.merge.loaded import matrix_shape
 from upparam.operations.merge.planned import Plan, Work
 from upparam.operations.merge.proof import Samples, check_samples
 from upparam.operations.merge.stream import Flusher, Shared, Task, run_tasks
-from upparam.operations.merge.write import Outcome, append_changes, append_copy, place, summary, tasks_with_changes
+from upparam.operations.merge.write import Outcome, append_changes, append_copy, place, stale, summary, tasks_with_changes
 from upparam.progress import Progress, silent
 from upparam.sources import FileSource
 from upparam.tensors import Tensor
@@ -88,6 +88,7 @@ def merge_in_place(plan: Plan, *, verify: bool, exact: bool, sync: bool, threads
     outcome.bytes = plan.touched_bytes
     kept = sum(left.stat().st_size for left in (path, *map(old_path, way.files)))
     outcome.proofs = [proof] if proof else []
+    outcome.findings += stale(plan, kept=True)
     outcome.findings.append(
         info("undo-journal", path.name, f"'upparam undo {base}' takes the merge back; 'upparam undo --discard {base}' frees {kept:,} bytes")
     )

@@ -195,7 +195,7 @@ def write(plan: Plan, out: Path, *, force: bool, verify: bool, exact: bool, sync
                 expected=f"room for {size:,} bytes", remedy="free some space or write elsewhere",
             ) from problem  # fmt: skip
         raise
-    outcome.findings += _stale(plan)
+    outcome.findings += stale(plan)
     return outcome
 
 
@@ -415,8 +415,14 @@ def _write_index(path: Path, relative: str, files: list[OutFile], folder: Path) 
     (folder / (out_name(stem) + INDEX_SUFFIX)).write_text(text, encoding="utf-8")
 
 
-def _stale(plan: Plan) -> list[Finding]:
-    gone = sorted({key for file in plan.checkpoint.files for key in file.metadata if key in _STALE})
-    if not gone:
+def stale(plan: Plan, *, kept: bool = False) -> list[Finding]:
+    """What is to be said of metadata that states a hash of the data: that it was left out, or that it is `kept` by a merge in place."""
+    changed = {work.file.relative for work in plan.works.values()}
+    files = [file for file in plan.checkpoint.files if not kept or file.relative in changed]
+    keys = sorted({key for file in files for key in file.metadata if key in _STALE})
+    if not keys:
         return []
-    return [info("stale-metadata", plan.checkpoint.path.name, "metadata that stated a hash of the base's data was left out", *gone)]
+    if kept:
+        said = "metadata that states a hash of the data stays in place, and is of the data as it was; a merge with -o leaves it out"
+        return [warning("stale-metadata", plan.checkpoint.path.name, said, *keys)]
+    return [info("stale-metadata", plan.checkpoint.path.name, "metadata that stated a hash of the base's data was left out", *keys)]
