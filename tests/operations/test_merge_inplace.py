@@ -78,9 +78,9 @@ def test_in_place_equals_elsewhere_and_undo_restores_every_bit(tmp_path: Path, w
 
 
 def test_a_hash_of_the_data_that_stays_in_place_is_said_to_be_of_the_old(tmp_path: Path) -> None:
-    weight = np.ones((8, 8), np.float32)
+    weight = np.ones((8, 6), np.float32)
     base = save(tmp_path / "b.safetensors", {"m.weight": weight}, {"sshs_model_hash": "abc"})
-    item = adapter({"m": lora(np.ones((8, 1), np.float32), np.ones((1, 8), np.float32))})
+    item = adapter({"m": lora(np.ones((8, 1), np.float32), np.ones((1, 6), np.float32))})
     found = [finding for finding in merge(base, item, in_place=True).findings if finding.code == "stale-metadata"]
     assert [finding.severity.name for finding in found] == ["WARNING"] and found[0].evidence == ("sshs_model_hash",)
     assert open_file(base).metadata == {"sshs_model_hash": "abc"}
