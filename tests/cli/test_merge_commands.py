@@ -108,6 +108,36 @@ def test_names_that_are_the_bases_are_not_said_to_be_unknown(
     assert code == 0 and json.loads(out)["findings"] == []
 
 
+def test_what_is_taken_out_otherwise_than_it_was_merged_is_said(
+    model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the note in the model: how often the adapter is in it, all merges and unmerges counted; a model without one says nothing."""
+    base, adapter = model
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    factors = load(adapter / "adapter_model.safetensors")
+    save(other / "adapter_model.safetensors", {name: factor + 1 for name, factor in factors.items()})
+
+    def said(merged: Path, words: str, out: str) -> list[str]:
+        code, printed, _ = run(capsys, "unmerge", merged, words, "-o", tmp_path / out, "--json")
+        assert code == 0
+        return [found["message"] for found in json.loads(printed)["findings"] if found["code"] == "not-as-noted"]
+
+    assert run(capsys, "merge", base, f"{adapter}@0.7", "-o", tmp_path / "once")[0] == 0
+    assert run(capsys, "merge", tmp_path / "once", f"{adapter}@0.2", f"{other}@1", "-o", tmp_path / "twice")[0] == 0
+    assert said(base, str(adapter), "a") == said(tmp_path / "once", f"{adapter}@0.7", "b") == []
+    assert said(tmp_path / "twice", f"{adapter}@0.9", "c") == said(tmp_path / "twice", str(other), "d") == []
+    assert said(tmp_path / "d", f"{adapter}@0.9", "e") == []
+    assert said(tmp_path / "once", str(adapter), "f") == [
+        "by the model's own note adapter was in it 0.7 times, and 1 times it was taken out"
+    ]
+    assert said(tmp_path / "once", str(other), "g") == [
+        "the model's own note of what was merged into it does not name other; its negative was merged"
+    ]
+    assert said(tmp_path / "d", str(other), "h") == ["by the model's own note other was in it 0 times, and 1 times it was taken out"]
+
+
 def test_in_place_undo_and_unmerge(model: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = model
     before = (base / "model.safetensors").read_bytes()
