@@ -9,11 +9,11 @@ Source: huggingface/transformers 5.23 src/transformers/conversion_mapping.py; of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 from upparam.adapter import Target
-from upparam.patterns import regex
 
 Rules = tuple[tuple[str, str | tuple[str, ...]], ...]
 """Patterns searched for in the older name of a parameter, and what stands there in the newer; each is applied to what the one before made.
@@ -96,10 +96,14 @@ def newer(name: str, rules: Rules) -> Sequence[str]:
     names = [name]
     for pattern, instead in rules:
         words = (instead,) if isinstance(instead, str) else instead
-        names = [
-            made for one in names for made in ([regex(pattern).sub(word, one) for word in words] if regex(pattern).search(one) else [one])
-        ]
+        found = _compiled(pattern)
+        names = [made for one in names for made in ([found.sub(word, one) for word in words] if found.search(one) else [one])]
     return names
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.MULTILINE)  # so that one search through many names, a line each, tells whether one of them matches
 
 
 def parts(name: str, shape: Sequence[int], rules: Rules) -> dict[str, Target]:
@@ -119,7 +123,10 @@ def renamed(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[Rules, dict[s
 
     Rules that make two names one are left out: the parameters are not of these models.
     """
+    names = "\n".join(shapes)
     for rules in FAMILIES.values():
+        if not any(_compiled(pattern).search(names) for pattern, _ in rules):
+            continue
         found = [parts(name, shape, rules) for name, shape in shapes.items()]
         older = {new: place for one in found for new, place in one.items()}
         if len(older) == sum(map(len, found)) and any(new != place.name for new, place in older.items()):
