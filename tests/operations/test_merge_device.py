@@ -161,6 +161,23 @@ def test_a_million_elements_none_wrong(tmp_path: Path, device: str) -> None:
 
 
 @DEVICES
+@pytest.mark.parametrize("to", [None, "fp16", "fp32"])
+def test_what_is_not_computed_there_is_computed_here(tmp_path: Path, device: str, to: str | None) -> None:
+    """fp8 weights, and weights that get another dtype, beside those that go to the device."""
+    rng = np.random.default_rng(5)
+    kinds = {"a": "float8_e4m3fn", "b": "float8_e5m2", "c": "bfloat16"}
+    arrays = {f"{name}.weight": (rng.standard_normal((70, 90)) * 0.05).astype(NUMPY[kind]) for name, kind in kinds.items()}
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    base = save(tmp_path / "base.safetensors", arrays)
+    item = adapter({name: lora(rng.standard_normal((70, 4)) * 0.05, rng.standard_normal((4, 90))) for name in kinds})
+    merge(base, item, tmp_path / "here.safetensors", dtype=to)
+    receipt = merge(base, item, tmp_path / "there.safetensors", dtype=to, device=torch.device(device))
+    assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
+    (said,) = [finding.message for finding in receipt.findings if finding.code == "device"]
+    assert f"{70 * 90 if to is None else 0:,} of {3 * 70 * 90:,}" in said
+
+
+@DEVICES
 def test_in_place_undo_and_unmerge(tmp_path: Path, device: str) -> None:
     rng = np.random.default_rng(2)
     arrays = {f"{name}.weight": (rng.standard_normal((48, 40)) * 0.05).astype(NUMPY["float16"]) for name in "abcd"}
