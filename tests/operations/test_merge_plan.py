@@ -12,6 +12,7 @@ from tests.operations.merging import NUMPY, adapter, load, lora, save
 
 from upparam.adapter import Extra, ExtraKind, Target
 from upparam.algorithms.base import Scaling
+from upparam.algorithms.dora import DoRA
 from upparam.algorithms.experts import ExpertLoRA
 from upparam.bases import inventory, layouts
 from upparam.bases.header import base_from_shapes
@@ -393,3 +394,18 @@ def test_single_file_checkpoints_through_their_layout(tmp_path: Path) -> None:
     assert any(".in_proj_weight" in name for name in got)
     for name, value in true.items():
         assert np.array_equal(got[name], value.astype(np.float16)), name
+
+
+def test_a_multiplier_is_no_scale_of_what_depends_on_the_weight(tmp_path: Path) -> None:
+    """Of a LoRA it is part of the scale; of a DoRA it is the share of W' - W."""
+    base = save(
+        tmp_path / "b.safetensors", {name: RNG.standard_normal((12, 6)).astype(np.float32) for name in ("model.q.weight", "model.v.weight")}
+    )
+    plain = lora(RNG.standard_normal((12, 2)).astype(np.float32), RNG.standard_normal((2, 6)).astype(np.float32), alpha=4.0)
+    dora = DoRA(plain.up, plain.down, Tensor.of(np.ones((12, 1), np.float32)), plain.scaling)
+    plan = prepare(base, (adapter({"model.q": plain, "model.v": dora}), 0.5))
+    told = {change["tensor"]: change["deltas"][0] for change in plan.facts(0)["changes"]}
+    assert (told["model.q.weight"]["scale"], told["model.q.weight"]["share"]) == (1.0, 1.0)
+    assert (told["model.v.weight"]["scale"], told["model.v.weight"]["share"]) == (2.0, 0.5)
+    text = plan_text(plan, 0)
+    assert "lora r=2 scale 1\n" in text and "dora r=2 scale 2, of what it changes 0.5\n" in text

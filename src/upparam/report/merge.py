@@ -18,7 +18,7 @@ def plan_text(plan: Plan, size: int) -> str:
     for name, work in plan.works.items():
         ways = ["replaced whole"] if work.replacement is not None else []
         ways += [
-            f"{piece.delta.algorithm} r={piece.delta.rank} scale {piece.delta.known_scale() * piece.multiplier:g}"
+            f"{piece.delta.algorithm} r={piece.delta.rank} scale {piece.scale:g}" + ("" if piece.share == 1 else f", of what it changes {piece.share:g}")
             + (f" rows {piece.rows[0]}:{piece.rows[1]}" if piece.rows else "") + (" transposed" if piece.transposed else "")
             for piece in work.pieces
         ]  # fmt: skip

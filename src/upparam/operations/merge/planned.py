@@ -52,6 +52,16 @@ class Piece:
         """The output rows it changes, None for all."""
         return self.target.rows
 
+    @property
+    def scale(self) -> float:
+        """What dW is taken times, the user's multiplier included; a delta that has no dW of its own keeps its scale."""
+        return self.delta.known_scale() * (self.multiplier if self.delta.additive else 1.0)
+
+    @property
+    def share(self) -> float:
+        """What W' - W of a delta that has no dW of its own (a DoRA) is taken times; 1 for others."""
+        return 1.0 if self.delta.additive else self.multiplier
+
 
 @dataclass
 class Work:
@@ -126,7 +136,8 @@ class Plan:
                             "target": str(piece.target),
                             "algorithm": piece.delta.algorithm,
                             "rank": piece.delta.rank,
-                            "scale": piece.delta.known_scale() * piece.multiplier,
+                            "scale": piece.scale,
+                            "share": piece.share,
                             "transposed": piece.transposed,
                         }
                         for piece in work.pieces
