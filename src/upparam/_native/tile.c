@@ -74,14 +74,14 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
         *place = after;
         return;
     }
-    const int eight = kind == E4M3 || kind == E5M2;
+    const int eight = EIGHT(kind);
     uint8_t *const small = (uint8_t *)tile->stored + at;
     uint16_t *const place = (uint16_t *)tile->stored + at;
     const uint16_t before = eight ? *small : *place;
     const double value = tile->given ? (double)tile->given[at] : as_stored(before, kind);
     if (value != value)
         return;
-    const uint16_t after = rounded(value + sum, kind), top = kind == HALF ? 0x7C00u : eight ? 0x7Cu : 0x7F80u, sized = eight ? 0x7Fu : 0x7FFFu;
+    const uint16_t after = rounded(value + sum, kind), top = kind == BFLOAT ? 0x7F80u : LAST(kind), sized = SIGN(kind) - 1u;
     *changed += before != after;
     if (kind == E4M3)
         *infinite += __builtin_fabs(value + sum) > 448.0;
@@ -145,7 +145,7 @@ static inline __attribute__((always_inline)) void add_and_round(const Tile *tile
 #define NAME(x) JOIN(x, avx512)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 
-/* `bfloat_row` of tile_kernels.h with masks. */
+/* `bfloat_row` of tile_rows.h with masks. */
 TARGET static inline __attribute__((always_inline)) uint32_t bfloat_row_avx512(uint16_t *w, __m512 sum0, __m512 sum1, float reach, int exact, long *changed)
 {
     const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000u), sign = _mm512_set1_epi32((int)0x80000000u);
@@ -175,7 +175,7 @@ TARGET static inline __attribute__((always_inline)) uint32_t bfloat_row_avx512(u
     return doubt;
 }
 
-/* `half_row` of tile_kernels.h with masks; the ends keep their signs. */
+/* `narrow_row` of tile_rows.h for float16, with masks; the ends keep their signs. */
 TARGET static inline __attribute__((always_inline)) uint32_t half_row_avx512(uint16_t *w, __m512 sum0, __m512 sum1, float reach, int exact, long *changed)
 {
     const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

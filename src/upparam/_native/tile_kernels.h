@@ -27,18 +27,16 @@ typedef struct {
 /* Change row i of a held block: w = round(w + sum) where that is certain. Doubtful elements keep their old code and are marked. */
 TARGET static inline __attribute__((always_inline)) uint32_t NAME(finish_row)(const NAME(Held) *held, int i, int kind, int exact, long *changed)
 {
-    if (kind & GIVEN)
-        return NAME(given_row)(held->w[i], held->given[i], held->sum[i], held->reach[i], kind & ~GIVEN, changed);
     if (kind == BFLOAT)
         return ROW_OF_BFLOAT(held->w[i], held->sum[i], held->reach[i], exact, changed);
     if (kind == HALF)
         return ROW_OF_HALF(held->w[i], held->sum[i], held->reach[i], exact, changed);
-    return NAME(eight_row)(held->w[i], held->sum[i], held->reach[i], kind, exact, changed);
+    return NAME(narrow_row)(held->w[i], held->given[i], held->sum[i], held->reach[i], kind, exact, changed);
 }
 
 /* sum = up . panel for ROWS rows and 2 * LANES columns, over the ranks from `from` to `to`. A block that is held is finished meanwhile, row
  * by row: what rounds and what multiplies are different units of a processor, and one block alone keeps only one of them busy. */
-TARGET static inline __attribute__((always_inline)) void NAME(sums16)(
+TARGET static inline __attribute__((always_inline)) void NAME(sums)(
     VF (*sum)[2], const float *const *up, const float *panel, long from, long to, const NAME(Held) *held, int kind, int exact, long *changed, uint32_t *marks)
 {
     for (int i = 0; i < ROWS; i++)
@@ -60,20 +58,20 @@ TARGET static inline __attribute__((always_inline)) void NAME(sums16)(
 }
 
 /* The sums of one block of narrow weights, CHUNK ranks at a time, while the block before is finished. */
-TARGET static inline __attribute__((always_inline)) void NAME(block16)(
+TARGET static inline __attribute__((always_inline)) void NAME(block_narrow)(
     VF (*sum)[2], const float *const *up, const float *panel, long rank, const NAME(Held) *held, int kind, int exact, long *changed, uint32_t *marks)
 {
     VF part[ROWS][2];
     if (rank >= CHUNK)
-        NAME(sums16)(sum, up, panel, 0, CHUNK, held, kind, exact, changed, marks); /* of constant length: the compiler unrolls it */
+        NAME(sums)(sum, up, panel, 0, CHUNK, held, kind, exact, changed, marks); /* of constant length: the compiler unrolls it */
     else {
-        NAME(sums16)(sum, up, panel, 0, rank, 0, kind, exact, changed, marks);
+        NAME(sums)(sum, up, panel, 0, rank, 0, kind, exact, changed, marks);
 #pragma GCC unroll 8
         for (int i = 0; held && i < ROWS; i++)
             marks[i] = NAME(finish_row)(held, i, kind, exact, changed);
     }
     for (long from = CHUNK; from < rank; from += CHUNK) {
-        NAME(sums16)(part, up, panel, from, from + CHUNK < rank ? from + CHUNK : rank, 0, kind, exact, changed, marks);
+        NAME(sums)(part, up, panel, from, from + CHUNK < rank ? from + CHUNK : rank, 0, kind, exact, changed, marks);
         for (int i = 0; i < ROWS; i++) {
             sum[i][0] += part[i][0];
             sum[i][1] += part[i][1];
@@ -82,7 +80,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(block16)(
 }
 
 /* The same for float32 weights with sums in float64. */
-TARGET static inline __attribute__((always_inline)) int NAME(block32)(
+TARGET static inline __attribute__((always_inline)) int NAME(block_single)(
     float *const *w, const double *const *up, const double *panel, long rank, const float *reach, int exact, long *changed, uint32_t *marks)
 {
     VD sum[ROWS][2], part[ROWS][2];
@@ -208,16 +206,16 @@ TARGET static __attribute__((noinline)) void NAME(settle)(const Tile *tile, Doub
     doubts->count = 0;
 }
 
-/* A block's doubtful elements are put with those to be settled. Which rows have some no processor foresees, nor, with `often`, which blocks: no
+/* A block's doubtful elements are put with those to be settled. Which rows have some no processor foresees, nor, of float16, which blocks: no
  * branch depends on it. */
 TARGET static inline __attribute__((always_inline)) void NAME(put_aside)(
-    const Tile *tile, Doubts *doubts, int often, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
+    const Tile *tile, Doubts *doubts, int kind, const uint32_t *marks, long rows, long row, long column, long wide, long *changed, long *infinite)
 {
     const uint32_t within = (uint32_t)((1ull << wide) - 1);
     uint32_t any = 0;
     for (long r = 0; r < rows; r++)
         any |= marks[r];
-    if (!often && !any)
+    if ((kind & ~GIVEN) != HALF && !any)
         return;
     for (long r = 0; r < rows; r++) {
         doubts->at[doubts->count] = (Doubt){(int32_t)(row + r), (int32_t)column, marks[r] & within};
@@ -237,7 +235,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(finish)(
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++)
         marks[i] = NAME(finish_row)(held, i, kind, exact, changed);
-    NAME(put_aside)(tile, doubts, kind == HALF, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
+    NAME(put_aside)(tile, doubts, kind, marks, ROWS, held->row, held->column, WIDE, changed, infinite);
     held->row = -1;
 }
 
@@ -247,8 +245,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
 {
     const long rows = tile->rows, columns = tile->columns, rank = tile->rank, group = GROUP(WIDE * sizeof(float), rank) * WIDE;
     const float *up = tile->up, *panels = tile->panels, *u[ROWS];
-    const int to = kind & ~GIVEN;
-    const long size = to > SINGLE ? 1 : 2;
+    const long size = EIGHT(kind & ~GIVEN) ? 1 : 2;
     float beyond[ROWS][WIDE];
     char *stored = tile->stored, edge[ROWS][2 * WIDE];
     long changed = 0, uncounted = 0;
@@ -268,10 +265,10 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
                 long wide = columns - j < WIDE ? columns - j : WIDE;
                 if (high == ROWS && wide == WIDE) {
                     if (held.row >= 0) {
-                        NAME(block16)(sum, u, panel, rank, &held, kind, exact, &changed, marks);
-                        NAME(put_aside)(tile, &doubts, to == HALF, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
+                        NAME(block_narrow)(sum, u, panel, rank, &held, kind, exact, &changed, marks);
+                        NAME(put_aside)(tile, &doubts, kind, marks, ROWS, held.row, held.column, WIDE, &changed, infinite_out);
                     } else
-                        NAME(block16)(sum, u, panel, rank, 0, kind, exact, &changed, marks);
+                        NAME(block_narrow)(sum, u, panel, rank, 0, kind, exact, &changed, marks);
                     memcpy(held.sum, sum, sizeof sum);
                     for (long r = 0; r < ROWS; r++) {
                         held.w[r] = stored + ((i + r) * columns + j) * size;
@@ -284,7 +281,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
                 }
                 memset(edge, 0, sizeof edge);
                 memset(beyond, 0, sizeof beyond);
-                NAME(block16)(partial.sum, u, panel, rank, 0, kind, exact, &changed, marks);
+                NAME(block_narrow)(partial.sum, u, panel, rank, 0, kind, exact, &changed, marks);
                 for (long r = 0; r < ROWS; r++) {
                     partial.w[r] = edge[r];
                     partial.given[r] = beyond[r];
@@ -302,7 +299,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(tile_of)(const Til
                         changed += !(kind & GIVEN) && memcmp(place, edge[r] + c * size, (size_t)size) != 0;
                         memcpy(place, edge[r] + c * size, (size_t)size);
                     }
-                NAME(put_aside)(tile, &doubts, to == HALF, marks, high, i, j, wide, &changed, infinite_out);
+                NAME(put_aside)(tile, &doubts, kind, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
         NAME(finish)(&held, tile, &doubts, kind, exact, &changed, infinite_out);
@@ -368,7 +365,7 @@ TARGET static void NAME(tile_single)(const Tile *tile, int exact, long *changed_
                     if (!whole && r < high)
                         memcpy(edge[r], stored + (i + r) * columns + j, (size_t)wide * sizeof **edge);
                 }
-                int some = exact ? NAME(block32)(w, u, panel, rank, reach, 1, &changed, marks) : NAME(block32)(w, u, panel, rank, reach, 0, &changed, marks);
+                int some = exact ? NAME(block_single)(w, u, panel, rank, reach, 1, &changed, marks) : NAME(block_single)(w, u, panel, rank, reach, 0, &changed, marks);
                 if (!whole) {
                     changed = before; /* padding must not count */
                     for (long r = 0; r < high; r++)
@@ -379,7 +376,7 @@ TARGET static void NAME(tile_single)(const Tile *tile, int exact, long *changed_
                         }
                 }
                 if (some)
-                    NAME(put_aside)(tile, &doubts, 0, marks, high, i, j, wide, &changed, infinite_out);
+                    NAME(put_aside)(tile, &doubts, SINGLE, marks, high, i, j, wide, &changed, infinite_out);
             }
         }
         NAME(settle)(tile, &doubts, &changed, infinite_out);

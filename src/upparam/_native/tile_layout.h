@@ -4,8 +4,7 @@
  * One pass reads a part, writes it, and adds its squares up in double: `squares` holds for every row of up, or column of down, the sum
  * weighted by weights[k] and behind those the plain one. The answer is whether what was written holds every value. */
 
-#define TO(layout, at, value) ((layout)->wide_to ? (void)(((double *)(layout)->to)[at] = (value)) : (void)(((float *)(layout)->to)[at] = (float)(value)))
-#define DOWNS(layout, at, value) ((layout)->wide_to ? (void)(((double *)(layout)->downs)[at] = (value)) : (void)(((float *)(layout)->downs)[at] = (float)(value)))
+#define PUT(layout, field, at, value) ((layout)->wide_to ? (void)(((double *)(layout)->field)[at] = (value)) : (void)(((float *)(layout)->field)[at] = (float)(value)))
 #define FROM(layout, at) ((layout)->wide ? ((const double *)(layout)->from)[at] : (double)((const float *)(layout)->from)[at])
 
 /* Up to eight elements of row i of up, from column k on. */
@@ -66,10 +65,10 @@ TARGET static inline __attribute__((always_inline)) long NAME(panel_row)(
         weighted[c] += weight * square;
     }
     for (long c = 0; !layout->split && c < width; c++)
-        TO(layout, to + c, edge ? edge[c] : FROM(layout, at + c));
+        PUT(layout, to, to + c, edge ? edge[c] : FROM(layout, at + c));
     for (long c = 0; layout->split && c < half; c++) {
-        TO(layout, to + c, edge ? edge[2 * c] : FROM(layout, at + 2 * c));
-        TO(layout, to + half + c, edge ? edge[2 * c + 1] : FROM(layout, at + 2 * c + 1));
+        PUT(layout, to, to + c, edge ? edge[2 * c] : FROM(layout, at + 2 * c));
+        PUT(layout, to, to + half + c, edge ? edge[2 * c + 1] : FROM(layout, at + 2 * c + 1));
     }
     return inexact;
 }
@@ -102,7 +101,7 @@ TARGET static inline __attribute__((always_inline)) int NAME(down_of)(const Layo
                 weighted_sums[c] += weighted[c];
                 plain_sums[c] += plain[c];
                 for (long k = first; k < last; k++)
-                    DOWNS(&layout, (column + c) * EIGHTS(layout.rank) + layout.at + k, FROM(&layout, k * layout.columns + column + c));
+                    PUT(&layout, downs, (column + c) * EIGHTS(layout.rank) + layout.at + k, FROM(&layout, k * layout.columns + column + c));
             }
         }
     return !inexact;
@@ -123,6 +122,5 @@ TARGET static int NAME(lay_down)(const Layout *layout)
     return layout->wide ? NAME(down_of)(layout, 1, 0, 0, 2 * LANES) : NAME(down_of)(layout, 0, 0, 0, 2 * LANES);
 }
 
-#undef TO
-#undef DOWNS
+#undef PUT
 #undef FROM

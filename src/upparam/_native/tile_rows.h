@@ -66,31 +66,34 @@ TARGET static inline uint32_t NAME(marks)(VW mask)
 }
 #endif
 
-/* Codes of fp16 values of magnitude a (sign removed), rounded to nearest even. Normal results by rounding the mantissa in place,
- * subnormal ones by adding 0.5, whose unit in the last place is the spacing of fp16 subnormals. */
-TARGET static inline VU NAME(half_code)(VF a)
+/* Codes in a narrow type of numbers of magnitude a, rounded to nearest even: normal ones by rounding the mantissa in place, subnormal ones by
+ * adding what has their spacing as its unit in the last place. What is too large gets any code that is no number's. */
+TARGET static inline __attribute__((always_inline)) VU NAME(code_of)(VF a, int kind)
 {
-#ifdef HALF_DOWN
-    return HALF_DOWN(a);
-#else
     VU bits = (VU)a;
-    VU normal = (bits + 0xFFFu + ((bits >> 13) & 1u) - (112u << 23)) >> 13;
-    VF shifted = a + 0.5f;
-    VU small = (VU)shifted - 0x3F000000u;
-    VU is_small = (VU)(a < 6.103515625e-05f);
-    return (normal & ~is_small) | (small & is_small);
+    if (kind == BFLOAT)
+        return (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+#ifdef HALF_DOWN
+    if (kind == HALF)
+        return HALF_DOWN(a);
 #endif
+    VU normal = (bits + ((1u << (DROPPED(kind) - 1)) - 1u) + (bits >> DROPPED(kind) & 1u) - REBIAS_BITS(kind)) >> DROPPED(kind);
+    VU small = (VU)(a + LEAST(kind)) - LEAST_BITS(kind);
+    VU is_small = (VU)(a < NORMAL(kind));
+    return (normal & ~is_small) | (small & is_small);
 }
 
-TARGET static inline VF NAME(half_value)(VU code)
+/* The numbers that codes stand for; what stands for none comes out as infinite, NaN, or a large number. */
+TARGET static inline __attribute__((always_inline)) VF NAME(value_of)(VU code, int kind)
 {
 #ifdef HALF_UP
-    return HALF_UP(code);
-#else
-    VU magnitude = (code & 0x7FFFu) << 13;
-    VF value = (VF)magnitude * 5.192296858534828e+33f; /* 2^112: moves the exponent, subnormals included */
-    return (VF)((VU)value | ((code & 0x8000u) << 16));
+    if (kind == HALF)
+        return HALF_UP(code);
 #endif
+    VU size = code & (SIGN(kind) - 1u), sign = (code & SIGN(kind)) << (EIGHT(kind) ? 24 : 16);
+    VU least = (VU)(size < (1u << (23 - DROPPED(kind)))); /* below the smallest normal number: as what is above it by so much */
+    VF value = (VF)((size << DROPPED(kind)) + REBIAS_BITS(kind) + (least & 1u << 23)) - (VF)(least & (VU)(NORMAL(kind) - (VF){0}));
+    return (VF)((VU)value | sign);
 }
 
 #ifndef ROW_OF_BFLOAT
@@ -126,124 +129,56 @@ TARGET static inline __attribute__((always_inline)) uint32_t NAME(bfloat_row)(ui
 #define ROW_OF_BFLOAT NAME(bfloat_row)
 #endif
 
-#ifndef ROW_OF_HALF
-/* One row of a float16 block, by magnitudes; an end beyond zero carries a sign bit and never agrees. */
-TARGET static inline __attribute__((always_inline)) uint32_t NAME(half_row)(uint16_t *w, const VF *sum, float reach, int exact, long *changed)
+/* One row of a narrow block, by magnitudes; an end beyond zero carries a sign bit and never agrees. The weights are the codes at w or, with
+ * GIVEN, float32 at `given`, all finite; marked elements then get the code of what is given. */
+TARGET static inline __attribute__((always_inline)) uint32_t NAME(narrow_row)(
+    void *w, const float *given, const VF *sum, float reach, int kind, int exact, long *changed)
 {
+    const int to = kind & ~GIVEN, shift = EIGHT(to) ? 24 : 16;
     uint32_t mark = 0;
 #pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
-        VH stored;
-        memcpy(&stored, w + j * LANES, sizeof stored);
-        VU old = __builtin_convertvector(stored, VU);
-        VU bits = (VU)(NAME(half_value)(old) + sum[j]);
-        VU sign = bits & 0x80000000u;
-        VF a = (VF)(bits ^ sign);
-        VU doubt = (VU)(a <= 65472.0f) ^ 0xFFFFFFFFu; /* also true for NaN */
-        VU code;
-        if (exact) {
-            VI low = (VI)(a - reach) - 4;
-            code = NAME(half_code)((VF)((VI)(a + reach) + 4));
-            doubt |= (VU)(NAME(half_code)((VF)low) != code) | (VU)(low < 0);
-        } else
-            code = NAME(half_code)(a);
-        code |= sign >> 16;
-#ifndef HALF_UP
-        doubt |= (VU)((old & 0x7C00u) == 0x7C00u); /* Inf and NaN came out of half_value as large numbers */
-#endif
-        code = (code & ~doubt) | (old & doubt);
-        *changed += __builtin_popcount(LANE_BITS((VU)(code != old)));
-        mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
-        VH out = NARROW(code);
-        memcpy(w + j * LANES, &out, sizeof out);
-    }
-    return mark;
-}
-#define ROW_OF_HALF NAME(half_row)
-#endif
-
-/* Codes of numbers of magnitude a in a format of 8 bits, rounded to nearest even. */
-TARGET static inline __attribute__((always_inline)) VU NAME(eight_code)(VF a, int kind)
-{
-    VU bits = (VU)a;
-    VU normal = ((bits + ((1u << (DROPPED(kind) - 1)) - 1u) + (bits >> DROPPED(kind) & 1u)) >> DROPPED(kind)) - REBIAS(kind);
-    VU small = (VU)(a + LEAST(kind)) - LEAST_BITS(kind);
-    VU is_small = (VU)(a < NORMAL(kind));
-    return (normal & ~is_small) | (small & is_small);
-}
-
-/* One row of a block of 8 bits, by magnitudes as `half_row`. */
-TARGET static inline __attribute__((always_inline)) uint32_t NAME(eight_row)(uint8_t *w, const VF *sum, float reach, int kind, int exact, long *changed)
-{
-    uint32_t mark = 0;
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-        VB stored;
-        memcpy(&stored, w + j * LANES, sizeof stored);
-        VU old = __builtin_convertvector(stored, VU), size = old & 0x7Fu;
-        VU least = (VU)(size < (1u << (23 - DROPPED(kind)))); /* below the smallest normal number: as what is above it by so much */
-        VF value = (VF)((size << DROPPED(kind)) + REBIAS_BITS(kind) + (least & 1u << 23)) - (VF)(least & (VU)(NORMAL(kind) - (VF){0}));
-        VU bits = (VU)((VF)((VU)value | (old & 0x80u) << 24) + sum[j]);
-        VU sign = bits & 0x80000000u;
-        VF a = (VF)(bits ^ sign);
-        VU doubt = (VU)(a <= SURE(kind)) ^ 0xFFFFFFFFu; /* also true for NaN */
-        VU code;
-        if (exact) {
-            VI low = (VI)(a - reach) - 4;
-            code = NAME(eight_code)((VF)((VI)(a + reach) + 4), kind);
-            doubt |= (VU)(NAME(eight_code)((VF)low, kind) != code) | (VU)(low < 0);
-        } else
-            code = NAME(eight_code)(a, kind);
-        code |= sign >> 24;
-        doubt |= (VU)(size > (kind == E4M3 ? 0x7Eu : 0x7Bu)); /* what is no number came out as a large one */
-        code = (code & ~doubt) | (old & doubt);
-        *changed += __builtin_popcount(LANE_BITS((VU)(code != old)));
-        mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
-        stored = __builtin_convertvector(code, VB);
-        memcpy(w + j * LANES, &stored, sizeof stored);
-    }
-    return mark;
-}
-
-/* Codes of numbers of magnitude a in a narrow type, rounded to nearest even; what is too large gets the code that is for that. */
-TARGET static inline __attribute__((always_inline)) VU NAME(code_of)(VF a, int kind)
-{
-    if (kind == BFLOAT)
-        return ((VU)a + 0x7FFFu + ((VU)a >> 16 & 1u)) >> 16;
-    VU code = kind == HALF ? NAME(half_code)(a) : NAME(eight_code)(a, kind), last = (kind == HALF ? 0x7C00u : LAST(kind)) - (VU){0};
-    VU over = (VU)(code > last);
-    return (last & over) | (code & ~over);
-}
-
-/* One row of narrow codes of what is given in float32, plus the sums. Marked elements get the code of what is given. All is finite. */
-TARGET static inline __attribute__((always_inline)) uint32_t NAME(given_row)(void *w, const float *given, const VF *sum, float reach, int kind, long *changed)
-{
-    const uint32_t shift = kind > SINGLE ? 24 : 16;
-    uint32_t mark = 0;
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
+        char *const place = (char *)w + j * LANES * (EIGHT(to) ? 1 : 2);
+        VB bytes;
+        VH halves;
         VF value;
-        memcpy(&value, given + j * LANES, sizeof value);
-        VU sign = (VU)value & 0x80000000u;
-        VU plain = NAME(code_of)((VF)((VU)value ^ sign), kind) | sign >> shift;
-        VU bits = (VU)(value + sum[j]);
-        sign = bits & 0x80000000u;
-        VF a = (VF)(bits ^ sign);
-        VI low = (VI)(a - reach) - 4;
-        VU code = NAME(code_of)((VF)((VI)(a + reach) + 4), kind);
-        VU doubt = (VU)(a <= (kind == BFLOAT ? 3.3e38f : kind == HALF ? 65472.0f : SURE(kind))) ^ 0xFFFFFFFFu;
-        doubt |= (VU)(NAME(code_of)((VF)low, kind) != code) | (VU)(low < 0);
-        code |= sign >> shift;
-        code = (code & ~doubt) | (plain & doubt);
-        *changed += __builtin_popcount(LANE_BITS((VU)(code != plain)));
-        mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
-        if (kind > SINGLE) {
-            VB out = __builtin_convertvector(code, VB);
-            memcpy((uint8_t *)w + j * LANES, &out, sizeof out);
+        VU old;
+        if (kind & GIVEN) {
+            memcpy(&value, given + j * LANES, sizeof value);
+            VU sign = (VU)value & 0x80000000u, last = (to == BFLOAT ? 0x7F80u : LAST(to)) - (VU){0};
+            old = NAME(code_of)((VF)((VU)value ^ sign), to);
+            VU over = (VU)(old > last);
+            old = (last & over) | (old & ~over) | sign >> shift;
         } else {
-            VH out = NARROW(code);
-            memcpy((uint16_t *)w + j * LANES, &out, sizeof out);
+            if (EIGHT(to))
+                memcpy(&bytes, place, sizeof bytes), old = __builtin_convertvector(bytes, VU);
+            else
+                memcpy(&halves, place, sizeof halves), old = __builtin_convertvector(halves, VU);
+            value = NAME(value_of)(old, to);
         }
+        VU bits = (VU)(value + sum[j]), sign = bits & 0x80000000u;
+        VF a = (VF)(bits ^ sign);
+        VU doubt = (VU)(a <= SURE(to)) ^ 0xFFFFFFFFu; /* also true for NaN */
+        VU code;
+        if (exact) {
+            VI low = (VI)(a - reach) - 4;
+            code = NAME(code_of)((VF)((VI)(a + reach) + 4), to);
+            doubt |= (VU)(NAME(code_of)((VF)low, to) != code) | (VU)(low < 0);
+        } else
+            code = NAME(code_of)(a, to);
+        code |= sign >> shift;
+        if (!(kind & GIVEN)) /* what is no number may have come out as a large one */
+            doubt |= (VU)((old & (SIGN(to) - 1u)) > NUMBERS(to));
+        code = (code & ~doubt) | (old & doubt);
+        *changed += __builtin_popcount(LANE_BITS((VU)(code != old)));
+        mark |= (uint32_t)LANE_BITS(doubt) << (j * LANES);
+        if (EIGHT(to))
+            bytes = __builtin_convertvector(code, VB), memcpy(place, &bytes, sizeof bytes);
+        else
+            halves = NARROW(code), memcpy(place, &halves, sizeof halves);
     }
     return mark;
 }
+#ifndef ROW_OF_HALF
+#define ROW_OF_HALF(w, sum, reach, exact, changed) NAME(narrow_row)(w, 0, sum, reach, HALF, exact, changed)
+#endif
