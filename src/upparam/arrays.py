@@ -75,6 +75,25 @@ def doubles(array: NDArray[Any]) -> NDArray[np.float64]:
         return (singles(array) if array.dtype == np.float16 else array).astype(np.float64)
 
 
+def floats(array: NDArray[Any]) -> NDArray[Any]:
+    """The array as float32 where that holds every value of its dtype, else as float64; a copy, but of float32."""
+    import numpy as np
+
+    if array.dtype == np.float32:
+        return array
+    return singles(array) if array.dtype.itemsize < 4 and array.dtype.kind not in "biu" else doubles(array)
+
+
+def unsigned(array: NDArray[Any]) -> NDArray[np.uint16] | None:
+    """The codes of 16-bit floats without their signs, times two: 0 for zeros, and in the order of sizes. None for other dtypes."""
+    import numpy as np
+
+    if array.dtype.itemsize != 2 or array.dtype.kind in "iu":
+        return None
+    codes: NDArray[np.uint16] = array.view(np.uint16) << np.uint16(1)
+    return codes
+
+
 def same_words(one: NDArray[Any], other: NDArray[Any]) -> bool:
     """True when two arrays of one size have the same bytes; compared by eight where they can be."""
     import numpy as np

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from upparam import ways
-from upparam.arrays import doubles, gathered, held, same_words, scratch, singles
+from upparam.arrays import doubles, floats, gathered, held, same_words, scratch
 from upparam.dtypes import STRUCT_CODES, DType, dtype_of
 from upparam.errors import MalformedError
 from upparam.sources import ComputedSource, MemorySource, Source, within
@@ -183,9 +183,7 @@ class Tensor:
 
     def floats(self) -> NDArray[Any]:
         """The same in float32 where that holds every value of the dtype."""
-        if not self.dtype.is_float or self.dtype.itemsize > 4:
-            return self.doubles()
-        return self.read() if self.dtype.name == "float32" else singles(self.read())
+        return floats(self.read())
 
     def scalar(self) -> float:
         """The only element, read without numpy (alphas are read while identifying). Raises MalformedError when there is not exactly one."""

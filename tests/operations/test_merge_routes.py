@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.operations.merging import NUMPY, TileCase, round_once, tile_cases
 
+from upparam.arrays import floats
 from upparam.dtypes import DTYPES
 from upparam.operations.merge import in_float32
 from upparam.operations.merge.factors import LowRank, Part
 from upparam.operations.merge.in_float64 import add_in_float64, store, too_large
 from upparam.operations.merge.kernel import Scratch, add_low_rank, best_route, convert_low_rank, routes
-from upparam.operations.merge.rounding import lifted, narrow
+from upparam.operations.merge.rounding import narrow
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +162,7 @@ def test_factors_laid_side_by_side_give_the_bytes_of_joined_ones(case: TileCase,
 def test_what_becomes_another_dtype_is_what_float64_says(case: TileCase, name: str) -> None:
     """Weights of every code of theirs, summed and rounded once into a narrower type than float32, and counted against themselves rounded."""
     dtype, (_, weight, up, down, start) = DTYPES[name], case
-    given = lifted(weight)
+    given = floats(weight)
     given[~np.isfinite(given)] = 0
     factors = LowRank(up, down)
     with np.errstate(all="ignore"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
 from upparam.algorithms.gram import gram
-from upparam.arrays import doubles
+from upparam.arrays import doubles, floats, unsigned
 from upparam.containers import head_of, member_source
 from upparam.dialects.base import ReadOptions
 from upparam.errors import UnreadableError, UpparamError, UsageError
@@ -114,12 +114,12 @@ def _blank_and_spoilt(values: NDArray[Any], dtype: str) -> tuple[int, int]:
     """How many values are zero, and how many NaN or infinite."""
     import numpy as np
 
-    if dtype in _INFINITE:
-        codes = np.left_shift(values.reshape(-1).view(np.uint16), np.uint16(1))  # without the sign
+    codes = unsigned(values)
+    if codes is not None:
         infinite = np.uint16(_INFINITE[dtype] << 1)
         spoilt = int(np.count_nonzero(codes >= infinite)) if codes.max(initial=0) >= infinite else 0
         return codes.size - int(np.count_nonzero(codes)), spoilt
-    wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)
+    wide = floats(values)
     return int(np.count_nonzero(wide == 0)), int(np.count_nonzero(~np.isfinite(wide)))
 
 

@@ -41,7 +41,8 @@ def unmerge(merged: Path | str, adapters: Scaled | Sequence[Scaled], out: Path |
     said = f"bits that the merge rounded away are not restored: an element may be off the original base by {off}"
     said += ", and what the merge made infinite or cut off at the largest value stays so"
     receipt.findings.append(info("unmerge-rounding", str(out), said))
-    receipt.findings += _as_noted(_noted(checkpoint), _noted(Checkpoint.open(out), newest=True), str(merged))
+    if before := _noted(checkpoint):
+        receipt.findings += _as_noted(before, _noted(Checkpoint.open(out), newest=True), str(merged))
     return receipt
 
 
@@ -54,7 +55,7 @@ class _Noted(NamedTuple):
 
 
 def _noted(checkpoint: Checkpoint, newest: bool = False) -> list[_Noted]:
-    """The adapters that the notes in a model's metadata name, or the newest of them; what is no such note says nothing."""
+    """The adapters that the notes in a model's metadata name, or the newest of them; [] where there is none."""
     metadata = next((file.metadata for file in checkpoint.files if NOTE_KEY in file.metadata), {})
     found: list[_Noted] = []
     for key, text in metadata.items():
@@ -66,9 +67,9 @@ def _noted(checkpoint: Checkpoint, newest: bool = False) -> list[_Noted]:
 
 
 def _as_noted(before: list[_Noted], taken: list[_Noted], merged: str) -> list[Finding]:
-    """Where the model says that what was taken out was not in it, or not with these multipliers. A model without a note says nothing."""
+    """Where the model says that what was taken out was not in it, or not with these multipliers."""
     findings = []
-    for sha256 in dict.fromkeys(one.sha256 for one in taken if before):
+    for sha256 in dict.fromkeys(one.sha256 for one in taken):
         out = -sum(one.multiplier for one in taken if one.sha256 == sha256)
         there = [one.multiplier for one in before if one.sha256 == sha256]
         name = next(one.name for one in taken if one.sha256 == sha256)

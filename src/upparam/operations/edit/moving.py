@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import isfinite, sqrt
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from upparam.adapter import Adapter, Target
 from upparam.algorithms.base import Delta
 from upparam.algorithms.dora import Decomposed
+from upparam.arrays import floats, unsigned
 from upparam.findings import Finding, warning
 from upparam.operations.threads import in_threads
 from upparam.progress import Progress
@@ -95,11 +96,7 @@ def _vanished(one: Tensor, other: Tensor) -> float:
 
 
 def _other_than_zero(tensor: Tensor) -> NDArray[np.bool_]:
-    import numpy as np
-
-    if tensor.dtype.name in ("float16", "bfloat16"):
-        values: NDArray[Any] = tensor.read().view(np.uint16) << np.uint16(1)  # without the sign
-    else:
-        values = tensor.floats()
-    found: NDArray[np.bool_] = values != 0
+    values = tensor.read()
+    codes = unsigned(values)
+    found: NDArray[np.bool_] = (floats(values) if codes is None else codes) != 0
     return found

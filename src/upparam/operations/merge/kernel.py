@@ -119,12 +119,8 @@ def _compiled(
     stored: NDArray[Any], kind: int, layout: int, factors: LowRank, start: int, scratch: Scratch, exact: bool, given: NDArray[Any] | None
 ) -> tuple[int, int]:
     """`kind` is that of `stored`, `layout` that for which the factors are laid out."""
-    route, (rows, columns), form, part = (
-        scratch.route,
-        stored.shape,
-        factors.packed(scratch.route, layout),
-        slice(start, start + len(stored)),
-    )
+    route, (rows, columns) = scratch.route, stored.shape
+    form, part = factors.packed(route, layout), slice(start, start + rows)
     changed: int
     infinite: int
     changed, infinite = route.module.merge_tile(

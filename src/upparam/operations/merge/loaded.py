@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upparam.algorithms.base import Update
+from upparam.arrays import floats
 from upparam.errors import MalformedError
 from upparam.operations.merge.factors import LowRank, Part
 from upparam.operations.merge.in_float64 import store, too_large
 from upparam.operations.merge.kernel import Scratch, add_low_rank, convert_low_rank
 from upparam.operations.merge.packing import decode, encode
 from upparam.operations.merge.planned import Piece, Work
-from upparam.operations.merge.rounding import lifted, narrow, widen
+from upparam.operations.merge.rounding import narrow, widen
 from upparam.tensors import Tensor
 
 Rows = Callable[[int, int], NDArray[np.float64]]
@@ -228,7 +229,7 @@ class Loaded:
 
     def _converted(self, stored: NDArray[Any], start: int, scratch: Scratch) -> tuple[NDArray[Any], int, int]:
         """`change` where the result has another dtype than the base."""
-        dtype, given = self.work.dtype, lifted(stored)
+        dtype, given = self.work.dtype, floats(stored)
         if self.segments is not None and given.dtype == np.float32 and np.isfinite(given).all():
             out = np.empty(stored.shape, dtype.numpy)
             found = [self._convert_segment(given, out, start, segment, scratch) for segment in self.segments]

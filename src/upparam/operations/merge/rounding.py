@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upparam.arrays import singles
 from upparam.dtypes import DType
 from upparam.operations.dtypes import FLOATS
 
@@ -100,13 +99,6 @@ def widen(stored: NDArray[Any]) -> NDArray[np.float64]:
             found: NDArray[np.float64] = _values(stored.dtype).take(stored.view(np.uint8))
             return found
         return stored.astype(np.float64)
-
-
-def lifted(stored: NDArray[Any]) -> NDArray[Any]:
-    """Stored values as float32 where that holds them all, else as float64: what `narrow` takes least time for."""
-    if stored.dtype == np.float32:
-        return stored
-    return singles(stored) if stored.dtype.itemsize < 4 else widen(stored)
 
 
 @cache

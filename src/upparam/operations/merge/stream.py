@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upparam.arrays import floats
 from upparam.containers.writing import write_at
 from upparam.dtypes import DType
 from upparam.operations.merge.in_float64 import too_large
 from upparam.operations.merge.kernel import TILE_ELEMENTS, Device, Scratch
 from upparam.operations.merge.loaded import BaseRows, Loaded, matrix_shape
 from upparam.operations.merge.planned import Work
-from upparam.operations.merge.rounding import lifted, narrow
+from upparam.operations.merge.rounding import narrow
 from upparam.operations.threads import keep_freed_memory, one_blas_thread
 from upparam.progress import Progress
 from upparam.sources import FileSource
@@ -95,7 +96,7 @@ class Convert:
         step = max(1, TILE_ELEMENTS // max(1, rows.columns))
         for start in range(0, rows.count, step):
             stored = rows.stored(start, min(start + step, rows.count))
-            true = lifted(stored)
+            true = floats(stored)
             written = narrow(true, self.dtype)
             self.overflow += too_large(written, stored, true, self.dtype)
             write_at(self.fd, as_bytes(written), self.offset + start * rows.columns * self.dtype.itemsize)
